@@ -1,0 +1,59 @@
+"""Gradient checkpointing that carries the factors of its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hyperadapt.factors import Factors
+from hyperadapt.routing import Routed, Router, Scope
+
+
+class CheckpointFunction:
+    """A block's gradient checkpointing function that also carries the block's factors.
+
+    The factors enter the checkpoint as explicit tensor arguments. Recomputation in backward then uses
+    those of its own forward pass, and gradients reach the hypernetwork through the outer graph, once, in
+    both modes (a reentrant checkpoint would otherwise run backward through the hypernetwork per block).
+
+    Args:
+        function: The checkpointing function, called as ``function(run, *args, **kwargs)``.
+        router: The router.
+        positions: Names of the positions in the block.
+    """
+
+    def __init__(self, function: Callable[..., Any], router: Router, positions: Sequence[str]) -> None:
+        self.function = function
+        self.router = router
+        self.positions = positions
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint a block.
+
+        Args:
+            run: The block.
+            *args: Its arguments.
+            **kwargs: Options of the checkpointing function.
+
+        Returns:
+            The block's output.
+        """
+        scope = self.router.scope
+        assert scope is not None
+        places = [
+            (adapter_name, position)
+            for adapter_name, routed in scope.routed.items()
+            for position in self.positions
+            if position in routed.factors
+        ]
+        tensors = [tensor for name, position in places for tensor in scope.routed[name].factors[position].tensors()]
+        rows = {name: routed.rows for name, routed in scope.routed.items()}
+
+        def replay(*arguments: Any) -> Any:
+            factors: dict[str, dict[str, Factors]] = {name: {} for name in rows}
+            for index, (name, position) in enumerate(places):
+                factors[name][position] = Factors(*arguments[3 * index : 3 * index + 3])
+            with self.router.installed(Scope({name: Routed(factors[name], rows[name]) for name in rows})):
+                return run(*arguments[len(tensors) :])
+
+        return self.function(replay, *tensors, *args, **kwargs)

@@ -1,0 +1,99 @@
+"""Export of one task as an ordinary PEFT LoRA folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hyperadapt.layer import HyperAdapterLayer
+from hyperadapt.model import HyperAdapterModel, find_tuner
+from hyperadapt.positions import Position
+
+
+def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) -> None:
+    """Write one task of the active adapter as a LoRA folder that plain PEFT loads, at exactly rank r.
+
+    Writes A and B·S, so nothing is approximated; the scaling is inside, with ``lora_alpha == r``. Modules
+    trained in full (``modules_to_save``) are included. The two files appear complete or not at all.
+
+    Args:
+        model: A ``PeftModel`` with a hyperadapter.
+        task: Name of the task.
+        directory: Folder to write to; made if missing, other files in it are left alone.
+
+    Raises:
+        ValueError: If the task is unknown, several adapters are active, or `directory` is a file.
+    """
+    tuner = find_tuner(model)
+    if len(tuner.active_adapters) != 1:
+        raise ValueError(
+            f"export_lora writes one adapter, but {tuner.active_adapters} are active. Set one with set_adapter."
+        )
+    adapter_name = tuner.active_adapters[0]
+    folder = Path(directory)
+    if folder.is_file():
+        raise ValueError(f"directory={str(directory)!r} is a file; pass a folder.")
+    state_dict = _lora_state_dict(tuner, adapter_name, task)
+    state_dict.update(_fully_trained_state_dict(model, adapter_name))
+    config = _lora_config(tuner, adapter_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        save_file(state_dict, Path(temporary, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        config.save_pretrained(temporary)
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(Path(temporary, name), folder / name)
+
+
+@torch.no_grad()
+def _lora_state_dict(tuner: HyperAdapterModel, adapter_name: str, task: str) -> dict[str, Tensor]:
+    state_dict = {}
+    for name, factors in tuner.router.factors_of_task(adapter_name, task).items():
+        lora_B = factors.lora_B[0] @ factors.core[0]
+        state_dict[f"base_model.model.{name}.lora_A.weight"] = factors.lora_A[0].cpu().contiguous()
+        state_dict[f"base_model.model.{name}.lora_B.weight"] = lora_B.cpu().contiguous()
+    return state_dict
+
+
+def _fully_trained_state_dict(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    prefix = f"base_model.{HyperAdapterModel.prefix}"
+    return {key: value.cpu().contiguous() for key, value in state_dict.items() if not key.startswith(prefix)}
+
+
+def _lora_config(tuner: HyperAdapterModel, adapter_name: str) -> LoraConfig:
+    config = tuner.router.network(adapter_name).config
+    layers: dict[Position, HyperAdapterLayer] = {
+        layer.hyperadapter_position[adapter_name]: layer
+        for layer in tuner.modules()
+        if isinstance(layer, HyperAdapterLayer) and adapter_name in layer.hyperadapter_position
+    }
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.r,
+        target_modules=_target_modules(tuner.model, [position.name for position in layers]),
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+
+
+def _target_modules(base_model: nn.Module, names: list[str]) -> list[str]:
+    """Last components of the names if they match nothing else (what servers expect), else the full names."""
+    endings = {name.rpartition(".")[2] for name in names}
+    matched = {
+        name.removesuffix(".base_layer")
+        for name, _ in base_model.named_modules()
+        if name.removesuffix(".base_layer").rpartition(".")[2] in endings
+    }
+    return sorted(endings) if matched == set(names) else sorted(names)

@@ -1,0 +1,209 @@
+"""The hypernetwork: from a task embedding and a position to the LoRA factors there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, rms_norm
+
+from hyperadapt.positions import Position
+
+
+class Hypernetwork(nn.Module):
+    """Generates the factors of every position for several tasks in a few batched products.
+
+    The task embedding, the layer embedding, the module embedding (and for ``head="row"`` the
+    embedding of the row within the factor) are each normalised to root mean square 1, projected
+    and added: the input has constant magnitude, so training cannot amplify the output by inflating
+    an embedding. A trunk of pre-normalised residual blocks follows, and one linear head per size of
+    output, shared by all positions with that size.
+
+    Source: Text-to-LoRA (arXiv 2506.06105) for the inputs and the three kinds of head;
+    magnitude-invariant inputs after "Magnitude Invariant Parametrizations Improve Hypernetwork
+    Learning" (ICLR 2024), here by normalising instead of encoding; initial scale see ``Head``.
+
+    Args:
+        positions: The adapted modules.
+        r: Rank of the factors.
+        task_embedding_dim: Size of the task, layer, module and row embeddings.
+        hypernetwork_dim: Hidden size of the trunk.
+        hypernetwork_depth: Number of residual blocks.
+        head: ``"row"``, ``"factor"`` or ``"pair"``.
+        zero_head: Whether B starts at exactly zero.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[Position],
+        *,
+        r: int,
+        task_embedding_dim: int,
+        hypernetwork_dim: int,
+        hypernetwork_depth: int,
+        head: str,
+        zero_head: bool,
+    ) -> None:
+        super().__init__()
+        self.r = r
+        self.head = head
+        self.slots = r if head == "row" else 1
+        layer_indices: list[int | None] = list(dict.fromkeys(position.layer_index for position in positions))
+        modules = list(dict.fromkeys(position.module for position in positions))
+        self._rows = {
+            position.name: (layer_indices.index(position.layer_index), modules.index(position.module))
+            for position in positions
+        }
+
+        self.layer_embedding = nn.Parameter(torch.randn(len(layer_indices), task_embedding_dim))
+        self.module_embedding = nn.Parameter(torch.randn(len(modules), task_embedding_dim))
+        names = ["task", "layer", "module"]
+        if self.slots > 1:
+            self.row_embedding = nn.Parameter(torch.randn(self.slots, task_embedding_dim))
+            names.append("row")
+        # A sum of projections is one projection of the concatenation, without repeating each
+        # embedding for every combination of task, layer, module and row.
+        self.inputs = nn.ModuleDict(
+            {name: nn.Linear(task_embedding_dim, hypernetwork_dim, bias=False) for name in names}
+        )
+        self.trunk = nn.ModuleList(ResidualBlock(hypernetwork_dim) for _ in range(hypernetwork_depth))
+        self.heads = nn.ModuleDict()
+        for position in positions:
+            for factor, size in (("A", position.in_features), ("B", position.out_features)):
+                # The factors' variances keep the variance of the activation: A reads `in_features`
+                # inputs, B reads r (see `Head`).
+                fan_in = position.in_features if factor == "A" else r
+                key = self._head_key(factor, position)
+                if key not in self.heads:
+                    self.heads[key] = Head(
+                        hypernetwork_dim,
+                        size if head == "row" else r * size,
+                        variance=0.0 if factor == "B" and zero_head else 1 / fan_in,
+                        # Rows of one factor share their head; a shared bias would make them alike.
+                        bias_share=0.0 if head == "row" else 0.5,
+                    )
+
+    def forward(
+        self, task_embeddings: Tensor, positions: Sequence[Position]
+    ) -> list[tuple[list[Position], Tensor, Tensor]]:
+        """Generate the factors of some positions.
+
+        Args:
+            task_embeddings: Shape ``(tasks, task_embedding_dim)``; only the direction counts.
+            positions: Positions among those of the constructor.
+
+        Returns:
+            For each shape among the positions: its positions, ``lora_A`` ``(tasks, positions, r,
+            in_features)`` and ``lora_B`` ``(tasks, positions, out_features, r)``, where B is a
+            transposed view of contiguous rows. In the dtype of the hypernetwork.
+        """
+        hidden = self._hidden(task_embeddings, positions)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, position in enumerate(positions):
+            groups.setdefault((position.in_features, position.out_features), []).append(index)
+        generated = []
+        for indices in groups.values():
+            members = [positions[index] for index in indices]
+            group_hidden = hidden if len(indices) == len(positions) else hidden[:, indices]
+            shape = (len(task_embeddings), len(members), self.r, -1)
+            lora_A = self.heads[self._head_key("A", members[0])](group_hidden).reshape(shape)
+            lora_B = self.heads[self._head_key("B", members[0])](group_hidden).reshape(shape).mT
+            generated.append((members, lora_A, lora_B))
+        return generated
+
+    def _hidden(self, task_embeddings: Tensor, positions: Sequence[Position]) -> Tensor:
+        """Trunk output of shape (tasks, positions, slots, hypernetwork_dim), root mean square 1."""
+        layers, modules = zip(*(self._rows[position.name] for position in positions), strict=True)
+        hidden = (
+            self._project("task", task_embeddings.to(self.layer_embedding.dtype))[:, None, None]
+            + self._project("layer", self.layer_embedding)[list(layers)][None, :, None]
+            + self._project("module", self.module_embedding)[list(modules)][None, :, None]
+        )
+        if self.slots > 1:
+            hidden = hidden + self._project("row", self.row_embedding)
+        for block in self.trunk:
+            hidden = block(hidden)
+        return rms_norm(hidden, hidden.shape[-1:])
+
+    def _project(self, name: str, embedding: Tensor) -> Tensor:
+        projected: Tensor = self.inputs[name](rms_norm(embedding, embedding.shape[-1:]))
+        return projected
+
+    def _head_key(self, factor: str, position: Position) -> str:
+        if self.head == "pair":
+            return f"{factor}_{position.in_features}x{position.out_features}"
+        return f"{factor}_{position.in_features if factor == 'A' else position.out_features}"
+
+
+class ResidualBlock(nn.Module):
+    """Pre-normalised residual block: ``x + W₂·gelu(W₁·rms_norm(x))``.
+
+    Args:
+        dim: Size of input and output; the hidden layer has twice the size.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, 2 * dim)
+        self.contract = nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to the last dimension.
+
+        Args:
+            x: Shape ``(..., dim)``.
+
+        Returns:
+            Same shape and dtype.
+        """
+        update: Tensor = self.contract(gelu(self.expand(rms_norm(x, x.shape[-1:]))))
+        return x + update
+
+
+class Head(nn.Module):
+    """Linear read-out ``W·z / dim + b`` whose initial output has a given variance.
+
+    The input z has root mean square exactly 1, so over random W the output has variance
+    ``dim · Var(W) · mean(z²) / dim² = Var(W) / dim``, plus Var(b). With a target variance v, of which
+    the bias carries the share s,
+
+        Var(W) = (1 - s) · v · dim,    Var(b) = s · v.
+
+    v itself is hyperfan-in: a generated A of shape ``(r, in)`` that reads inputs of unit variance gives
+    unit variance when v = 1/in, and B of shape ``(out, r)`` when v = 1/r. The bias is the part of an
+    adapter that all tasks and positions share at the start, W·z what tells them apart.
+
+    The factor 1/dim makes the step size of the *output* that of the learning rate: Adam moves every
+    entry of W by about lr, hence ``W·z / dim`` by at most ``lr · mean|z| ≤ lr``, whatever the width. A
+    learning rate that suits LoRA thus suits the hypernetwork.
+
+    Source: hyperfan initialisation, Chang et al., "Principled Weight Initialization for
+    Hypernetworks" (ICLR 2020), equations for linear layers, with the variance split between weight
+    and bias; bias initialisation after Beck et al. 2023; output multiplier as in maximal update
+    parametrisation, Yang et al. 2022.
+
+    Args:
+        dim: Size of the input.
+        size: Size of the output.
+        variance: Target variance of an output entry, in squared units of the generated weight.
+        bias_share: Share of the variance that the bias carries, in [0, 1].
+    """
+
+    def __init__(self, dim: int, size: int, *, variance: float, bias_share: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(torch.randn(size, dim) * math.sqrt((1 - bias_share) * variance * dim))
+        self.bias = nn.Parameter(torch.randn(size) * math.sqrt(bias_share * variance))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Read out the last dimension.
+
+        Args:
+            z: Shape ``(..., dim)``, root mean square 1.
+
+        Returns:
+            Shape ``(..., size)``.
+        """
+        return nn.functional.linear(z / self.dim, self.weight, self.bias)

@@ -1,0 +1,174 @@
+"""The adapted layer: a thin wrapper that applies generated factors and can merge them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hyperadapt.factors import Factors
+from hyperadapt.positions import Position
+from hyperadapt.routing import Router
+
+
+class HyperAdapterLayer(nn.Module, BaseTunerLayer):
+    """Wraps a linear module of the base model; owns no weights of its own.
+
+    Args:
+        base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer.
+        router: Where the current forward pass's factors are found.
+        quantization_backend: PEFT's backend for the base layer; None if it is not quantised.
+    """
+
+    # A property: PEFT's generic code reaches the tuner's networks through any layer, for
+    # requires_grad, deletion and status, without their being registered here.
+    adapter_layer_names = ("hyperadapter_networks",)
+    other_param_names = ("hyperadapter_position", "hyperadapter_dropout")
+
+    def __init__(self, base_layer: nn.Module, router: Router, quantization_backend: QuantizationBackend | None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.router = router
+        self.quantization_backend = quantization_backend
+        self.hyperadapter_position: dict[str, Position] = {}
+        self.hyperadapter_dropout = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._merged_factors: dict[str, Factors] = {}
+
+    @property
+    def hyperadapter_networks(self) -> nn.ModuleDict:
+        """The tuner's networks by adapter name."""
+        return self.router.networks
+
+    def update_layer(self, adapter_name: str, position: Position, lora_dropout: float) -> None:
+        """Take part in one more adapter.
+
+        Args:
+            adapter_name: The adapter.
+            position: The layer's position.
+            lora_dropout: Dropout probability on the adapter's input.
+        """
+        self.hyperadapter_position[adapter_name] = position
+        self.hyperadapter_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Undo ``update_layer``.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        self.hyperadapter_position.pop(adapter_name, None)
+        if adapter_name in self.hyperadapter_dropout:
+            del self.hyperadapter_dropout[adapter_name]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer plus the active adapters' updates.
+
+        Args:
+            x: Shape ``(..., in_features)``.
+            *args: Passed to the base layer.
+            **kwargs: Passed to the base layer.
+
+        Returns:
+            Shape ``(..., out_features)``, in the dtype of the base layer's output.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        active = [
+            name
+            for name in self.active_adapters
+            if name in self.hyperadapter_position and name not in self.merged_adapters
+        ]
+        if active and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        for name in active:
+            position = self.hyperadapter_position[name]
+            routed = self.router.lookup(name, position)
+            factors = routed.factors[position.name]
+            adapter_input = self.hyperadapter_dropout[name](self._cast_input_dtype(x, factors.lora_A.dtype))
+            result = result + factors.apply(adapter_input, routed.rows)
+        return result.to(dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Dense update of the task in force.
+
+        Args:
+            adapter_name: The adapter.
+
+        Returns:
+            Shape of the base weight: ``(out_features, in_features)``, transposed for ``Conv1D``.
+        """
+        return self._dense(self._factors_in_force(adapter_name))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update of the task in force to the base weight.
+
+        Args:
+            safe_merge: Whether to refuse a merge that gives weights that are not finite.
+            adapter_names: The adapters to merge; None for the active ones.
+
+        Raises:
+            ValueError: If `safe_merge` finds weights that are not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.hyperadapter_position:
+                continue
+            factors = self._factors_in_force(name)
+            weight = self.get_base_weight()
+            merged = weight + self._dense(factors).to(weight)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights of module {self.hyperadapter_position[name].name!r}. The "
+                    f"adapter {name} seems to be broken; nothing was merged into this module."
+                )
+            self.set_base_weight(merged)
+            self._merged_factors[name] = factors
+            self.merged_adapters.append(name)
+            self.router.merged[name] = self.router.task_in_force(name)
+
+    def unmerge(self) -> None:
+        """Subtract what was merged, whatever has been pinned or trained since."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            weight = self.get_base_weight()
+            self.set_base_weight(weight - self._dense(self._merged_factors.pop(name)).to(weight))
+            self.router.merged.pop(name, None)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` can read the update; it can.
+
+        Args:
+            adapter_name: The adapter.
+
+        Returns:
+            True.
+        """
+        return True
+
+    def _factors_in_force(self, adapter_name: str) -> Factors:
+        position = self.hyperadapter_position[adapter_name]
+        task = self.router.task_in_force(adapter_name)
+        with torch.no_grad():
+            return self.router.factors_of_task(adapter_name, task, [position])[position.name]
+
+    def _dense(self, factors: Factors) -> Tensor:
+        delta_weight = factors.delta_weight()[0]
+        return delta_weight.T if isinstance(self.get_base_layer(), Conv1D) else delta_weight
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.hyperadapter_position)
+
+    def __repr__(self) -> str:
+        return "hyperadapt." + super().__repr__()

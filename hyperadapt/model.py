@@ -1,0 +1,335 @@
+"""The tuner model: wraps the base model's modules, owns the networks, and opens a scope for every forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.pytorch_utils import Conv1D
+
+from hyperadapt.checkpointing import CheckpointFunction
+from hyperadapt.config import HyperAdapterConfig
+from hyperadapt.layer import HyperAdapterLayer
+from hyperadapt.network import HyperAdapterNetwork
+from hyperadapt.positions import Position
+from hyperadapt.routing import Request, Router, Tasks, check_batch_size
+from hyperadapt.tasks import resolve_task_ids
+
+ROUTING_ARGUMENTS = ("tasks", "task_embeddings")
+
+
+class HyperAdapterModel(BaseTuner):
+    """PEFT tuner for hyperadapters; made by ``get_peft_model`` with a ``HyperAdapterConfig``.
+
+    Args:
+        model: The base model.
+        config: Configuration by adapter name.
+        adapter_name: The first adapter.
+        low_cpu_mem_usage: Whether to make adapter parameters without memory, to be loaded later.
+        state_dict: State to find target modules from.
+    """
+
+    prefix = "hyperadapter_"
+    tuner_layer_cls = HyperAdapterLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    uses_shared_state = True
+
+    def set_task(self, task: str | None) -> None:
+        """Pin a task: calls that name no task use it, until changed.
+
+        Its factors are generated once and kept while no parameter changes and gradients are off.
+
+        Args:
+            task: Name of a task of every active adapter; None goes back to the default task.
+
+        Raises:
+            TypeError: If `task` is not a name.
+            ValueError: If the task is unknown, or another one is merged.
+        """
+        if task is not None and not isinstance(task, str):
+            raise TypeError(f"set_task got {task!r} ({type(task).__name__}); pass one task name, or None to unpin.")
+        for name in self.active_adapters:
+            config = self.router.network(name).config
+            if task is not None:
+                resolve_task_ids(task, config.task_names)
+            if name in self.router.merged and self.router.merged[name] != (task or config.default_task):
+                raise ValueError(
+                    f"Task {self.router.merged[name]!r} of adapter {name!r} is merged into the base weights, so "
+                    f"{task!r} cannot be pinned. Call unmerge_adapter() first."
+                )
+        for name in self.active_adapters:
+            if task is None:
+                self.router.pinned.pop(name, None)
+            else:
+                self.router.pinned[name] = task
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the target modules and build the adapter's network; on any error the model is left as it was.
+
+        Args:
+            model: The base model.
+            adapter_name: The adapter.
+            autocast_adapter_dtype: As in PEFT.
+            low_cpu_mem_usage: Whether to make parameters without memory, to be loaded later.
+            state_dict: State to find target modules from.
+
+        Raises:
+            Exception: Whatever went wrong, after the model was put back.
+        """
+        others = {parameter: parameter.requires_grad for parameter in self.hyperadapter_networks.parameters()}
+        base_requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with ExitStack() as stack:
+                if low_cpu_mem_usage:
+                    stack.enter_context(init_empty_weights())
+                self.hyperadapter_networks[adapter_name] = self._build_network(adapter_name)
+        except Exception:
+            self._remove_adapter(model, adapter_name)
+            for parameter, requires_grad in base_requires_grad.items():
+                parameter.requires_grad_(requires_grad)
+            raise
+        for parameter, requires_grad in others.items():
+            parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its network.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        super().delete_adapter(adapter_name)
+        self.router.forget(adapter_name)
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.hyperadapter_networks = nn.ModuleDict()
+        self.router = Router(self.hyperadapter_networks)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, HyperAdapterConfig)
+        layer = target if isinstance(target, HyperAdapterLayer) else self._wrap(target, current_key)
+        in_features, out_features = _get_in_out_features(layer.get_base_layer())
+        assert in_features is not None
+        assert out_features is not None
+        layer.update_layer(adapter_name, Position(current_key, in_features, out_features), peft_config.lora_dropout)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _wrap(self, target: nn.Module, name: str) -> HyperAdapterLayer:
+        backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
+        if isinstance(target, BaseTunerLayer) or not (
+            isinstance(target, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear")
+        ):
+            raise TypeError(
+                f"Module {name!r} is of type {type(target).__name__}, which hyperadapters cannot adapt: they adapt "
+                "linear layers (nn.Linear, Conv1D and quantised linear layers). Take it out of target_modules, or "
+                "list it in exclude_modules."
+            )
+        return HyperAdapterLayer(target, self.router, backend)
+
+    def _build_network(self, adapter_name: str) -> HyperAdapterNetwork:
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, HyperAdapterConfig)
+        layers = [layer for layer in self._layers(self.model) if adapter_name in layer.hyperadapter_position]
+        positions = [layer.hyperadapter_position[adapter_name] for layer in layers]
+        norms = torch.stack([_base_norm(layer, position) for layer, position in zip(layers, positions, strict=True)])
+        network = HyperAdapterNetwork(config, positions, norms)
+        weight = layers[0].weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        # Trainability follows PEFT: the active adapters train, unless loaded for inference.
+        network.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        if next(network.parameters()).is_meta:
+            return network.to(dtype)
+        return network.to(weight.device, dtype)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        network = self.router.network(adapter_name)
+        if autocast_adapter_dtype and network.task_embedding.weight.element_size() < 4:
+            network.float()
+
+    def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, HyperAdapterLayer):
+                continue
+            layer.remove_adapter(adapter_name)
+            if not layer.hyperadapter_position:
+                model.set_submodule(name, layer.base_layer)
+        if adapter_name in self.hyperadapter_networks:
+            del self.hyperadapter_networks[adapter_name]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self,
+        *args: Any,
+        tasks: Tasks | None = None,
+        task_embeddings: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[None]:
+        if adapter_names is not None:
+            raise ValueError(
+                f"adapter_names={adapter_names!r} is not supported by hyperadapters: one adapter serves many tasks. "
+                "Name the task of each row with tasks= instead."
+            )
+        batch_size = _find_batch_size(getattr(self.model, "main_input_name", "input_ids"), args, kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(self.router.open(Request(tasks, task_embeddings), self.active_adapters, batch_size))
+            stack.enter_context(self._checkpoints_carry_factors())
+            if batch_size is None:
+                # The task-specific PeftModels hide their inputs from this hook.
+                stack.callback(self.model.register_forward_pre_hook(self._check_batch, with_kwargs=True).remove)
+            yield
+
+    def _check_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch_size = _find_batch_size(getattr(model, "main_input_name", "input_ids"), args, kwargs)
+        if batch_size is not None and self.router.scope is not None:
+            check_batch_size(self.router.scope, batch_size)
+
+    @contextmanager
+    def _checkpoints_carry_factors(self) -> Iterator[None]:
+        """Let gradient checkpointing carry factors while a scope is open; nothing stays behind on the blocks."""
+        wrapped: list[tuple[nn.Module, Any]] = []
+        if self.model.training and torch.is_grad_enabled():
+            for module in self.model.modules():
+                # Read from __dict__: a wrapper must not be found through another module.
+                function = module.__dict__.get("_gradient_checkpointing_func")
+                if function is not None and getattr(module, "gradient_checkpointing", False):
+                    names = [
+                        position.name
+                        for layer in self._layers(module)
+                        for position in set(layer.hyperadapter_position.values())
+                    ]
+                    module.__dict__["_gradient_checkpointing_func"] = CheckpointFunction(function, self.router, names)
+                    wrapped.append((module, function))
+        try:
+            yield
+        finally:
+            for module, function in wrapped:
+                module.__dict__["_gradient_checkpointing_func"] = function
+
+    @staticmethod
+    def _layers(module: nn.Module) -> list[HyperAdapterLayer]:
+        return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLayer)]
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        marker = f"hyperadapter_networks.{adapter_name}."
+        if marker in key:
+            return key.replace(marker, "hyperadapter_networks.", 1)
+        name: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return name
+
+
+@contextmanager
+def use_tasks(model: nn.Module, tasks: Tasks | None = None, *, task_embeddings: Tensor | None = None) -> Iterator[None]:
+    """Set the tasks of the calls inside, for code that owns the call and cannot pass ``tasks=``.
+
+    Args:
+        model: A model with a hyperadapter, wrapped or not.
+        tasks: One name for all rows, one name per row, or integer ids ``(batch,)``.
+        task_embeddings: Shape ``(batch, task_embedding_dim)``, for conditions that have no id.
+
+    Yields:
+        None.
+
+    Raises:
+        ValueError: If nothing or both are given, or a task is unknown.
+    """
+    request = Request(tasks, task_embeddings)
+    if request.is_empty:
+        raise ValueError("use_tasks got tasks=None and no task_embeddings; pass one of the two.")
+    tuner = find_tuner(model)
+    if tasks is not None:
+        for name in tuner.active_adapters:
+            resolve_task_ids(tasks, tuner.router.network(name).config.task_names)
+    tuner.router.requests.append(request)
+    try:
+        yield
+    finally:
+        tuner.router.requests.pop()
+
+
+def find_tuner(model: nn.Module) -> HyperAdapterModel:
+    """The hyperadapter tuner inside a model.
+
+    Args:
+        model: A ``PeftModel``, possibly wrapped (DDP, ``torch.compile``).
+
+    Returns:
+        The tuner.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, HyperAdapterModel):
+            return module
+    raise TypeError(
+        f"{type(model).__name__} has no hyperadapter. Make one with get_peft_model(model, HyperAdapterConfig(...)) or "
+        "load one with PeftModel.from_pretrained."
+    )
+
+
+def _base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
+    weight = layer.get_base_weight()
+    if weight.is_meta:
+        raise ValueError(
+            f"The weight of module {position.name!r} is on the meta device, so its norm, the unit of bounds and gains, "
+            "is unknown. Load the base model's weights first."
+        )
+    # Summed in float32 at least, as vector_norm refuses to narrow float64.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(weight.detach(), dtype=dtype).float().cpu()
+    if not torch.isfinite(norm) or norm == 0:
+        raise ValueError(
+            f"The weight of module {position.name!r} has Frobenius norm {norm.item()}, which cannot be the unit of "
+            "bounds and gains. Leave the module out with exclude_modules."
+        )
+    return norm
+
+
+def _find_batch_size(main_input: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    candidates = (
+        *args[:1],
+        *(kwargs.get(name) for name in (main_input, "inputs", "input_ids", "inputs_embeds")),
+    )
+    return next((len(value) for value in candidates if isinstance(value, Tensor) and value.ndim), None)
+
+
+def _strip_routing_arguments(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Have a ``PeftModel`` keep the routing arguments from the base model's forward and generate.
+
+    PEFT strips the names in ``special_peft_forward_args`` everywhere (generate's argument check and
+    disabled adapters included), but a tuner is never told which PeftModel it becomes part of.
+    """
+    if isinstance(submodule, HyperAdapterModel) and isinstance(module, PeftModel):
+        module.special_peft_forward_args.update(ROUTING_ARGUMENTS)
+
+
+register_module_module_registration_hook(_strip_routing_arguments)

@@ -1,0 +1,32 @@
+"""Positions in the base model: which module of which layer an adapter belongs to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Position:
+    """One adapted module of the base model.
+
+    Args:
+        name: Path of the module in the base model, as in ``named_modules()``.
+        in_features: Size of the module's input.
+        out_features: Size of the module's output.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def layer_index(self) -> int | None:
+        """Index of the transformer layer: the first number among the path's components; None outside of layers."""
+        match = re.search(r"(?:^|\.)(\d+)(?=\.|$)", self.name)
+        return int(match.group(1)) if match else None
+
+    @property
+    def module(self) -> str:
+        """The path with the layer index as ``*``: the same for the same module of every layer."""
+        return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", self.name, count=1)

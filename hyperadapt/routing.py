@@ -1,0 +1,317 @@
+"""Which task each row of a batch uses, and the factors generated for the current forward pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hyperadapt.factors import Factors
+from hyperadapt.network import HyperAdapterNetwork
+from hyperadapt.positions import Position
+from hyperadapt.tasks import resolve_task_ids
+
+Tasks = str | Sequence[str] | Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asked for: tasks, or task embeddings.
+
+    Args:
+        tasks: One name for all rows, one name per row, or integer ids ``(batch,)``.
+        task_embeddings: Shape ``(batch, task_embedding_dim)``, for conditions that have no id.
+
+    Raises:
+        ValueError: If both are given.
+    """
+
+    tasks: Tasks | None = None
+    task_embeddings: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tasks is not None and self.task_embeddings is not None:
+            raise ValueError(
+                f"Both tasks={self.tasks!r} and task_embeddings of shape {tuple(self.task_embeddings.shape)} were "
+                "given; pass one of the two."
+            )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the caller asked for nothing."""
+        return self.tasks is None and self.task_embeddings is None
+
+    @property
+    def num_rows(self) -> int | None:
+        """Number of rows asked for; None if one task is meant for all."""
+        if self.task_embeddings is not None:
+            return len(self.task_embeddings)
+        return None if self.tasks is None or isinstance(self.tasks, str) else len(self.tasks)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Generated factors by position name, and the task each row uses (see ``Factors.apply``)."""
+
+    factors: dict[str, Factors]
+    rows: Tensor | None
+
+
+@dataclass
+class Scope:
+    """The factors of one forward pass by adapter name; `num_rows` until it was compared with the batch."""
+
+    routed: dict[str, Routed]
+    num_rows: int | None = None
+
+
+class Router:
+    """Keeps requests and factors where every adapted layer can find them.
+
+    A plain object on purpose: layers share it without registering the networks a second time.
+
+    Args:
+        networks: The networks by adapter name, as registered on the tuner model.
+    """
+
+    def __init__(self, networks: nn.ModuleDict) -> None:
+        self.networks = networks
+        self.pinned: dict[str, str] = {}
+        self.merged: dict[str, str] = {}
+        self.requests: list[Request] = []
+        self.scope: Scope | None = None
+        self._cache: dict[str, tuple[object, dict[str, Factors]]] = {}
+        self._warned = False
+
+    def network(self, adapter_name: str) -> HyperAdapterNetwork:
+        """The network of an adapter.
+
+        Args:
+            adapter_name: The adapter.
+
+        Returns:
+            Its network.
+        """
+        network = self.networks[adapter_name]
+        assert isinstance(network, HyperAdapterNetwork)
+        return network
+
+    @contextmanager
+    def open(self, request: Request, adapter_names: Iterable[str], batch_size: int | None) -> Iterator[None]:  # noqa: DOC502
+        """Generate the factors of a forward pass and keep them for its duration.
+
+        Args:
+            request: What the call asked for; if empty, the innermost ``use_tasks``, the pinned task or
+                the default task decides.
+            adapter_names: The active adapters.
+            batch_size: Number of rows of the batch; None if it cannot be told yet.
+
+        Yields:
+            None.
+
+        Raises:
+            ValueError: If the number of tasks is not the number of rows, or other tasks than the merged
+                one are asked for.
+        """
+        if request.is_empty and self.requests:
+            request = self.requests[-1]
+        routed = {}
+        for name in adapter_names:
+            if name in self.merged:
+                self._check_merged(name, request)
+            else:
+                routed[name] = self._route(name, request)
+        scope = Scope(routed, request.num_rows)
+        if batch_size is not None:
+            check_batch_size(scope, batch_size)
+        with self.installed(scope):
+            yield
+
+    @contextmanager
+    def installed(self, scope: Scope) -> Iterator[None]:
+        """Make a scope the current one.
+
+        Args:
+            scope: The scope.
+
+        Yields:
+            None.
+        """
+        previous, self.scope = self.scope, scope
+        try:
+            yield
+        finally:
+            self.scope = previous
+
+    def lookup(self, adapter_name: str, position: Position) -> Routed:
+        """The factors that a layer applies now.
+
+        Args:
+            adapter_name: The adapter.
+            position: The layer's position.
+
+        Returns:
+            The current forward pass's factors. Outside of one (a submodule is called on its own) the
+            factors of this position alone, generated for the task in force.
+
+        Raises:
+            RuntimeError: If the call recomputes a forward pass whose factors are out of reach.
+        """
+        if self.scope is not None and adapter_name in self.scope.routed:
+            return self.scope.routed[adapter_name]
+        # Private, but how torch.utils.checkpoint itself tells that it recomputes.
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"Module {position.name!r} is recomputed during backward by a checkpoint that hyperadapt does not "
+                "know, so the tasks of its forward pass are lost. Use the model's own gradient checkpointing "
+                "(model.activation_checkpointing_enable(), or gradient_checkpointing=True in TrainingArguments), and "
+                "call the PeftModel itself."
+            )
+        request = self.requests[-1] if self.requests else Request()
+        return self._route(adapter_name, request, [position])
+
+    def task_in_force(self, adapter_name: str) -> str:
+        """Name of the task of calls that ask for none: the pinned one, else the default with one warning.
+
+        Args:
+            adapter_name: The adapter.
+
+        Returns:
+            The task's name.
+        """
+        if adapter_name in self.pinned:
+            return self.pinned[adapter_name]
+        config = self.network(adapter_name).config
+        if len(config.task_names) > 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"No task was given, so all rows use the default task {config.default_task!r} of "
+                f"{len(config.task_names)}. Pass tasks= with the batch (and remove_unused_columns=False to Trainer, "
+                "which otherwise drops that column), or pin a task with set_task.",
+                stacklevel=2,
+            )
+        assert config.default_task is not None
+        return config.default_task
+
+    def factors_of_task(
+        self, adapter_name: str, task: str, positions: Sequence[Position] | None = None
+    ) -> dict[str, Factors]:
+        """Factors of one task, by position name; kept while no parameter changes if gradients are off.
+
+        Args:
+            adapter_name: The adapter.
+            task: Name of the task.
+            positions: The positions to generate; None for all.
+
+        Returns:
+            The factors, for one task.
+        """
+        network = self.network(adapter_name)
+        task_ids = resolve_task_ids([task], network.config.task_names)
+        key = None
+        if positions is None and not torch.is_grad_enabled():
+            key = (task, _optimizer_steps, *_versions(network))
+        if key is not None and adapter_name in self._cache and self._cache[adapter_name][0] == key:
+            return self._cache[adapter_name][1]
+        weight = network.task_embedding.weight
+        factors: dict[str, Factors] = network(network.task_embedding(task_ids.to(weight.device)), positions)
+        if key is not None:
+            self._cache[adapter_name] = key, factors
+        return factors
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what is kept about an adapter.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        for kept in (self.pinned, self.merged, self._cache):
+            kept.pop(adapter_name, None)
+
+    def _route(self, adapter_name: str, request: Request, positions: Sequence[Position] | None = None) -> Routed:
+        network = self.network(adapter_name)
+        if torch.is_grad_enabled():
+            # Training may write to `parameter.data`, which counts no versions.
+            self._cache.pop(adapter_name, None)
+        tasks = request.tasks
+        if request.task_embeddings is not None:
+            embeddings = _check_embeddings(request.task_embeddings, network.config.task_embedding_dim)
+            rows = torch.arange(len(embeddings), device=embeddings.device) if len(embeddings) > 1 else None
+            return Routed(network(embeddings.to(network.task_embedding.weight.device), positions), rows)
+        if tasks is None:
+            tasks = self.task_in_force(adapter_name)
+        task_ids = resolve_task_ids(tasks, network.config.task_names)
+        distinct, rows = torch.unique(task_ids, return_inverse=True)
+        if len(distinct) == 1:
+            task = network.config.task_names[int(distinct)]
+            return Routed(self.factors_of_task(adapter_name, task, positions), None)
+        embeddings = network.task_embedding(distinct.to(network.task_embedding.weight.device))
+        return Routed(network(embeddings, positions), rows)
+
+    def _check_merged(self, adapter_name: str, request: Request) -> None:
+        merged, names = self.merged[adapter_name], self.network(adapter_name).config.task_names
+        if request.is_empty:
+            return
+        if request.tasks is None or set(resolve_task_ids(request.tasks, names).reshape(-1).tolist()) != {
+            names.index(merged)
+        }:
+            raise ValueError(
+                f"Task {merged!r} of adapter {adapter_name!r} is merged into the base weights, so no other task can be "
+                "used. Call unmerge_adapter() first."
+            )
+
+
+def check_batch_size(scope: Scope, batch_size: int) -> None:
+    """Compare the number of tasks with the batch, once per scope: later calls may see beams.
+
+    Args:
+        scope: The scope.
+        batch_size: Number of rows of the batch.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if scope.num_rows is not None and scope.num_rows != batch_size:
+        raise ValueError(
+            f"Got tasks for {scope.num_rows} rows, but the batch has {batch_size}. Pass one task per row, or one name "
+            "for all rows."
+        )
+    scope.num_rows = None
+
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimisers write to parameters without counting versions.
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def _versions(network: nn.Module) -> tuple[object, ...]:
+    """What changes whenever a tensor of the network is replaced, moved, cast or written to."""
+    tensors = [*network.parameters(), *network.buffers()]
+    # Tensors made in inference mode count no versions; nothing may be kept for them.
+    return tuple(object() if t.is_inference() else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+
+
+def _check_embeddings(task_embeddings: Tensor, task_embedding_dim: int) -> Tensor:
+    if not task_embeddings.is_floating_point():
+        raise TypeError(
+            f"task_embeddings has dtype {task_embeddings.dtype}, but embeddings are floating point. Task ids go into "
+            "tasks=."
+        )
+    if task_embeddings.ndim != 2 or not len(task_embeddings) or task_embeddings.shape[1] != task_embedding_dim:
+        raise ValueError(
+            f"task_embeddings has shape {tuple(task_embeddings.shape)}, but must have shape "
+            f"(batch, {task_embedding_dim})."
+        )
+    return task_embeddings

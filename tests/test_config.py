@@ -1,0 +1,280 @@
+"""Tests of the configuration: defaults, forms of tasks, saving and loading, and every refusal."""
+
+import copy
+import dataclasses
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig
+
+from hyperadapt.config import HEADS, NORMALIZATIONS, HyperAdapterConfig
+
+# In an order that is not the alphabetical one, in which PEFT writes the keys of a dict.
+DESCRIPTIONS = {"trec": "What does a question ask for?", "boolq": "Is it so?", "sst2": "Is it praise?"}
+
+# No field has its default. Fixed values: `peft_type` and `peft_version`; `bias` has only one legal value.
+FULL = {
+    "task_type": "SEQ_CLS",
+    "auto_mapping": {"base_model_class": "Bert"},
+    "base_model_name_or_path": "base",
+    "revision": "v1",
+    "inference_mode": True,
+    "r": 3,
+    "lora_alpha": 4.5,
+    "lora_dropout": 0.25,
+    "target_modules": ["query", "value"],
+    "exclude_modules": ["pooler"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": "layer",
+    "modules_to_save": ["classifier"],
+    "tasks": DESCRIPTIONS,
+    "default_task": "sst2",
+    "task_embedding_dim": 7,
+    "hypernetwork_dim": 9,
+    "hypernetwork_depth": 1,
+    "head": "pair",
+    "normalization": "frobenius_clip",
+    "normalization_bound": 0.125,
+    "init_weights": "zero_head",
+}
+
+
+def test_defaults_are_valid() -> None:
+    config = HyperAdapterConfig()
+    assert config.tasks == ["default"]
+    assert config.default_task == "default"
+    assert config.task_descriptions is None
+    assert config.normalization == "soft_frobenius"
+    assert config.normalization_bound == 0.5
+    assert config.peft_type == "HYPERADAPTER"
+    assert HyperAdapterConfig().tasks is not config.tasks
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("init_weights", [True, False])
+def test_every_head_and_normalization_is_valid(head: str, normalization: str, init_weights: bool) -> None:
+    config = HyperAdapterConfig(head=head, normalization=normalization, init_weights=init_weights)
+    assert (config.normalization_bound is None) == (normalization in ("none", "frobenius"))
+    assert config.has_gain == (normalization == "frobenius")
+    assert config.has_zero_heads == (init_weights and normalization != "frobenius")
+
+
+@pytest.mark.parametrize(
+    ("normalization", "init_weights", "has_zero_heads"),
+    [("none", "zero_head", True), ("soft_frobenius", "zero_head", True), ("frobenius", "zero_gain", False)],
+)
+def test_named_starts_equal_true(normalization: str, init_weights: str, has_zero_heads: bool) -> None:
+    for start in (True, init_weights):
+        config = HyperAdapterConfig(normalization=normalization, init_weights=start)
+        assert config.has_zero_heads == has_zero_heads
+
+
+def test_scaling_is_alpha_over_r() -> None:
+    assert HyperAdapterConfig(r=4, lora_alpha=10).scaling == 2.5
+
+
+def test_a_dict_of_tasks_is_split_into_names_and_descriptions() -> None:
+    config = HyperAdapterConfig(tasks=DESCRIPTIONS)
+    assert config.tasks == ["trec", "boolq", "sst2"]
+    assert config.task_descriptions == DESCRIPTIONS
+    assert config.default_task == "trec"
+
+
+@pytest.mark.parametrize("tasks", [["trec", "boolq"], ("trec", "boolq")])
+def test_a_sequence_of_tasks_keeps_its_order(tasks: Any) -> None:
+    config = HyperAdapterConfig(tasks=tasks, task_descriptions={"boolq": "Is it so?"})
+    assert config.tasks == ["trec", "boolq"]
+    assert config.task_descriptions == {"boolq": "Is it so?"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "descriptions"), [(list(DESCRIPTIONS), dict(DESCRIPTIONS)), (dict(DESCRIPTIONS), None)]
+)
+def test_the_callers_objects_are_neither_changed_nor_kept(tasks: Any, descriptions: Any) -> None:
+    before = copy.deepcopy((tasks, descriptions))
+    config = HyperAdapterConfig(tasks=tasks, task_descriptions=descriptions)
+    assert (tasks, descriptions) == before
+    tasks.clear()
+    if descriptions:
+        descriptions.clear()
+    assert config.tasks == list(DESCRIPTIONS)
+    assert config.task_descriptions == DESCRIPTIONS
+
+
+def test_the_full_config_has_no_default_left() -> None:
+    config = HyperAdapterConfig(**FULL)
+    default = HyperAdapterConfig()
+    same = {
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) == getattr(default, field.name)
+    }
+    assert same == {"peft_type", "peft_version", "bias"}
+
+
+@pytest.mark.parametrize("config_class", [PeftConfig, HyperAdapterConfig])
+@pytest.mark.parametrize(
+    "arguments", [FULL, {}, {"target_modules": "all-linear", "layers_to_transform": None}]
+)
+def test_a_saved_config_loads_equal(
+    tmp_path: Path, config_class: type[PeftConfig], arguments: dict[str, Any]
+) -> None:
+    config = HyperAdapterConfig(**arguments)
+    config.save_pretrained(str(tmp_path))
+    loaded = config_class.from_pretrained(str(tmp_path))
+    assert type(loaded) is HyperAdapterConfig
+    assert loaded == config
+    assert loaded.tasks == list(arguments.get("tasks", ["default"]))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_are_equal_and_independent(duplicate: Any) -> None:
+    config = HyperAdapterConfig(**FULL)
+    other = duplicate(config)
+    assert other == config
+    other.tasks.append("new")
+    other.task_descriptions["new"] = "A new one."
+    assert config == HyperAdapterConfig(**FULL)
+
+
+# Configuration, exception, and what the message must say: the offending value, the cause and a remedy.
+BAD = [
+    ({"r": 0}, ValueError, "r=0 must be at least 1."),
+    ({"r": -1}, ValueError, "r=-1 must be at least 1."),
+    ({"r": 1.5}, TypeError, "r=1.5 must be an integer, not float."),
+    ({"r": True}, TypeError, "r=True must be an integer, not bool."),
+    ({"r": "8"}, TypeError, "r='8' must be an integer, not str."),
+    *(
+        case
+        for name in ("task_embedding_dim", "hypernetwork_dim", "hypernetwork_depth")
+        for case in (
+            ({name: 0}, ValueError, f"{name}=0 must be at least 1."),
+            ({name: 64.0}, TypeError, f"{name}=64.0 must be an integer, not float."),
+            ({name: None}, TypeError, f"{name}=None must be an integer, not NoneType."),
+        )
+    ),
+    ({"lora_alpha": 0}, ValueError, "lora_alpha=0 must be a finite number above 0."),
+    ({"lora_alpha": -1}, ValueError, "lora_alpha=-1 must be a finite number above 0."),
+    ({"lora_alpha": math.nan}, ValueError, "lora_alpha=nan must be a finite number above 0."),
+    ({"lora_alpha": math.inf}, ValueError, "lora_alpha=inf must be a finite number above 0."),
+    ({"lora_alpha": "8"}, TypeError, "lora_alpha='8' must be a number, not str."),
+    ({"lora_dropout": -0.1}, ValueError, "lora_dropout=-0.1 must be in [0, 1)."),
+    ({"lora_dropout": 1.0}, ValueError, "lora_dropout=1.0 must be in [0, 1)."),
+    ({"lora_dropout": None}, TypeError, "lora_dropout=None must be a number, not NoneType."),
+    ({"head": "column"}, ValueError, "head='column' is unknown. Choose one of 'row', 'factor', 'pair'."),
+    (
+        {"normalization": "spectrall"},
+        ValueError,
+        "normalization='spectrall' is unknown. Choose one of 'none', ",
+    ),
+    ({"bias": "all"}, ValueError, "bias='all' is not supported: * Use bias='none'; * modules_to_save."),
+    (
+        {"target_modules": "all-linear", "layers_to_transform": [1]},
+        ValueError,
+        "layers_to_transform=[1] cannot be used with target_modules='all-linear': * Pass target_modules as a "
+        "list, or ",
+    ),
+    (
+        {"layers_pattern": "h"},
+        ValueError,
+        "layers_pattern='h' has no effect without layers_to_transform. * drop layers_pattern.",
+    ),
+    *(
+        (
+            {"normalization_bound": bound},
+            ValueError,
+            f"normalization_bound={bound} must be a finite number above 0.",
+        )
+        for bound in (0, -0.5, math.nan, math.inf)
+    ),
+    ({"normalization_bound": "1"}, TypeError, "normalization_bound='1' must be a number, not str."),
+    *(
+        (
+            {"normalization": normalization, "normalization_bound": 0.5},
+            ValueError,
+            f"normalization_bound=0.5 has no effect with normalization='{normalization}'. Drop it, or choose "
+            "one of soft_frobenius, frobenius_clip.",
+        )
+        for normalization in ("none", "frobenius")
+    ),
+    (
+        {"init_weights": "gaussian"},
+        ValueError,
+        "init_weights='gaussian' is unknown. Choose one of True, False, ",
+    ),
+    ({"init_weights": None}, ValueError, "init_weights=None is unknown. Choose one of True, False, "),
+    (
+        {"normalization": "frobenius", "init_weights": "zero_head"},
+        ValueError,
+        "init_weights='zero_head' is impossible with normalization='frobenius': the unit norm of a zero "
+        "matrix is undefined * Use init_weights='zero_gain'",
+    ),
+    *(
+        (
+            {"normalization": normalization, "init_weights": "zero_gain"},
+            ValueError,
+            f"init_weights='zero_gain' is impossible with normalization='{normalization}', which has no "
+            "gain. Use init_weights='zero_head'",
+        )
+        for normalization in ("none", "soft_frobenius", "frobenius_clip")
+    ),
+    (
+        {"task_type": "SOLVE"},
+        ValueError,
+        "Invalid task type: 'SOLVE'. Must be one of the following task types: ",
+    ),
+    ({"tasks": []}, ValueError, "tasks=[] names no task. Name at least one"),
+    ({"tasks": {}}, ValueError, "tasks=[] names no task. Name at least one"),
+    ({"tasks": "trec"}, TypeError, "tasks='trec' must be a list of names or a dict * not str."),
+    ({"tasks": 2}, TypeError, "tasks=2 must be a list of names or a dict from name to description, not int."),
+    ({"tasks": None}, TypeError, "tasks=None must be a list of names or a dict * not NoneType."),
+    ({"tasks": ["a", ""]}, ValueError, "tasks=['a', ''] holds ''; every task needs a non-empty name."),
+    (
+        {"tasks": ["a", " \t"]},
+        ValueError,
+        r"tasks=['a', ' \t'] holds ' \t'; every task needs a non-empty name.",
+    ),
+    ({"tasks": ["a", 1]}, ValueError, "tasks=['a', 1] holds 1; every task needs a non-empty name."),
+    ({"tasks": {1: "One."}}, ValueError, "tasks=[1] holds 1; every task needs a non-empty name."),
+    (
+        {"tasks": ["a", "b", "a"]},
+        ValueError,
+        "tasks=['a', 'b', 'a'] names ['a'] more than once; task names must be unique.",
+    ),
+    (
+        {"tasks": ["a"], "default_task": "b"},
+        ValueError,
+        "default_task='b' is not among the tasks ['a']. Name one of them.",
+    ),
+    ({"tasks": ["a"], "default_task": ["a"]}, ValueError, "default_task=['a'] is not among the tasks ['a']."),
+    (
+        {"tasks": ["a"], "task_descriptions": {"b": "B."}},
+        ValueError,
+        "task_descriptions describes 'b', which is not among the tasks ['a']. Add it to tasks, or drop its ",
+    ),
+    (
+        {"tasks": ["a"], "task_descriptions": ["A."]},
+        TypeError,
+        "task_descriptions=['A.'] must be a dict from task name to description, not list.",
+    ),
+    ({"tasks": {"a": ""}}, ValueError, "The description of task 'a' is ''; write a non-empty text."),
+    ({"tasks": {"a": None}}, ValueError, "The description of task 'a' is None; write a non-empty text."),
+    (
+        {"tasks": {"a": "A."}, "task_descriptions": {"a": "A."}},
+        ValueError,
+        "tasks={'a': 'A.'} already gives descriptions, and so does task_descriptions. Pass one of the two.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[str(case[0]) for case in BAD])
+def test_bad_configs_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    # " * " stands for any words between two parts of the message.
+    pattern = r" .*".join(re.escape(part) for part in message.split(" * "))
+    with pytest.raises(error, match=f"^{pattern}"):
+        HyperAdapterConfig(**arguments)

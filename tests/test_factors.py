@@ -1,0 +1,84 @@
+"""Tests of applying generated factors to activations, against the dense product."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperadapt.factors import Factors
+from tests.tolerances import FLOAT32_FORMULA, FLOAT64_EXACT
+
+TASKS, R, IN, OUT = 3, 2, 6, 5
+
+
+def make_factors(tasks: int = TASKS, dtype: torch.dtype = torch.float64) -> Factors:
+    torch.manual_seed(0)
+    shapes = ((tasks, R, IN), (tasks, OUT, R), (tasks, R, R))
+    return Factors(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes))
+
+
+def dense_apply(factors: Factors, x: Tensor, rows: list[int]) -> Tensor:
+    """One dense product per element of the first dimension; the row's task is given for each."""
+    weights = torch.einsum("tor,trs,tsi->toi", factors.lora_B, factors.core, factors.lora_A)
+    return torch.stack([element @ weights[row].T for element, row in zip(x, rows, strict=True)])
+
+
+# (shape of x, rows, task of each element of x)
+CASES = {
+    "one task, 2-D": ((4, IN), None, [0, 0, 0, 0]),
+    "one task, 3-D": ((2, 7, IN), None, [0, 0]),
+    "one task, 4-D": ((2, 3, 7, IN), None, [0, 0]),
+    "mixed, 2-D": ((4, IN), [2, 0, 2, 1], [2, 0, 2, 1]),
+    "mixed, 3-D": ((3, 7, IN), [1, 2, 0], [1, 2, 0]),
+    "mixed, 4-D": ((2, 3, 7, IN), [1, 2], [1, 2]),
+    "beams": ((6, 7, IN), [2, 1], [2, 2, 2, 1, 1, 1]),
+    "flattened tokens": ((6, IN), [0, 2, 1], [0, 0, 2, 2, 1, 1]),
+    "one row": ((1, 7, IN), [2], [2]),
+}
+
+
+@pytest.mark.parametrize(("shape", "rows", "tasks"), CASES.values(), ids=CASES)
+def test_apply_and_its_gradients_equal_the_dense_product(
+    shape: tuple[int, ...], rows: list[int] | None, tasks: list[int]
+) -> None:
+    factors = make_factors(1 if rows is None else TASKS)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    actual = factors.apply(x, None if rows is None else torch.tensor(rows))
+    expected = dense_apply(factors, x, tasks)
+    assert actual.shape == (*shape[:-1], OUT)
+    torch.testing.assert_close(actual, expected, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+
+    inputs = (x, *factors.tensors())
+    direction = torch.randn_like(actual)
+    gradients = torch.autograd.grad(actual, inputs, direction)
+    expected_gradients = torch.autograd.grad(expected, inputs, direction)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+
+
+def test_float32_stays_float32_and_accurate() -> None:
+    factors = make_factors(dtype=torch.float32)
+    x = torch.randn(4, IN)
+    rows = torch.tensor([2, 0, 2, 1])
+    expected = Factors(*(tensor.double() for tensor in factors.tensors())).apply(x.double(), rows)
+    actual = factors.apply(x, rows)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+
+
+@pytest.mark.parametrize("size", [2, 4, 5, 7])
+def test_an_input_that_is_no_multiple_of_the_rows_is_refused(size: int) -> None:
+    message = rf"first dimension is {size}, which is no multiple of the 3 rows .* exclude_modules"
+    with pytest.raises(ValueError, match=message):
+        make_factors().apply(torch.randn(size, IN, dtype=torch.float64), torch.tensor([0, 1, 2]))
+
+
+def test_delta_weight_is_the_dense_product_of_every_task() -> None:
+    factors = make_factors()
+    identity = torch.eye(IN, dtype=torch.float64)
+    assert factors.delta_weight().shape == (TASKS, OUT, IN)
+    for task in range(TASKS):
+        torch.testing.assert_close(
+            factors.delta_weight()[task],
+            dense_apply(factors, identity[None], [task])[0].T,
+            rtol=FLOAT64_EXACT,
+            atol=FLOAT64_EXACT,
+        )

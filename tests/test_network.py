@@ -1,0 +1,196 @@
+"""Tests of an adapter's network: scaling, bounds and gains in units of the base weights, order, precision."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperadapt.config import BOUNDED_NORMALIZATIONS, HEADS, NORMALIZATIONS, HyperAdapterConfig
+from hyperadapt.factors import Factors
+from hyperadapt.network import HyperAdapterNetwork
+from hyperadapt.normalization import normalize
+from hyperadapt.positions import Position
+from tests.tolerances import (
+    BFLOAT16_NETWORK,
+    BFLOAT16_PRODUCT,
+    EPS_FLOAT32,
+    FLOAT32_FORMULA,
+    FLOAT32_FORWARD,
+    norm_error,
+)
+
+# Shapes alternate, so that the groups the hypernetwork makes are not in the order of the positions.
+POSITIONS = [
+    Position("h.0.q", 6, 4),
+    Position("h.0.up", 4, 10),
+    Position("h.1.q", 6, 4),
+    Position("h.1.up", 4, 10),
+    Position("classifier", 6, 3),
+]
+BASE_NORMS = torch.tensor([2.0, 0.5, 30.0, 7.0, 1.0])
+LONGEST = 10
+
+
+def make_network(positions: list[Position] = POSITIONS, **changes: Any) -> HyperAdapterNetwork:
+    """A network whose updates are not zero."""
+    torch.manual_seed(0)
+    options = {
+        "r": 2,
+        "lora_alpha": 3,
+        "tasks": ["a", "b", "c"],
+        "task_embedding_dim": 8,
+        "hypernetwork_dim": 16,
+        "init_weights": False,
+    }
+    return HyperAdapterNetwork(HyperAdapterConfig(**(options | changes)), positions, BASE_NORMS.clone())
+
+
+def generate(network: HyperAdapterNetwork, positions: list[Position] | None = None) -> dict[str, Factors]:
+    return network(network.task_embedding(torch.arange(3)), positions)
+
+
+def norms(factors: dict[str, Factors]) -> Tensor:
+    """Frobenius norms of the dense updates, shape (tasks, positions), in the order of POSITIONS."""
+    dense = (factors[position.name] for position in POSITIONS)
+    updates = (one.lora_B.double() @ one.core.double() @ one.lora_A.double() for one in dense)
+    return torch.stack([torch.linalg.matrix_norm(update) for update in updates], dim=1)
+
+
+def tensors(factors: dict[str, Factors]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    return {name: one.tensors() for name, one in factors.items()}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_every_position_gets_factors_of_its_shape(head: str, normalization: str) -> None:
+    factors = generate(make_network(head=head, normalization=normalization))
+    assert factors.keys() == {position.name for position in POSITIONS}
+    for position in POSITIONS:
+        one = factors[position.name]
+        assert one.lora_A.shape == (3, 2, position.in_features)
+        assert one.lora_B.shape == (3, position.out_features, 2)
+        assert one.core.shape == (3, 2, 2)
+
+
+def test_without_normalization_the_core_is_the_scaling() -> None:
+    for one in generate(make_network(normalization="none", lora_alpha=3, r=2)).values():
+        assert torch.equal(one.core, 1.5 * torch.eye(2).expand(3, 2, 2))
+
+
+@pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
+def test_the_core_normalises_the_scaled_update(method: str) -> None:
+    network = make_network(normalization=method, normalization_bound=0.25)
+    for position, base_norm in zip(POSITIONS, BASE_NORMS, strict=True):
+        one = generate(network)[position.name]
+        expected = 1.5 * normalize(one.lora_A, 1.5 * one.lora_B, method, bound=0.25 * base_norm)
+        torch.testing.assert_close(one.core, expected, rtol=FLOAT32_FORMULA, atol=0)
+
+
+@pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
+def test_the_scaled_update_stays_below_the_bound_in_units_of_the_base_weight(method: str) -> None:
+    bound = 0.125
+    network = make_network(normalization=method, normalization_bound=bound, lora_alpha=64)
+    with torch.no_grad():
+        for name, head in network.hypernetwork.heads.items():
+            if name.startswith("B"):
+                head.weight *= 1e6
+    relative = norms(generate(network)) / BASE_NORMS.double()
+    error = norm_error(LONGEST, EPS_FLOAT32)
+    assert (relative <= bound * (1 + error)).all()
+    # The updates are huge, so the bound is reached, at every position in its own unit.
+    assert (relative >= bound * (1 - error)).all()
+
+
+def test_the_gain_counts_in_units_of_the_base_weights_norm() -> None:
+    network = make_network(normalization="frobenius")
+    gains = torch.tensor([0.5, -2.0, 1.0, 1e-3, 0.0])
+    with torch.no_grad():
+        network.gain.copy_(gains)
+    expected = (gains.abs() * BASE_NORMS).double().expand(3, -1)
+    error = norm_error(LONGEST, EPS_FLOAT32)
+    torch.testing.assert_close(norms(generate(network)), expected, rtol=error, atol=0)
+
+
+def test_the_gains_sign_is_that_of_the_update() -> None:
+    network = make_network(normalization="frobenius")
+    before = generate(network)["h.0.up"].core
+    with torch.no_grad():
+        network.gain.neg_()
+    assert torch.equal(generate(network)["h.0.up"].core, -before)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_training_starts_at_an_update_of_exactly_zero(normalization: str) -> None:
+    network = make_network(normalization=normalization, init_weights=True)
+    for one in generate(network).values():
+        assert torch.equal(one.delta_weight(), torch.zeros_like(one.delta_weight()))
+    assert hasattr(network, "gain") == (normalization == "frobenius")
+
+
+@pytest.mark.parametrize("normalization", ["soft_frobenius", "frobenius"])
+@pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [1, 3, 0, 4, 2], [3, 0], [2]])
+def test_the_order_of_positions_changes_nothing(normalization: str, order: list[int]) -> None:
+    network = make_network(normalization=normalization)
+    if normalization == "frobenius":
+        with torch.no_grad():
+            network.gain.copy_(torch.arange(1.0, 6.0))
+    whole = tensors(generate(network))
+    part = tensors(generate(network, [POSITIONS[index] for index in order]))
+    assert part.keys() == {POSITIONS[index].name for index in order}
+    expected = {name: whole[name] for name in part}
+    torch.testing.assert_close(part, expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_autocast_changes_nothing(normalization: str) -> None:
+    network = make_network(normalization=normalization)
+    expected = tensors(generate(network))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = tensors(generate(network))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_gradients_reach_every_parameter(head: str, normalization: str) -> None:
+    network = make_network(head=head, normalization=normalization)
+    x = {position.name: torch.randn(4, position.in_features) for position in POSITIONS}
+    rows = torch.tensor([0, 1, 2, 1])
+    factors = generate(network)
+    sum(one.apply(x[name], rows).square().sum() for name, one in factors.items()).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        # Every row: of the tasks, layers, modules, rows of a factor, outputs of a head.
+        assert (parameter.grad.reshape(len(parameter), -1) != 0).any(dim=1).all(), name
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_bfloat16_network_works_and_keeps_its_bounds(normalization: str) -> None:
+    network = make_network(normalization=normalization, lora_alpha=64).to(torch.bfloat16)
+    factors = generate(network)
+    assert all(tensor.dtype == torch.bfloat16 for one in factors.values() for tensor in one.tensors())
+    relative = norms(factors) / BASE_NORMS.double()
+    if normalization in BOUNDED_NORMALIZATIONS:
+        assert (relative <= 0.5 * (1 + BFLOAT16_PRODUCT)).all()
+    elif normalization == "frobenius":
+        torch.testing.assert_close(relative, torch.ones_like(relative), rtol=0, atol=BFLOAT16_PRODUCT)
+    else:
+        expected = norms(generate(make_network(normalization="none", lora_alpha=64)))
+        assert relative.isfinite().all()
+        assert (relative * BASE_NORMS).sum().item() == pytest.approx(
+            expected.sum().item(), rel=BFLOAT16_NETWORK
+        )
+
+
+def test_embeddings_of_another_dtype_are_accepted() -> None:
+    network = make_network()
+    embeddings = torch.randn(3, 8).to(torch.bfloat16)
+    actual = tensors(network(embeddings))
+    expected = tensors(network(embeddings.float()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_base_norms_are_saved_with_the_adapter() -> None:
+    assert torch.equal(make_network().state_dict()["base_norms"], BASE_NORMS)

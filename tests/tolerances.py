@@ -1,0 +1,74 @@
+"""Every tolerance that tests use, each with its derivation.
+
+``u = eps / 2`` is the largest relative error of one rounded operation. A sum of n products is off by at most
+``n·u`` and typically by ``√n·u``, in units of the product of the two vectors' norms. Unless a comment says
+otherwise a tolerance serves as both ``rtol`` and ``atol``, for values of order 1.
+"""
+
+import math
+
+import torch
+
+EPS_FLOAT64 = torch.finfo(torch.float64).eps  # 2.2e-16
+EPS_FLOAT32 = torch.finfo(torch.float32).eps  # 1.2e-7
+EPS_BFLOAT16 = torch.finfo(torch.bfloat16).eps  # 7.8e-3
+
+# A closed formula in float64 against the same formula in other steps. Sums have at most 1,000 terms:
+# 1,000 · 2.2e-16 = 2.2e-13, times 4 for the few sums in a row.
+FLOAT64_EXACT = 1e-12
+
+# gradcheck takes central differences of step h = 1e-6: rounding contributes eps·|f|/h = 2e-10·|f|, truncation
+# h²·|f'''|/6 = 2e-13·|f'''|. Test functions and their third derivatives stay below 100.
+FLOAT64_GRADCHECK = 1e-7
+
+# A short chain of float32 formulas (up to five sums of at most 64 terms) against the same in other order or
+# against float64: √(5·64)·1.2e-7 = 2e-6 typically; times 5 for the largest of some thousand entries.
+FLOAT32_FORMULA = 1e-5
+
+# Two float32 evaluations of a small model (two layers, about 20 matrix products with sums of at most 128
+# terms) that sum in different order: √(20·128)·1.2e-7 = 6e-6 typically; times 3 for the largest entry.
+FLOAT32_FORWARD = 2e-5
+
+# Difference of two float32 values of order 1, each off by a few roundings.
+FLOAT32_DIFFERENCE = 8 * EPS_FLOAT32
+
+# Adam's first step is lr·|g|/(|g| + 1e-8): shorter by 1e-8/|g|, with mean gradients above 1e-3 in the tests.
+ADAM_FIRST_STEP = 1e-5
+
+# Stated requirement: an exported LoRA reproduces the live adapter's float32 outputs to this.
+EXPORT_FLOAT32 = 1e-5
+
+# Random quantities may deviate by this many standard deviations: a chance of 6e-7 for a Gaussian one.
+STANDARD_DEVIATIONS = 5
+
+# Sum of the norms of the updates that a small bfloat16 network generates: about 20 roundings of u = 4e-3 in a
+# row, 0.08 if all had the same sign.
+BFLOAT16_NETWORK = 0.1
+
+# Three bfloat16 tensors (A, B, core) that were each rounded once, 3·u, and a bound that was rounded twice,
+# 2·u.
+BFLOAT16_PRODUCT = 2.5 * EPS_BFLOAT16
+
+
+def norm_error(length: int, eps: float) -> float:
+    """Relative error of a norm, or of a bound on it, that was computed from sums of `length` products.
+
+    The squared norm's error is at most ``2·length·u``: one such sum in the Gram matrices and one over them.
+    The square root halves that; the scale and its product with the update round a few times more.
+    """
+    return (length / 2 + 4) * eps
+
+
+def sample_variance_error(samples: int) -> float:
+    """Relative deviation of a Gaussian sample's variance from the true one: its standard deviation is √(2/n).
+
+    The samples must be independent; averaging further dependent ones can only shrink the deviation.
+    """
+    return STANDARD_DEVIATIONS * math.sqrt(2 / samples)
+
+
+# Two float64 evaluations of a small model, gradients included, that sum in different order. The largest error
+# over two layers' forward and backward, about 60 products in a row with sums of at most 128 terms:
+# √(60·128)·2.2e-16 = 2e-14 in units of the terms. Gradients of the summed loss reach 100 and cancel to 1 in
+# places, so times 100, and times 5 for the largest of some thousand entries.
+FLOAT64_MODEL = 1e-11
