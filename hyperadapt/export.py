@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hyperadapt.layer import HyperAdapterLayer
+from hyperadapt.layer import HyperAdapterLinear
 from hyperadapt.model import HyperAdapterModel, find_tuner
 from hyperadapt.positions import Position
 
@@ -70,10 +70,10 @@ def _fully_trained_state_dict(model: nn.Module, adapter_name: str) -> dict[str, 
 
 def _lora_config(tuner: HyperAdapterModel, adapter_name: str) -> LoraConfig:
     config = tuner.router.network(adapter_name).config
-    layers: dict[Position, HyperAdapterLayer] = {
+    layers: dict[Position, HyperAdapterLinear] = {
         layer.hyperadapter_position[adapter_name]: layer
         for layer in tuner.modules()
-        if isinstance(layer, HyperAdapterLayer) and adapter_name in layer.hyperadapter_position
+        if isinstance(layer, HyperAdapterLinear) and adapter_name in layer.hyperadapter_position
     }
     return LoraConfig(
         r=config.r,

@@ -49,8 +49,9 @@ class Factors:
         if rows is None:
             return linear(linear(linear(x, lora_A[0]), core[0]), lora_B[0])
         rows = _repeat_rows(rows.to(x.device), x.shape[0])
-        hidden = x.reshape(x.shape[0], -1, x.shape[-1]) @ lora_A[rows].mT
-        return (hidden @ core[rows].mT @ lora_B[rows].mT).reshape(*x.shape[:-1], -1)
+        inputs = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
+        hidden = inputs @ lora_A[rows].mT
+        return (hidden @ core[rows].mT @ lora_B[rows].mT).reshape(*x.shape[:-1], lora_B.shape[-2])
 
     def delta_weight(self) -> Tensor:
         """The dense update B·S·A of every task.

@@ -176,8 +176,8 @@ class Head(nn.Module):
     adapter that all tasks and positions share at the start, W·z what tells them apart.
 
     The factor 1/dim makes the step size of the *output* that of the learning rate: Adam moves every
-    entry of W by about lr, hence ``W·z / dim`` by at most ``lr · mean|z| ≤ lr``, whatever the width. A
-    learning rate that suits LoRA thus suits the hypernetwork.
+    entry of W by about lr, hence ``W·z / dim`` by at most ``lr · mean|z| ≤ lr``, whatever the width, and
+    the bias by another lr. A learning rate that suits LoRA thus suits the hypernetwork.
 
     Source: hyperfan initialisation, Chang et al., "Principled Weight Initialization for
     Hypernetworks" (ICLR 2020), equations for linear layers, with the variance split between weight

@@ -16,8 +16,10 @@ from hyperadapt.positions import Position
 from hyperadapt.routing import Router
 
 
-class HyperAdapterLayer(nn.Module, BaseTunerLayer):
+class HyperAdapterLinear(nn.Module, BaseTunerLayer):
     """Wraps a linear module of the base model; owns no weights of its own.
+
+    PEFT's ``"all-linear"`` finds layers that are already adapted by "Linear" in the name of their class.
 
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer.

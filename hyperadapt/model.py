@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hyperadapt.checkpointing import CheckpointFunction
 from hyperadapt.config import HyperAdapterConfig
-from hyperadapt.layer import HyperAdapterLayer
+from hyperadapt.layer import HyperAdapterLinear
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
 from hyperadapt.routing import Request, Router, Tasks, check_batch_size
@@ -39,7 +39,7 @@ class HyperAdapterModel(BaseTuner):
     """
 
     prefix = "hyperadapter_"
-    tuner_layer_cls = HyperAdapterLayer
+    tuner_layer_cls = HyperAdapterLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     uses_shared_state = True
 
@@ -132,7 +132,7 @@ class HyperAdapterModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, HyperAdapterConfig)
-        layer = target if isinstance(target, HyperAdapterLayer) else self._wrap(target, current_key)
+        layer = target if isinstance(target, HyperAdapterLinear) else self._wrap(target, current_key)
         in_features, out_features = _get_in_out_features(layer.get_base_layer())
         assert in_features is not None
         assert out_features is not None
@@ -140,7 +140,7 @@ class HyperAdapterModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _wrap(self, target: nn.Module, name: str) -> HyperAdapterLayer:
+    def _wrap(self, target: nn.Module, name: str) -> HyperAdapterLinear:
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
         if isinstance(target, BaseTunerLayer) or not (
             isinstance(target, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear")
@@ -150,7 +150,7 @@ class HyperAdapterModel(BaseTuner):
                 "linear layers (nn.Linear, Conv1D and quantised linear layers). Take it out of target_modules, or "
                 "list it in exclude_modules."
             )
-        return HyperAdapterLayer(target, self.router, backend)
+        return HyperAdapterLinear(target, self.router, backend)
 
     def _build_network(self, adapter_name: str) -> HyperAdapterNetwork:
         config = self.peft_config[adapter_name]
@@ -163,9 +163,11 @@ class HyperAdapterModel(BaseTuner):
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         # Trainability follows PEFT: the active adapters train, unless loaded for inference.
         network.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
-        if next(network.parameters()).is_meta:
-            return network.to(dtype)
-        return network.to(weight.device, dtype)
+        device = None if network.task_embedding.weight.is_meta else weight.device
+        network.to(device, dtype)
+        # Only the parameters take the base's dtype: norms rounded to it would stay rounded.
+        network.base_norms = norms.to(device)
+        return network
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -175,7 +177,7 @@ class HyperAdapterModel(BaseTuner):
 
     def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
         for name, layer in list(model.named_modules()):
-            if not isinstance(layer, HyperAdapterLayer):
+            if not isinstance(layer, HyperAdapterLinear):
                 continue
             layer.remove_adapter(adapter_name)
             if not layer.hyperadapter_position:
@@ -234,8 +236,8 @@ class HyperAdapterModel(BaseTuner):
                 module.__dict__["_gradient_checkpointing_func"] = function
 
     @staticmethod
-    def _layers(module: nn.Module) -> list[HyperAdapterLayer]:
-        return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLayer)]
+    def _layers(module: nn.Module) -> list[HyperAdapterLinear]:
+        return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLinear)]
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -296,7 +298,7 @@ def find_tuner(model: nn.Module) -> HyperAdapterModel:
     )
 
 
-def _base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
+def _base_norm(layer: HyperAdapterLinear, position: Position) -> Tensor:
     weight = layer.get_base_weight()
     if weight.is_meta:
         raise ValueError(

@@ -29,7 +29,7 @@ def normalize(
         lora_B: Shape ``(..., out_features, r)``, same leading dimensions.
         method: One of ``hyperadapt.config.NORMALIZATIONS``.
         bound: Bound on the Frobenius norm, a number or shape ``(...)``, in units of the weights; only and
-            always for the bounded methods.
+            always for the bounded methods. A tensor's values are not checked.
 
     Returns:
         Shape ``(..., r, r)``, float32 (float64 for float64 factors).

@@ -215,7 +215,7 @@ class Router:
         task_ids = resolve_task_ids([task], network.config.task_names)
         key = None
         if positions is None and not torch.is_grad_enabled():
-            key = (task, _optimizer_steps, *_versions(network))
+            key = (task, *_versions(network))
         if key is not None and adapter_name in self._cache and self._cache[adapter_name][0] == key:
             return self._cache[adapter_name][1]
         weight = network.task_embedding.weight
@@ -296,11 +296,14 @@ def _count_optimizer_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
+# A compiled graph would be guarded on each of these numbers, and compiled again when one changes.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _versions(network: nn.Module) -> tuple[object, ...]:
     """What changes whenever a tensor of the network is replaced, moved, cast or written to."""
     tensors = [*network.parameters(), *network.buffers()]
     # Tensors made in inference mode count no versions; nothing may be kept for them.
-    return tuple(object() if t.is_inference() else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+    versions = (object() if t.is_inference() else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+    return _optimizer_steps, *versions
 
 
 def _check_embeddings(task_embeddings: Tensor, task_embedding_dim: int) -> Tensor:

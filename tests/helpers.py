@@ -142,9 +142,7 @@ def adapted_model(name: str, *, active: bool = True, seed: int = 0, **changes: A
 def two_adapters() -> PeftModel:
     model = adapted_model("llama")
     torch.manual_seed(7)
-    model.add_adapter(
-        "second", adapter_config(tasks=["one", "two"], target_modules=["q_proj", "up_proj"], r=2)
-    )
+    model.add_adapter("second", adapter_config(tasks=["one", "two"], target_modules=["q_proj", "up_proj"], r=2))
     return make_active(model)
 
 
@@ -178,11 +176,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all gradients, by parameter name."""
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def trainable(model: nn.Module) -> set[str]:

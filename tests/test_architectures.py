@@ -45,9 +45,7 @@ def endings(model: PeftModel) -> set[str]:
 
 @EACH
 @EACH_NORMALIZATION
-def test_start_equals_the_base_model_and_training_changes_only_the_adapter(
-    name: str, normalization: str
-) -> None:
+def test_start_equals_the_base_model_and_training_changes_only_the_adapter(name: str, normalization: str) -> None:
     model = adapted_model(name, active=False, normalization=normalization, task_type=TASK_TYPES[name]).eval()
     batch = example_batch(name)
     base, adapter = base_weights(model), adapter_parameters(model)
@@ -95,9 +93,7 @@ def test_round_trip_and_merge(tmp_path: Path, name: str, normalization: str) -> 
     live = logits(loaded, batch)
     merged = loaded.merge_and_unload()
     assert type(merged) is type(base_model(name))
-    assert not any(
-        "hyperadapt" in f"{type(module).__module__} {key}" for key, module in merged.named_modules()
-    )
+    assert not any("hyperadapt" in f"{type(module).__module__} {key}" for key, module in merged.named_modules())
     assert merged.state_dict().keys() == base_model(name).state_dict().keys()
     assert_close(logits(merged, batch), live, rtol=FLOAT64_MODEL, atol=FLOAT64_MODEL)
     assert (live - logits(base_model(name).double(), batch)).abs().max() > 0.05

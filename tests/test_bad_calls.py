@@ -39,9 +39,7 @@ def forward(**routing: Any) -> Callable[[PeftModel], Any]:
     return lambda model: model(**BATCH, **routing)
 
 
-OTHER_MERGED = (
-    "Task 'beta' of adapter 'default' is merged into the base weights, so no other task can be used."
-)
+OTHER_MERGED = "Task 'beta' of adapter 'default' is merged into the base weights, so no other task can be used."
 BAD_CALLS = {
     "unknown name": (forward(tasks="delta"), ValueError, f"Unknown task 'delta'. Known tasks: {TASKS}."),
     "unknown name in a list": (

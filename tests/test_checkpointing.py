@@ -23,10 +23,6 @@ from tests.helpers import (
 )
 from tests.tolerances import FLOAT64_MODEL
 
-pytestmark = pytest.mark.filterwarnings(
-    # Reentrant checkpoints warn where no input of a block needs a gradient; the factors do, and get theirs.
-    "ignore:None of the inputs have requires_grad=True:UserWarning"
-)
 # Renamed in transformers 5.23.
 CHECKPOINTING = next(
     name
@@ -46,8 +42,7 @@ def loss_and_gradients(model: nn.Module, name: str, *requests: Any) -> tuple[Ten
     """One backward over the sum of a forward pass per request."""
     model.train().zero_grad()
     loss = sum(
-        (1 + index) * model(**example_batch(name, seed=index), tasks=tasks).loss
-        for index, tasks in enumerate(requests)
+        (1 + index) * model(**example_batch(name, seed=index), tasks=tasks).loss for index, tasks in enumerate(requests)
     )
     loss.backward()
     return loss.detach(), gradients(model)

@@ -118,12 +118,8 @@ def test_the_full_config_has_no_default_left() -> None:
 
 
 @pytest.mark.parametrize("config_class", [PeftConfig, HyperAdapterConfig])
-@pytest.mark.parametrize(
-    "arguments", [FULL, {}, {"target_modules": "all-linear", "layers_to_transform": None}]
-)
-def test_a_saved_config_loads_equal(
-    tmp_path: Path, config_class: type[PeftConfig], arguments: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("arguments", [FULL, {}, {"target_modules": "all-linear", "layers_to_transform": None}])
+def test_a_saved_config_loads_equal(tmp_path: Path, config_class: type[PeftConfig], arguments: dict[str, Any]) -> None:
     config = HyperAdapterConfig(**arguments)
     config.save_pretrained(str(tmp_path))
     loaded = config_class.from_pretrained(str(tmp_path))
@@ -176,8 +172,7 @@ BAD = [
     (
         {"target_modules": "all-linear", "layers_to_transform": [1]},
         ValueError,
-        "layers_to_transform=[1] cannot be used with target_modules='all-linear': * Pass target_modules as a "
-        "list, or ",
+        "layers_to_transform=[1] cannot be used with target_modules='all-linear': * Pass target_modules as a list, or ",
     ),
     (
         {"layers_pattern": "h"},

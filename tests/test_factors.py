@@ -19,6 +19,8 @@ def make_factors(tasks: int = TASKS, dtype: torch.dtype = torch.float64) -> Fact
 def dense_apply(factors: Factors, x: Tensor, rows: list[int]) -> Tensor:
     """One dense product per element of the first dimension; the row's task is given for each."""
     weights = torch.einsum("tor,trs,tsi->toi", factors.lora_B, factors.core, factors.lora_A)
+    if not rows:
+        return x @ weights[0].T
     return torch.stack([element @ weights[row].T for element, row in zip(x, rows, strict=True)])
 
 
@@ -33,6 +35,7 @@ CASES = {
     "beams": ((6, 7, IN), [2, 1], [2, 2, 2, 1, 1, 1]),
     "flattened tokens": ((6, IN), [0, 2, 1], [0, 0, 2, 2, 1, 1]),
     "one row": ((1, 7, IN), [2], [2]),
+    "an expert without tokens": ((0, IN), [2, 0], []),
 }
 
 

@@ -14,9 +14,9 @@ from hyperadapt.positions import Position
 from tests.tolerances import ADAM_FIRST_STEP, FLOAT32_DIFFERENCE, FLOAT32_FORWARD, sample_variance_error
 
 DIM = 8
-# Two layers of three modules with three shapes, and one module outside of layers; 6 and 10 are sizes of both
+# Two layers of four modules with three shapes, and one module outside of layers; 6 and 10 are sizes of both
 # an input and an output.
-SHAPES = {"q": (6, 6), "up": (6, 10), "down": (10, 6)}
+SHAPES = {"q": (6, 6), "k": (6, 6), "up": (6, 10), "down": (10, 6)}
 POSITIONS = [
     *(Position(f"h.{layer}.{module}", *shape) for layer in range(2) for module, shape in SHAPES.items()),
     Position("classifier", 6, 3),
@@ -49,7 +49,8 @@ def by_name(generated: list[tuple[list[Position], Tensor, Tensor]]) -> dict[str,
 def test_every_position_gets_factors_of_its_shape(head: str, r: int) -> None:
     hypernetwork = make_hypernetwork(head=head, r=r)
     generated = hypernetwork(torch.randn(3, DIM), POSITIONS)
-    assert sorted(len(members) for members, _, _ in generated) == [1, 2, 2, 2]
+    assert sorted(len(members) for members, _, _ in generated) == [1, 2, 2, 4]
+    assert all(lora_B.mT.is_contiguous() for _, _, lora_B in generated)
     factors = by_name(generated)
     assert factors.keys() == {position.name for position in POSITIONS}
     for position in POSITIONS:
@@ -61,12 +62,15 @@ def test_every_position_gets_factors_of_its_shape(head: str, r: int) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_every_row_position_and_task_gets_other_weights(head: str) -> None:
     torch.manual_seed(0)
-    factors = by_name(make_hypernetwork(head=head)(torch.randn(3, DIM), POSITIONS))
-    for shape in SHAPES:
-        for index in (0, 1):
-            per_layer = torch.stack([factors[f"h.{layer}.{shape}"][index] for layer in range(2)])
-            rows = (per_layer.mT if index else per_layer).flatten(0, 2)
-            assert len(torch.unique(rows, dim=0)) == 2 * 3 * 4
+    for members, lora_A, lora_B in make_hypernetwork(head=head)(torch.randn(3, DIM), POSITIONS):
+        for rows in (lora_A, lora_B.mT):
+            assert len(torch.unique(rows.flatten(0, 2), dim=0)) == 3 * len(members) * 4
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_only_rows_that_share_a_head_start_without_a_bias(head: str) -> None:
+    for module in make_hypernetwork(head=head).heads.values():
+        assert (module.bias == 0).all() == (head == "row")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_heads_are_shared_as_documented(head: str, keys: set[str]) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("members", [[3], [6, 0], [5, 1, 3, 2]])
+@pytest.mark.parametrize("members", [[3], [8, 0], [5, 1, 3, 2]])
 def test_some_positions_equal_that_part_of_all(head: str, members: list[int]) -> None:
     torch.manual_seed(0)
     hypernetwork = make_hypernetwork(head=head)
@@ -228,4 +232,4 @@ def test_the_number_of_matrix_products_does_not_grow_with_layers_or_tasks(head: 
         counts.append(products.count)
     # One per input, two per residual block, and two per shape.
     inputs = 4 if head == "row" else 3
-    assert counts == [inputs + 2 * 2 + 2 * len(SHAPES)] * 3
+    assert counts == [inputs + 2 * 2 + 2 * len(set(SHAPES.values()))] * 3

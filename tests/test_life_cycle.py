@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from hyperadapt.layer import HyperAdapterLayer
+from hyperadapt.layer import HyperAdapterLinear
 from tests.helpers import (
     ARCHITECTURES,
     MIXED,
@@ -130,7 +130,7 @@ def test_disabled_equals_base(model: PeftModel, merge: bool) -> None:
 
 def test_unload_gives_the_base_model_back(model: PeftModel) -> None:
     base = model.unload()
-    assert not any(isinstance(module, HyperAdapterLayer) for module in base.modules())
+    assert not any(isinstance(module, HyperAdapterLinear) for module in base.modules())
     assert_same_weights(base, base_weights(base_model("llama").double()))
     assert torch.equal(logits(base, BATCH), logits(base_model("llama").double(), BATCH))
 
@@ -161,6 +161,15 @@ def test_an_added_adapter_leaves_the_first_as_it_was(model: PeftModel) -> None:
     assert torch.equal(logits(model, BATCH, tasks=MIXED), mixed)
     for name, value in state.items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_all_linear_includes_modules_that_are_already_adapted() -> None:
+    model = adapted_model("llama", target_modules=["q_proj", "down_proj"])
+    model.add_adapter("second", adapter_config(target_modules="all-linear"))
+    networks = model.base_model.router.networks
+    everything = adapted_model("llama").base_model.router.network("default").positions
+    assert networks["second"].positions == everything
+    assert len(networks["default"].positions) == 4
 
 
 def test_active_together_and_deleted() -> None:

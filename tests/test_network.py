@@ -179,9 +179,7 @@ def test_a_bfloat16_network_works_and_keeps_its_bounds(normalization: str) -> No
     else:
         expected = norms(generate(make_network(normalization="none", lora_alpha=64)))
         assert relative.isfinite().all()
-        assert (relative * BASE_NORMS).sum().item() == pytest.approx(
-            expected.sum().item(), rel=BFLOAT16_NETWORK
-        )
+        assert (relative * BASE_NORMS).sum().item() == pytest.approx(expected.sum().item(), rel=BFLOAT16_NETWORK)
 
 
 def test_embeddings_of_another_dtype_are_accepted() -> None:

@@ -241,9 +241,7 @@ def test_gram_matrices_are_those_of_the_definition() -> None:
     [((3, 7), (5, 2)), ((2, 3, 7), (5, 3)), ((2, 3, 7), (4, 5, 3)), ((3,), (5, 3)), ((3, 7), (3,))],
 )
 def test_factors_that_do_not_fit_are_refused(shape_A: tuple[int, ...], shape_B: tuple[int, ...]) -> None:
-    message = re.escape(
-        f"lora_A of shape {shape_A} and lora_B of shape {shape_B} do not fit: they must be (..., r"
-    )
+    message = re.escape(f"lora_A of shape {shape_A} and lora_B of shape {shape_B} do not fit: they must be (..., r")
     with pytest.raises(ValueError, match=message):
         normalize(torch.ones(shape_A), torch.ones(shape_B), "none")
 

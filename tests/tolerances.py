@@ -35,6 +35,12 @@ FLOAT32_DIFFERENCE = 8 * EPS_FLOAT32
 # Adam's first step is lr·|g|/(|g| + 1e-8): shorter by 1e-8/|g|, with mean gradients above 1e-3 in the tests.
 ADAM_FIRST_STEP = 1e-5
 
+# Two float64 evaluations of a small model, gradients included, that sum in different order. The largest error
+# over two layers' forward and backward, about 60 products in a row with sums of at most 128 terms:
+# √(60·128)·2.2e-16 = 2e-14 in units of the terms. Gradients of the summed loss reach 100 and cancel to 1 in
+# places, so times 100, and times 5 for the largest of some thousand entries.
+FLOAT64_MODEL = 1e-11
+
 # Stated requirement: an exported LoRA reproduces the live adapter's float32 outputs to this.
 EXPORT_FLOAT32 = 1e-5
 
@@ -65,10 +71,3 @@ def sample_variance_error(samples: int) -> float:
     The samples must be independent; averaging further dependent ones can only shrink the deviation.
     """
     return STANDARD_DEVIATIONS * math.sqrt(2 / samples)
-
-
-# Two float64 evaluations of a small model, gradients included, that sum in different order. The largest error
-# over two layers' forward and backward, about 60 products in a row with sums of at most 128 terms:
-# √(60·128)·2.2e-16 = 2e-14 in units of the terms. Gradients of the summed loss reach 100 and cancel to 1 in
-# places, so times 100, and times 5 for the largest of some thousand entries.
-FLOAT64_MODEL = 1e-11
