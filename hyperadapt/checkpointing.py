@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hyperadapt.factors import Factors
-from hyperadapt.routing import Routed, Router, Scope
+from hyperadapt.routing import Router
+from hyperadapt.scope import Routed, Scope, current_scope, installed
 
 
 class CheckpointFunction:
@@ -38,7 +39,7 @@ class CheckpointFunction:
         Returns:
             The block's output.
         """
-        scope = self.router.scope
+        scope = current_scope(self.router)
         assert scope is not None
         places = [
             (adapter_name, position)
@@ -48,12 +49,14 @@ class CheckpointFunction:
         ]
         tensors = [tensor for name, position in places for tensor in scope.routed[name].factors[position].tensors()]
         rows = {name: routed.rows for name, routed in scope.routed.items()}
+        batch_size, length = scope.batch_size, scope.length
 
         def replay(*arguments: Any) -> Any:
             factors: dict[str, dict[str, Factors]] = {name: {} for name in rows}
             for index, (name, position) in enumerate(places):
                 factors[name][position] = Factors(*arguments[3 * index : 3 * index + 3])
-            with self.router.installed(Scope({name: Routed(factors[name], rows[name]) for name in rows})):
+            routed = {name: Routed(factors[name], rows[name]) for name in rows}
+            with installed(self.router, Scope(routed, batch_size=batch_size, length=length)):
                 return run(*arguments[len(tensors) :])
 
         return self.function(replay, *tensors, *args, **kwargs)

@@ -30,25 +30,21 @@ class Factors:
         """
         return self.lora_A, self.lora_B, self.core
 
-    def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:  # noqa: DOC502
+    def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Compute ``x·(B·S·A)ᵀ`` through the rank-r activation; the product B·S·A is never formed.
 
         Args:
             x: Input, shape ``(..., in_features)``, in the dtype of the factors.
-            rows: Which task each row of the batch uses, int64 of shape ``(batch,)``; None if there is one
-                task. Where the first dimension of `x` is a multiple k of the batch (beams, several
-                returned sequences, flattened tokens), each row stands for k neighbouring ones.
+            rows: Which task each element of the first dimension of `x` uses, int64 of shape ``(len(x),)``;
+                None if there is one task.
 
         Returns:
             Shape ``(..., out_features)``.
-
-        Raises:
-            ValueError: If the first dimension of `x` is not a multiple of the batch.
         """
         lora_A, lora_B, core = (tensor.to(x.device) for tensor in self.tensors())
         if rows is None:
             return linear(linear(linear(x, lora_A[0]), core[0]), lora_B[0])
-        rows = _repeat_rows(rows.to(x.device), x.shape[0])
+        rows = rows.to(x.device)
         inputs = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
         hidden = inputs @ lora_A[rows].mT
         return (hidden @ core[rows].mT @ lora_B[rows].mT).reshape(*x.shape[:-1], lora_B.shape[-2])
@@ -60,15 +56,3 @@ class Factors:
             Shape ``(tasks, out_features, in_features)``.
         """
         return self.lora_B @ self.core @ self.lora_A
-
-
-def _repeat_rows(rows: Tensor, size: int) -> Tensor:
-    if size == len(rows):
-        return rows
-    if size % len(rows):
-        raise ValueError(
-            f"An adapted module got an input whose first dimension is {size}, which is no multiple of the {len(rows)} "
-            "rows that tasks were given for, so rows cannot be told apart there. Leave the module out with "
-            "exclude_modules, or use one task per batch."
-        )
-    return rows.repeat_interleave(size // len(rows))

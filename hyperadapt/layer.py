@@ -94,10 +94,9 @@ class HyperAdapterLinear(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         for name in active:
             position = self.hyperadapter_position[name]
-            routed = self.router.lookup(name, position)
-            factors = routed.factors[position.name]
+            factors, rows = self.router.lookup(name, position, x)
             adapter_input = self.hyperadapter_dropout[name](self._cast_input_dtype(x, factors.lora_A.dtype))
-            result = result + factors.apply(adapter_input, routed.rows)
+            result = result + factors.apply(adapter_input, rows)
         return result.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

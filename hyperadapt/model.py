@@ -21,7 +21,8 @@ from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.layer import HyperAdapterLinear
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
-from hyperadapt.routing import Request, Router, Tasks, check_batch_size
+from hyperadapt.routing import Request, Router, Tasks
+from hyperadapt.scope import current_scope
 from hyperadapt.tasks import resolve_task_ids
 
 ROUTING_ARGUMENTS = ("tasks", "task_embeddings")
@@ -46,7 +47,8 @@ class HyperAdapterModel(BaseTuner):
     def set_task(self, task: str | None) -> None:
         """Pin a task: calls that name no task use it, until changed.
 
-        Its factors are generated once and kept while no parameter changes and gradients are off.
+        Its factors are generated once and kept while no parameter changes and gradients are off. A write
+        through ``parameter.data`` outside of training goes unnoticed; pin the task again after it.
 
         Args:
             task: Name of a task of every active adapter; None goes back to the default task.
@@ -67,10 +69,7 @@ class HyperAdapterModel(BaseTuner):
                     f"{task!r} cannot be pinned. Call unmerge_adapter() first."
                 )
         for name in self.active_adapters:
-            if task is None:
-                self.router.pinned.pop(name, None)
-            else:
-                self.router.pinned[name] = task
+            self.router.pin(name, task)
 
     def inject_adapter(
         self,
@@ -199,19 +198,19 @@ class HyperAdapterModel(BaseTuner):
                 f"adapter_names={adapter_names!r} is not supported by hyperadapters: one adapter serves many tasks. "
                 "Name the task of each row with tasks= instead."
             )
-        batch_size = _find_batch_size(getattr(self.model, "main_input_name", "input_ids"), args, kwargs)
+        model_input = _main_input(self.model, args, kwargs)
+        request = Request(tasks, task_embeddings)
         with ExitStack() as stack:
-            stack.enter_context(self.router.open(Request(tasks, task_embeddings), self.active_adapters, batch_size))
+            stack.enter_context(self.router.open(request, self.active_adapters, model_input))
             stack.enter_context(self._checkpoints_carry_factors())
-            if batch_size is None:
-                # The task-specific PeftModels hide their inputs from this hook.
-                stack.callback(self.model.register_forward_pre_hook(self._check_batch, with_kwargs=True).remove)
+            # The task-specific PeftModels hide their inputs from this hook, and generate changes them.
+            stack.callback(self.model.register_forward_pre_hook(self._observe_input, with_kwargs=True).remove)
             yield
 
-    def _check_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch_size = _find_batch_size(getattr(model, "main_input_name", "input_ids"), args, kwargs)
-        if batch_size is not None and self.router.scope is not None:
-            check_batch_size(self.router.scope, batch_size)
+    def _observe_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        model_input, scope = _main_input(model, args, kwargs), current_scope(self.router)
+        if model_input is not None and scope is not None:
+            scope.observe(model_input)
 
     @contextmanager
     def _checkpoints_carry_factors(self) -> Iterator[None]:
@@ -316,12 +315,10 @@ def _base_norm(layer: HyperAdapterLinear, position: Position) -> Tensor:
     return norm
 
 
-def _find_batch_size(main_input: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    candidates = (
-        *args[:1],
-        *(kwargs.get(name) for name in (main_input, "inputs", "input_ids", "inputs_embeds")),
-    )
-    return next((len(value) for value in candidates if isinstance(value, Tensor) and value.ndim), None)
+def _main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    names = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
+    candidates = (*args[:1], *(kwargs.get(name) for name in names))
+    return next((value for value in candidates if isinstance(value, Tensor) and value.ndim), None)
 
 
 def _strip_routing_arguments(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hyperadapt.factors import Factors
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
+from hyperadapt.scope import Routed, Scope, current_scope, installed
 from hyperadapt.tasks import resolve_task_ids
 
 Tasks = str | Sequence[str] | Tensor
@@ -54,22 +55,6 @@ class Request:
         return None if self.tasks is None or isinstance(self.tasks, str) else len(self.tasks)
 
 
-@dataclass(frozen=True)
-class Routed:
-    """Generated factors by position name, and the task each row uses (see ``Factors.apply``)."""
-
-    factors: dict[str, Factors]
-    rows: Tensor | None
-
-
-@dataclass
-class Scope:
-    """The factors of one forward pass by adapter name; `num_rows` until it was compared with the batch."""
-
-    routed: dict[str, Routed]
-    num_rows: int | None = None
-
-
 class Router:
     """Keeps requests and factors where every adapted layer can find them.
 
@@ -84,7 +69,6 @@ class Router:
         self.pinned: dict[str, str] = {}
         self.merged: dict[str, str] = {}
         self.requests: list[Request] = []
-        self.scope: Scope | None = None
         self._cache: dict[str, tuple[object, dict[str, Factors]]] = {}
         self._warned = False
 
@@ -102,14 +86,14 @@ class Router:
         return network
 
     @contextmanager
-    def open(self, request: Request, adapter_names: Iterable[str], batch_size: int | None) -> Iterator[None]:  # noqa: DOC502
+    def open(self, request: Request, adapter_names: Iterable[str], model_input: Tensor | None) -> Iterator[None]:  # noqa: DOC502
         """Generate the factors of a forward pass and keep them for its duration.
 
         Args:
             request: What the call asked for; if empty, the innermost ``use_tasks``, the pinned task or
                 the default task decides.
             adapter_names: The active adapters.
-            batch_size: Number of rows of the batch; None if it cannot be told yet.
+            model_input: Main input of the base model, shape ``(batch, ...)``; None if it is not known yet.
 
         Yields:
             None.
@@ -127,50 +111,42 @@ class Router:
             else:
                 routed[name] = self._route(name, request)
         scope = Scope(routed, request.num_rows)
-        if batch_size is not None:
-            check_batch_size(scope, batch_size)
-        with self.installed(scope):
+        if model_input is not None:
+            scope.observe(model_input)
+        with installed(self, scope):
             yield
 
-    @contextmanager
-    def installed(self, scope: Scope) -> Iterator[None]:
-        """Make a scope the current one.
-
-        Args:
-            scope: The scope.
-
-        Yields:
-            None.
-        """
-        previous, self.scope = self.scope, scope
-        try:
-            yield
-        finally:
-            self.scope = previous
-
-    def lookup(self, adapter_name: str, position: Position) -> Routed:
+    def lookup(  # noqa: DOC502
+        self, adapter_name: str, position: Position, x: Tensor
+    ) -> tuple[Factors, Tensor | None]:
         """The factors that a layer applies now.
 
         Args:
             adapter_name: The adapter.
             position: The layer's position.
+            x: The layer's input.
 
         Returns:
-            The current forward pass's factors. Outside of one (a submodule is called on its own) the
-            factors of this position alone, generated for the task in force.
+            The current forward pass's factors, and the task of each element of the first dimension of `x`
+            (None: one task for all). Outside of a forward pass (a submodule is called on its own) the
+            factors are generated for this position alone and the task in force.
 
         Raises:
             RuntimeError: If the call recomputes a forward pass whose factors are out of reach.
         """
-        if self.scope is not None and adapter_name in self.scope.routed:
-            return self.scope.routed[adapter_name]
+        scope = current_scope(self) or Scope({})
+        routed = scope.routed.get(adapter_name) or self._route_alone(adapter_name, position)
+        rows = None if routed.rows is None else scope.rows_of(routed.rows, x, position)
+        return routed.factors[position.name], rows
+
+    def _route_alone(self, adapter_name: str, position: Position) -> Routed:
         # Private, but how torch.utils.checkpoint itself tells that it recomputes.
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"Module {position.name!r} is recomputed during backward by a checkpoint that hyperadapt does not "
                 "know, so the tasks of its forward pass are lost. Use the model's own gradient checkpointing "
-                "(model.activation_checkpointing_enable(), or gradient_checkpointing=True in TrainingArguments), and "
-                "call the PeftModel itself."
+                "(model.activation_checkpointing_enable(), or its switch in TrainingArguments), and call the PeftModel "
+                "itself."
             )
         request = self.requests[-1] if self.requests else Request()
         return self._route(adapter_name, request, [position])
@@ -201,7 +177,7 @@ class Router:
     def factors_of_task(
         self, adapter_name: str, task: str, positions: Sequence[Position] | None = None
     ) -> dict[str, Factors]:
-        """Factors of one task, by position name; kept while no parameter changes if gradients are off.
+        """Generate the factors of one task.
 
         Args:
             adapter_name: The adapter.
@@ -209,20 +185,25 @@ class Router:
             positions: The positions to generate; None for all.
 
         Returns:
-            The factors, for one task.
+            The factors by position name, for one task.
         """
         network = self.network(adapter_name)
-        task_ids = resolve_task_ids([task], network.config.task_names)
-        key = None
-        if positions is None and not torch.is_grad_enabled():
-            key = (task, *_versions(network))
-        if key is not None and adapter_name in self._cache and self._cache[adapter_name][0] == key:
-            return self._cache[adapter_name][1]
-        weight = network.task_embedding.weight
-        factors: dict[str, Factors] = network(network.task_embedding(task_ids.to(weight.device)), positions)
-        if key is not None:
-            self._cache[adapter_name] = key, factors
+        task_ids = resolve_task_ids([task], network.config.task_names).to(network.task_embedding.weight.device)
+        factors: dict[str, Factors] = network(network.task_embedding(task_ids), positions)
         return factors
+
+    def pin(self, adapter_name: str, task: str | None) -> None:
+        """Pin a task, and generate its factors anew when they are next needed.
+
+        Args:
+            adapter_name: The adapter.
+            task: The task; None to unpin.
+        """
+        self._cache.pop(adapter_name, None)
+        if task is None:
+            self.pinned.pop(adapter_name, None)
+        else:
+            self.pinned[adapter_name] = task
 
     def forget(self, adapter_name: str) -> None:
         """Drop what is kept about an adapter.
@@ -238,6 +219,8 @@ class Router:
         if torch.is_grad_enabled():
             # Training may write to `parameter.data`, which counts no versions.
             self._cache.pop(adapter_name, None)
+        elif request.is_empty and adapter_name in self.pinned and positions is None:
+            return Routed(self._pinned_factors(adapter_name), None)
         tasks = request.tasks
         if request.task_embeddings is not None:
             embeddings = _check_embeddings(request.task_embeddings, network.config.task_embedding_dim)
@@ -253,6 +236,13 @@ class Router:
         embeddings = network.task_embedding(distinct.to(network.task_embedding.weight.device))
         return Routed(network(embeddings, positions), rows)
 
+    def _pinned_factors(self, adapter_name: str) -> dict[str, Factors]:
+        task = self.pinned[adapter_name]
+        key = task, _versions(self.network(adapter_name))
+        if adapter_name not in self._cache or self._cache[adapter_name][0] != key:
+            self._cache[adapter_name] = key, self.factors_of_task(adapter_name, task)
+        return self._cache[adapter_name][1]
+
     def _check_merged(self, adapter_name: str, request: Request) -> None:
         merged, names = self.merged[adapter_name], self.network(adapter_name).config.task_names
         if request.is_empty:
@@ -264,24 +254,6 @@ class Router:
                 f"Task {merged!r} of adapter {adapter_name!r} is merged into the base weights, so no other task can be "
                 "used. Call unmerge_adapter() first."
             )
-
-
-def check_batch_size(scope: Scope, batch_size: int) -> None:
-    """Compare the number of tasks with the batch, once per scope: later calls may see beams.
-
-    Args:
-        scope: The scope.
-        batch_size: Number of rows of the batch.
-
-    Raises:
-        ValueError: If they differ.
-    """
-    if scope.num_rows is not None and scope.num_rows != batch_size:
-        raise ValueError(
-            f"Got tasks for {scope.num_rows} rows, but the batch has {batch_size}. Pass one task per row, or one name "
-            "for all rows."
-        )
-    scope.num_rows = None
 
 
 _optimizer_steps = 0

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
+from hyperadapt.scope import current_scope
 from tests.helpers import (
     MIXED,
     adapted_model,
@@ -133,7 +134,7 @@ def test_nothing_stays_wrapped(use_reentrant: bool) -> None:
         model(**batch, tasks=MIXED)
     handle.remove()
     assert [vars(block)["_gradient_checkpointing_func"] for block in blocks] == functions
-    assert model.base_model.router.scope is None
+    assert current_scope(model.base_model.router) is None
 
 
 def test_base_model_called_by_itself_is_refused() -> None:

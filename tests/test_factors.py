@@ -32,10 +32,8 @@ CASES = {
     "mixed, 2-D": ((4, IN), [2, 0, 2, 1], [2, 0, 2, 1]),
     "mixed, 3-D": ((3, 7, IN), [1, 2, 0], [1, 2, 0]),
     "mixed, 4-D": ((2, 3, 7, IN), [1, 2], [1, 2]),
-    "beams": ((6, 7, IN), [2, 1], [2, 2, 2, 1, 1, 1]),
-    "flattened tokens": ((6, IN), [0, 2, 1], [0, 0, 2, 2, 1, 1]),
     "one row": ((1, 7, IN), [2], [2]),
-    "an expert without tokens": ((0, IN), [2, 0], []),
+    "no rows": ((0, IN), [], []),
 }
 
 
@@ -45,7 +43,7 @@ def test_apply_and_its_gradients_equal_the_dense_product(
 ) -> None:
     factors = make_factors(1 if rows is None else TASKS)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    actual = factors.apply(x, None if rows is None else torch.tensor(rows))
+    actual = factors.apply(x, None if rows is None else torch.tensor(rows, dtype=torch.long))
     expected = dense_apply(factors, x, tasks)
     assert actual.shape == (*shape[:-1], OUT)
     torch.testing.assert_close(actual, expected, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
@@ -65,13 +63,6 @@ def test_float32_stays_float32_and_accurate() -> None:
     actual = factors.apply(x, rows)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
-
-
-@pytest.mark.parametrize("size", [2, 4, 5, 7])
-def test_an_input_that_is_no_multiple_of_the_rows_is_refused(size: int) -> None:
-    message = rf"first dimension is {size}, which is no multiple of the 3 rows .* exclude_modules"
-    with pytest.raises(ValueError, match=message):
-        make_factors().apply(torch.randn(size, IN, dtype=torch.float64), torch.tensor([0, 1, 2]))
 
 
 def test_delta_weight_is_the_dense_product_of_every_task() -> None:

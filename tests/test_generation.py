@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from hyperadapt import use_tasks
+from hyperadapt.scope import current_scope
 from tests.helpers import MIXED, TASK_TYPES, adapted_model, base_model, example_batch, row_of
 
 NAMES = ("gpt2", "llama", "t5")
@@ -108,7 +109,7 @@ def test_wrong_number_of_tasks(models: dict[str, PeftModel], name: str, options:
     # As many tasks as beams in all is not one task per row either.
     with pytest.raises(ValueError, match="Got tasks for 12 rows, but the batch has 4"):
         generate(models[name], prompts(name), tasks=MIXED * 3, **options)
-    assert models[name].base_model.router.scope is None
+    assert current_scope(models[name].base_model.router) is None
 
 
 def test_factors_are_generated_once_per_call() -> None:

@@ -25,6 +25,7 @@ ORDER = [
     "normalization",
     "kernels",
     "network",
+    "scope",
     "routing",
     "checkpointing",
     "layer",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hyperadapt import use_tasks
+from hyperadapt.scope import current_scope
 from tests.helpers import (
     ARCHITECTURES,
     MIXED,
@@ -145,10 +146,10 @@ def test_pinned_factors_are_generated_once(model: PeftModel) -> None:
     assert len(calls) == 1
     logits(model, BATCH, tasks="alpha")
     logits(model, BATCH)
-    assert len(calls) == 3
+    assert len(calls) == 2
     model(**BATCH)
     model(**BATCH)
-    assert len(calls) == 5, "with gradients on, every pass needs a graph of its own"
+    assert len(calls) == 4, "with gradients on, every pass needs a graph of its own"
 
 
 @pytest.mark.parametrize("change", ["in_place", "optimizer", "load_state_dict", "to_float64", "data", "training"])
@@ -233,7 +234,7 @@ def test_nothing_is_left_after_a_call_or_an_exception(model: PeftModel) -> None:
     with pytest.raises(ValueError, match="4 rows"):
         model(**row_of(BATCH, 0), tasks=MIXED)
     expect(model, MIXED)
-    assert router.scope is None
+    assert current_scope(router) is None
     assert router.requests == []
     assert not model.get_base_model()._forward_pre_hooks
     model.set_task("beta")
@@ -312,5 +313,5 @@ def test_modules_that_see_flattened_rows() -> None:
     flat, whole = model(x, tasks=MIXED), model(x, flatten=False, tasks=MIXED)
     assert_close(flat, whole, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
     model.base_model.model.layers[0].register_forward_pre_hook(lambda _, args: (args[0][:10],))
-    with pytest.raises(ValueError, match="first dimension is 10, which is no multiple of the 4 rows"):
+    with pytest.raises(ValueError, match=r"shape \(10, 6\), in which the 4 rows .* cannot be told apart"):
         model(x, tasks=MIXED)

@@ -116,9 +116,7 @@ def test_pair_tasks_do_not_share_groups_across_splits(name: str, group: str) -> 
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
-def test_second_load_from_reversed_files_gives_identical_rows(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_load_from_reversed_files_gives_identical_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _splits(name)
     spec = text_tasks._SPECS[name]
     monkeypatch.setitem(text_tasks._SPECS, name, replace(spec, read=lambda: reversed(list(spec.read()))))
