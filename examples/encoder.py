@@ -15,6 +15,7 @@ from transformers import (
     BertPreTrainedModel,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
+    logging,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -83,6 +84,8 @@ def load_base(num_labels: int, seed: int) -> MeanPoolingClassifier:
         The model, in evaluation mode.
     """
     torch.manual_seed(seed)
+    # Otherwise it reports the new classifier as missing weights.
+    logging.set_verbosity_error()
     model: MeanPoolingClassifier = MeanPoolingClassifier.from_pretrained(encoder_path(), num_labels=num_labels)
     return model.eval()
 

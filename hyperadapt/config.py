@@ -84,7 +84,7 @@ class HyperAdapterConfig(PeftConfig):
     task_descriptions: dict[str, str] | None = field(default=None, metadata={"help": "Task name -> description."})
     default_task: str | None = field(default=None, metadata={"help": "Task of calls that name none."})
     task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task embedding."})
-    hypernetwork_dim: int = field(default=128, metadata={"help": "Hidden size of the trunk."})
+    hypernetwork_dim: int = field(default=64, metadata={"help": "Hidden size of the trunk."})
     hypernetwork_depth: int = field(default=2, metadata={"help": "Residual blocks of the trunk."})
     head: str = field(default="factor", metadata={"help": "What one head emits: 'row', 'factor' or 'pair'."})
     normalization: str = field(default="soft_frobenius", metadata={"help": f"One of {', '.join(NORMALIZATIONS)}."})
