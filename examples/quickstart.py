@@ -71,6 +71,23 @@ class PrintAccuracies(TrainerCallback):
         print(f"\nstep {state.global_step}/{state.max_steps} validation: {accuracies}", flush=True)
 
 
+def encode_splits(tasks: Sequence[TextTask], tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, list[Dataset]]:
+    """Encode every split of every task.
+
+    Args:
+        tasks: The tasks.
+        tokenizer: The tokenizer.
+        rows: Training rows per task; a fifth as many for the test, a twenty-fifth for validation.
+
+    Returns:
+        A data set per task, by split.
+    """
+    sizes = {"train": rows, "validation": rows // 25, "test": rows // 5}
+    return {
+        split: encode(tasks, split, tokenizer, max_rows=size, max_length=MAX_LENGTH) for split, size in sizes.items()
+    }
+
+
 def probe_accuracies(
     model: MeanPoolingClassifier, splits: dict[str, list[Dataset]], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:
@@ -232,10 +249,7 @@ def main() -> None:
 
     tasks = [load_task(name) for name in TASKS]
     tokenizer = load_tokenizer()
-    sizes = {"train": options.rows, "validation": options.rows // 25, "test": options.rows // 5}
-    splits = {
-        split: encode(tasks, split, tokenizer, max_rows=rows, max_length=MAX_LENGTH) for split, rows in sizes.items()
-    }
+    splits = encode_splits(tasks, tokenizer, options.rows)
     print(f"linear probes on the frozen encoder, {len(TASKS)} tasks", flush=True)
     probe = probe_accuracies(load_base(1, seed=0), splits, tokenizer)
 
@@ -248,13 +262,13 @@ def main() -> None:
 
     folder = options.output / "hyperadapter"
     model.save_pretrained(folder)
-    if not torch.equal(predict_in_fresh_process(folder, sizes["test"], "--plugin"), torch.cat(logits)):
+    if not torch.equal(predict_in_fresh_process(folder, options.rows // 5, "--plugin"), torch.cat(logits)):
         raise RuntimeError("The reloaded hyperadapter predicts differently.")
     print(f"saved to {folder}, reloaded in a fresh process: predictions identical", flush=True)
 
     exported = options.output / f"lora-{EXPORTED}"
     export_lora(model, EXPORTED, exported)
-    plain = predict_in_fresh_process(exported, sizes["test"], "--only", EXPORTED)
+    plain = predict_in_fresh_process(exported, options.rows // 5, "--only", EXPORTED)
     difference = (plain - logits[TASKS.index(EXPORTED)]).abs().max().item()
     if difference > EXPORT_TOLERANCE:
         raise RuntimeError(f"The exported LoRA predicts differently: its logits are off by {difference:.1e}.")

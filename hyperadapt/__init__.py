@@ -1,5 +1,6 @@
 """hyperadapt: a hypernetwork that generates matrix-normalised LoRA adapters, as a PEFT method."""
 
+from hyperadapt import nn
 from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.export import export_lora
 from hyperadapt.model import HyperAdapterModel, use_tasks
@@ -7,6 +8,6 @@ from hyperadapt.normalization import normalize
 from hyperadapt.registration import register as _register
 
 __version__ = "0.1.0"
-__all__ = ["HyperAdapterConfig", "HyperAdapterModel", "export_lora", "normalize", "use_tasks"]
+__all__ = ["HyperAdapterConfig", "HyperAdapterModel", "export_lora", "nn", "normalize", "use_tasks"]
 
 _register()

@@ -11,10 +11,23 @@ from typing import Any
 from peft import PeftConfig
 
 HEADS = ("row", "factor", "pair")
-BOUNDED_NORMALIZATIONS = ("soft_frobenius", "frobenius_clip")
-UNIT_NORMALIZATIONS = ("frobenius",)
-NORMALIZATIONS = ("none", *BOUNDED_NORMALIZATIONS, *UNIT_NORMALIZATIONS)
-DEFAULT_NORMALIZATION_BOUND = 0.5
+# Of each normalisation, the options it takes and their defaults; in the config they are called normalization_<option>.
+NORMALIZATION_OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "soft_frobenius": {"bound": 0.5},
+    "frobenius_clip": {"bound": 0.5},
+    "adaptive": {"bound": 0.5},
+    "frobenius": {},
+    "spectral": {},
+    "schatten": {"order": 8},
+    "polar": {"ridge": 1e-5},
+    "whitening": {"ridge": 1e-5, "factors": "both"},
+    "weight_norm": {},
+    "sinkhorn": {"iterations": 20, "temperature": 1.0},
+}
+NORMALIZATIONS = tuple(NORMALIZATION_OPTIONS)
+BOUNDED_NORMALIZATIONS = tuple(name for name, options in NORMALIZATION_OPTIONS.items() if "bound" in options)
+UNIT_NORMALIZATIONS = tuple(name for name in NORMALIZATIONS if name not in ("none", *BOUNDED_NORMALIZATIONS))
 
 
 # Not StrEnum: PEFT reads the member's name from str(), "HyperAdapterType.HYPERADAPTER".
@@ -49,9 +62,16 @@ class HyperAdapterConfig(PeftConfig):
         hypernetwork_depth: Number of residual blocks of the trunk.
         head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
-        normalization: ``"none"``, ``"soft_frobenius"``, ``"frobenius_clip"`` or ``"frobenius"``.
+        normalization: How every generated update is normalised; see ``hyperadapt.normalization`` for the
+            methods. The options below belong to some of them; None takes the method's default.
         normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for
-            bounded normalisations; None takes 0.5 there.
+            ``"soft_frobenius"``, ``"frobenius_clip"`` and ``"adaptive"`` (there where it starts).
+        normalization_ridge: Ridge of ``"polar"`` and ``"whitening"``, relative to the mean eigenvalue of a
+            Gram matrix.
+        normalization_factors: ``"both"`` or ``"A"``: which factors ``"whitening"`` whitens.
+        normalization_order: Order of the Schatten norm of ``"schatten"``, a power of 2.
+        normalization_iterations: Iterations of ``"sinkhorn"``.
+        normalization_temperature: Temperature of ``"sinkhorn"``.
         init_weights: True starts exactly at the base model in the way that suits the normalisation;
             ``"zero_head"`` (heads of B start at zero) and ``"zero_gain"`` (gains start at zero) name
             that way; False starts with a random update (for tests).
@@ -92,6 +112,17 @@ class HyperAdapterConfig(PeftConfig):
         default=None,
         metadata={"help": "Bound on the update's Frobenius norm, in units of the base weight's."},
     )
+    normalization_ridge: float | None = field(
+        default=None, metadata={"help": "Ridge of polar and whitening, relative to the mean eigenvalue."}
+    )
+    normalization_factors: str | None = field(
+        default=None, metadata={"help": "Which factors whitening whitens: 'both' or 'A'."}
+    )
+    normalization_order: int | None = field(
+        default=None, metadata={"help": "Order of the Schatten norm, a power of 2."}
+    )
+    normalization_iterations: int | None = field(default=None, metadata={"help": "Iterations of sinkhorn."})
+    normalization_temperature: float | None = field(default=None, metadata={"help": "Temperature of sinkhorn."})
     init_weights: bool | str = field(
         default=True,
         metadata={"help": "True, 'zero_head' or 'zero_gain' (start at the base model) or False."},
@@ -107,7 +138,7 @@ class HyperAdapterConfig(PeftConfig):
         _check_choice("head", self.head, HEADS)
         _check_choice("normalization", self.normalization, NORMALIZATIONS)
         self._check_modules()
-        self._check_bound()
+        self._check_normalization_options()
         self._check_start()
         self._check_tasks()
 
@@ -124,7 +155,15 @@ class HyperAdapterConfig(PeftConfig):
     @property
     def has_gain(self) -> bool:
         """Whether a learned gain per position follows the normalisation."""
-        return self.normalization in UNIT_NORMALIZATIONS
+        if self.normalization == "adaptive":
+            return self.init_weights == "zero_gain"
+        return self.normalization in UNIT_NORMALIZATIONS and self.normalization_factors != "A"
+
+    @property
+    def normalization_options(self) -> dict[str, Any]:
+        """The options of the normalisation, by name without the prefix."""
+        names = NORMALIZATION_OPTIONS[self.normalization]
+        return {name: getattr(self, f"normalization_{name}") for name in names}
 
     @property
     def has_zero_heads(self) -> bool:
@@ -153,17 +192,28 @@ class HyperAdapterConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
-    def _check_bound(self) -> None:
-        if self.normalization in BOUNDED_NORMALIZATIONS:
-            if self.normalization_bound is None:
-                self.normalization_bound = DEFAULT_NORMALIZATION_BOUND
-            _check_number("normalization_bound", self.normalization_bound, "a finite number above 0", lambda v: v > 0)
-        elif self.normalization_bound is not None:
-            raise ValueError(
-                f"normalization_bound={self.normalization_bound!r} has no effect with "
-                f"normalization={self.normalization!r}. Drop it, or choose one of "
-                f"{', '.join(BOUNDED_NORMALIZATIONS)}."
-            )
+    def _check_normalization_options(self) -> None:
+        defaults = NORMALIZATION_OPTIONS[self.normalization]
+        for option in sorted({name for options in NORMALIZATION_OPTIONS.values() for name in options}):
+            name = f"normalization_{option}"
+            value = getattr(self, name)
+            if option not in defaults:
+                if value is not None:
+                    takers = [method for method, options in NORMALIZATION_OPTIONS.items() if option in options]
+                    raise ValueError(
+                        f"{name}={value!r} has no effect with normalization={self.normalization!r}. Drop it, or choose "
+                        f"one of {', '.join(takers)}."
+                    )
+            elif value is None:
+                setattr(self, name, defaults[option])
+            elif option in ("bound", "ridge", "temperature"):
+                _check_number(name, value, "a finite number above 0", lambda value: value > 0)
+            elif option == "factors":
+                _check_choice(name, value, ("both", "A"))
+            else:
+                _check_positive_integer(name, value)
+        if self.normalization_order is not None and self.normalization_order not in (2, 4, 8, 16, 32):
+            raise ValueError(f"normalization_order={self.normalization_order} must be 2, 4, 8, 16 or 32.")
 
     def _check_start(self) -> None:
         if isinstance(self.init_weights, bool):
@@ -176,9 +226,10 @@ class HyperAdapterConfig(PeftConfig):
                 f"a bounded normalization ({', '.join(BOUNDED_NORMALIZATIONS)})."
             )
         if self.init_weights == "zero_gain" and not self.has_gain:
+            factors = " and normalization_factors='A'" if self.normalization_factors == "A" else ""
             raise ValueError(
-                f"init_weights='zero_gain' is impossible with normalization={self.normalization!r}, which has no "
-                f"gain. Use init_weights='zero_head' (or True), or a unit normalization "
+                f"init_weights='zero_gain' is impossible with normalization={self.normalization!r}{factors}, which has "
+                "no gain. Use init_weights='zero_head' (or True), or a unit normalization "
                 f"({', '.join(UNIT_NORMALIZATIONS)})."
             )
 

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm
 
 from hyperadapt.positions import Position
+
+# Sinkhorn's mixing starts close to the identity: equal logits would make it constant, and the update of rank 1.
+MIXING_DIAGONAL = 4.0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Factors of the positions of one shape.
+
+    Args:
+        positions: The positions.
+        lora_A: Shape ``(tasks, positions, r, in_features)``.
+        lora_B: Shape ``(tasks, positions, out_features, r)``, a transposed view of contiguous rows.
+        logits: Mixing logits, shape ``(tasks, positions, r, r)``; None unless asked for.
+    """
+
+    positions: list[Position]
+    lora_A: Tensor
+    lora_B: Tensor
+    logits: Tensor | None
 
 
 class Hypernetwork(nn.Module):
@@ -33,6 +54,7 @@ class Hypernetwork(nn.Module):
         hypernetwork_depth: Number of residual blocks.
         head: ``"row"``, ``"factor"`` or ``"pair"``.
         zero_head: Whether B starts at exactly zero.
+        mixing: Whether to generate mixing logits too.
     """
 
     def __init__(
@@ -45,6 +67,7 @@ class Hypernetwork(nn.Module):
         hypernetwork_depth: int,
         head: str,
         zero_head: bool,
+        mixing: bool = False,
     ) -> None:
         super().__init__()
         self.r = r
@@ -85,9 +108,10 @@ class Hypernetwork(nn.Module):
                         bias_share=0.0 if head == "row" else 0.5,
                     )
 
-    def forward(
-        self, task_embeddings: Tensor, positions: Sequence[Position]
-    ) -> list[tuple[list[Position], Tensor, Tensor]]:
+        if mixing:
+            self.heads["mixing"] = Head(hypernetwork_dim, r if head == "row" else r * r, variance=0.0, bias_share=0.0)
+
+    def forward(self, task_embeddings: Tensor, positions: Sequence[Position]) -> list[Generated]:
         """Generate the factors of some positions.
 
         Args:
@@ -95,9 +119,7 @@ class Hypernetwork(nn.Module):
             positions: Positions among those of the constructor.
 
         Returns:
-            For each shape among the positions: its positions, ``lora_A`` ``(tasks, positions, r,
-            in_features)`` and ``lora_B`` ``(tasks, positions, out_features, r)``, where B is a
-            transposed view of contiguous rows. In the dtype of the hypernetwork.
+            One group for each shape among the positions, in the dtype of the hypernetwork.
         """
         hidden = self._hidden(task_embeddings, positions)
         groups: dict[tuple[int, int], list[int]] = {}
@@ -110,7 +132,11 @@ class Hypernetwork(nn.Module):
             shape = (len(task_embeddings), len(members), self.r, -1)
             lora_A = self.heads[self._head_key("A", members[0])](group_hidden).reshape(shape)
             lora_B = self.heads[self._head_key("B", members[0])](group_hidden).reshape(shape).mT
-            generated.append((members, lora_A, lora_B))
+            logits = None
+            if "mixing" in self.heads:
+                diagonal = MIXING_DIAGONAL * torch.eye(self.r, dtype=lora_A.dtype, device=lora_A.device)
+                logits = diagonal + self.heads["mixing"](group_hidden).reshape(shape)
+            generated.append(Generated(members, lora_A, lora_B, logits))
         return generated
 
     def _hidden(self, task_embeddings: Tensor, positions: Sequence[Position]) -> Tensor:

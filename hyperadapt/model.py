@@ -93,6 +93,7 @@ class HyperAdapterModel(BaseTuner):
         """
         others = {parameter: parameter.requires_grad for parameter in self.hyperadapter_networks.parameters()}
         base_requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        self._base_norms: dict[str, Tensor] = {}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with ExitStack() as stack:
@@ -135,7 +136,10 @@ class HyperAdapterModel(BaseTuner):
         in_features, out_features = _get_in_out_features(layer.get_base_layer())
         assert in_features is not None
         assert out_features is not None
-        layer.update_layer(adapter_name, Position(current_key, in_features, out_features), peft_config.lora_dropout)
+        position = Position(current_key, in_features, out_features)
+        # Read here, so that an unusable weight is refused before PEFT goes on to wrap modules_to_save.
+        self._base_norms[current_key] = _base_norm(layer, position)
+        layer.update_layer(adapter_name, position, peft_config.lora_dropout)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -156,7 +160,7 @@ class HyperAdapterModel(BaseTuner):
         assert isinstance(config, HyperAdapterConfig)
         layers = [layer for layer in self._layers(self.model) if adapter_name in layer.hyperadapter_position]
         positions = [layer.hyperadapter_position[adapter_name] for layer in layers]
-        norms = torch.stack([_base_norm(layer, position) for layer, position in zip(layers, positions, strict=True)])
+        norms = torch.stack([self._base_norms[position.name] for position in positions])
         network = HyperAdapterNetwork(config, positions, norms)
         weight = layers[0].weight
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()

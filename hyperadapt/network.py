@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hyperadapt.config import BOUNDED_NORMALIZATIONS, HyperAdapterConfig
+from hyperadapt.config import HyperAdapterConfig
+from hyperadapt.cores import adaptive_scale
 from hyperadapt.factors import Factors
-from hyperadapt.hypernetwork import Hypernetwork
-from hyperadapt.normalization import core_from_grams, gram_matrices
+from hyperadapt.hypernetwork import Generated, Hypernetwork
+from hyperadapt.kernels.gram import grams
+from hyperadapt.normalization import core_from_grams
 from hyperadapt.positions import Position
 from hyperadapt.tasks import TaskEmbedding
 
@@ -41,11 +43,35 @@ class HyperAdapterNetwork(nn.Module):
             hypernetwork_depth=config.hypernetwork_depth,
             head=config.head,
             zero_head=config.has_zero_heads,
+            mixing=config.normalization == "sinkhorn",
         )
         self.register_buffer("base_norms", base_norms)
         if config.has_gain:
             start = torch.zeros if config.init_weights else torch.ones
             self.gain = nn.Parameter(start(len(self.positions)))
+        if config.normalization == "adaptive":
+            # Half of the full strength, at the configured bound; the sigmoid keeps it in (0, 1).
+            self.strength_logit = nn.Parameter(torch.zeros(len(self.positions)))
+            self.log_bound = nn.Parameter(torch.zeros(len(self.positions)))
+
+    def adaptive_state(self) -> dict[str, tuple[float, float]]:
+        """What ``normalization="adaptive"`` has learned.
+
+        Returns:
+            By position name, the strength α in (0, 1) and the bound in units of the base weight's Frobenius norm.
+
+        Raises:
+            ValueError: If the normalisation is another one.
+        """
+        if self.config.normalization != "adaptive":
+            raise ValueError(
+                f"normalization={self.config.normalization!r} learns no strength and bound; only 'adaptive' does."
+            )
+        strengths, bounds = (values.tolist() for values in self._adaptive(list(range(len(self.positions)))))
+        return {
+            position.name: (strength, bound)
+            for position, strength, bound in zip(self.positions, strengths, bounds, strict=True)
+        }
 
     def forward(self, task_embeddings: Tensor, positions: Sequence[Position] | None = None) -> dict[str, Factors]:
         """Generate and normalise adapters.
@@ -63,36 +89,54 @@ class HyperAdapterNetwork(nn.Module):
         positions = self.positions if positions is None else positions
         with torch.autocast(task_embeddings.device.type, enabled=False):
             generated = self.hypernetwork(task_embeddings, positions)
-            grams = [gram_matrices(lora_A, lora_B) for _, lora_A, lora_B in generated]
-            order = [position for members, _, _ in generated for position in members]
-            cores = self._cores(
-                torch.cat([gram_A for gram_A, _ in grams], dim=1),
-                torch.cat([gram_B for _, gram_B in grams], dim=1),
-                order,
-            )
+            order = [position for group in generated for position in group.positions]
+            gram_A, gram_B = _grams(generated)
+            logits = [group.logits for group in generated if group.logits is not None]
+            cores = self._cores(gram_A, gram_B, torch.cat(logits, dim=1) if logits else None, order)
         factors = (
             (lora_A, lora_B)
-            for _, group_A, group_B in generated
+            for group in generated
             # Taking single positions with `unbind` has one backward for all; indexing would make a
             # gradient of the size of the whole group for each.
-            for lora_A, lora_B in zip(group_A.unbind(1), group_B.unbind(1), strict=True)
+            for lora_A, lora_B in zip(group.lora_A.unbind(1), group.lora_B.unbind(1), strict=True)
         )
         return {
             position.name: Factors(lora_A, lora_B, core.to(lora_A.dtype))
             for position, (lora_A, lora_B), core in zip(order, factors, cores.unbind(1), strict=True)
         }
 
-    def _cores(self, gram_A: Tensor, gram_B: Tensor, positions: Sequence[Position]) -> Tensor:
+    def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
         """Cores of shape (tasks, positions, r, r): normalisation of the scaled update, then scaling or gain."""
-        method, scaling = self.config.normalization, self.config.scaling
+        config, scaling = self.config, self.config.scaling
         indices = [self._index[position.name] for position in positions]
         base_norms = self.base_norms[indices].to(gram_A.dtype)
-        if method in BOUNDED_NORMALIZATIONS:
-            # The bound holds for the update as applied, so the scaling goes in before it.
-            assert self.config.normalization_bound is not None
-            bound = self.config.normalization_bound * base_norms
-            return scaling * core_from_grams(gram_A, gram_B * scaling**2, method, bound=bound)
-        core = core_from_grams(gram_A, gram_B, method)
-        if not self.config.has_gain:
-            return scaling * core
-        return (self.gain[indices].to(gram_A.dtype) * base_norms)[:, None, None] * core
+        options = config.normalization_options
+        if "bound" in options:
+            options["bound"] = options["bound"] * base_norms
+        if config.normalization == "adaptive":
+            strength, bound = self._adaptive(indices)
+            options.update(strength=strength.to(gram_A.dtype), bound=bound.to(gram_A.dtype) * base_norms)
+        if config.normalization == "sinkhorn":
+            options["logits"] = logits
+        if not config.has_gain:
+            # A bound holds for the update as applied, so the scaling goes in before the normalisation.
+            return scaling * core_from_grams(gram_A, gram_B * scaling**2, config.normalization, **options)
+        gain = self.gain[indices].to(gram_A.dtype) * base_norms
+        if config.normalization != "adaptive":
+            return gain[:, None, None] * core_from_grams(gram_A, gram_B, config.normalization, **options)
+        # With a gain, what the adaptive form bounds is the gained update, whose norm is the gain's.
+        gain = adaptive_scale(gain.square(), options["bound"], options["strength"]) * gain
+        return gain[:, None, None] * core_from_grams(gram_A, gram_B, "frobenius")
+
+    def _adaptive(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Strength, and bound in units of the base weight, of the positions."""
+        strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].exp()
+        return strength, self.config.normalization_options["bound"] * factor
+
+
+def _grams(generated: Sequence[Generated]) -> tuple[Tensor, Tensor]:
+    """Gram matrices of all factors, each of shape (tasks, positions, r, r), in one operator call."""
+    tasks, _, r, _ = generated[0].lora_A.shape
+    factors = [*(group.lora_A for group in generated), *(group.lora_B.mT for group in generated)]
+    parts = [part.reshape(tasks, -1, r, r) for part in grams([factor.flatten(0, 1) for factor in factors])]
+    return torch.cat(parts[: len(generated)], dim=1), torch.cat(parts[len(generated) :], dim=1)

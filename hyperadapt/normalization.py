@@ -1,50 +1,102 @@
 """Matrix normalisation of a generated update B·A as an r×r core S, so that the normalised update is B·S·A.
 
-| method           | core S                    | at zero             | bound                |
-|------------------|---------------------------|---------------------|----------------------|
-| `none`           | I                         | identity            | none                 |
-| `soft_frobenius` | (1 + f²/c²)^(-1/2) · I    | identity, smooth    | ‖ΔW‖_F < c           |
-| `frobenius_clip` | 1/max(1, f/c) · I         | identity, kink at c | ‖ΔW‖_F ≤ c           |
-| `frobenius`      | 1/f · I                   | undefined; 0 here   | ‖ΔW‖_F = 1           |
+Everything depends on A and B only through the Gram matrices G_A = A·Aᵀ and G_B = Bᵀ·B. With f = ‖B·A‖_F, σ₁ the largest
+singular value, c the bound, and the cost per adapter beside the Gram matrices' 2r²(in + out) operations:
 
-with f = ‖B·A‖_F and the bound c. Everything depends on A and B only through the Gram matrices
-A·Aᵀ and Bᵀ·B.
+| method           | core S                                   | at B = 0            | ‖ΔW‖             | cost      |
+|------------------|------------------------------------------|---------------------|------------------|-----------|
+| `none`           | I                                        | identity            | any              | none      |
+| `soft_frobenius` | (1 + f²/c²)^(-1/2) · I                   | identity, smooth    | ‖·‖_F < c        | r²        |
+| `frobenius_clip` | 1/max(1, f/c) · I                        | identity, kink at c | ‖·‖_F ≤ c        | r²        |
+| `adaptive`       | (1 + f²/c²)^(-α/2) · I, α and c learned  | identity, smooth    | ‖·‖_F ~ f^(1-α)  | r²        |
+| `frobenius`      | 1/f · I                                  | undefined; S = 0    | ‖·‖_F = 1        | r²        |
+| `spectral`       | 1/σ₁ · I                                 | undefined; S = 0    | σ₁ = 1           | 2 eigh    |
+| `schatten`       | 1/N · I, N = (Σ σᵢ^p)^(1/p)              | undefined; S = 0    | r^(-1/p) ≤ σ₁ ≤ 1 | r³·log p  |
+| `polar`          | (G_A·G_B)^(-1/2)                         | undefined; S = 0    | all σᵢ = 1       | 4 eigh, svd |
+| `whitening`      | G_B^(-1/2)·G_A^(-1/2)                    | undefined; S = 0    | all σᵢ = 1       | 2 eigh    |
+| … of A alone     | G_A^(-1/2)                               | identity up to A    | σᵢ(ΔW) = σᵢ(B)   | eigh      |
+| `weight_norm`    | diag(1 / (‖bⱼ‖·‖aⱼ‖))                     | undefined; S = 0    | ‖·‖_F ≤ r        | r         |
+| `sinkhorn`       | diag(1/‖bᵢ‖)·P·diag(1/‖aⱼ‖)              | undefined; S = 0    | ‖·‖_F ≤ r        | 40·r²     |
+
+P is doubly stochastic, made from generated logits. `polar` and `whitening` add a ridge to the Gram matrices, so their
+singular values are 1 only where those are well above it. Methods undefined at B = 0 need non-zero heads and a gain.
+
+Sources: `weight_norm` Salimans and Kingma 2016; `spectral` Miyato et al. 2018; `sinkhorn` Sinkhorn and Knopp 1967 as in
+arXiv 2512.24880; `whitening` is ZCA without centring; the cores' common form is this project's.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hyperadapt.config import BOUNDED_NORMALIZATIONS, NORMALIZATIONS
+from hyperadapt.config import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.cores import CORES
+from hyperadapt.kernels.gram import grams
+
+# Options that no config can hold, because they are tensors: per position or generated.
+_TENSOR_OPTIONS = {"adaptive": ("strength",), "sinkhorn": ("logits",)}
 
 
 def normalize(
-    lora_A: Tensor, lora_B: Tensor, method: str = "soft_frobenius", *, bound: float | Tensor | None = None
-) -> Tensor:
+    lora_A: Tensor,
+    lora_B: Tensor,
+    method: str = "soft_frobenius",
+    *,
+    bound: float | Tensor | None = None,
+    strength: float | Tensor | None = None,
+    ridge: float | None = None,
+    factors: str | None = None,
+    order: int | None = None,
+    logits: Tensor | None = None,
+    iterations: int | None = None,
+    temperature: float | None = None,
+) -> Tensor:  # noqa: DOC502
     """Core S of the normalised update ``lora_B @ core @ lora_A``.
 
     Args:
         lora_A: Shape ``(..., r, in_features)``.
         lora_B: Shape ``(..., out_features, r)``, same leading dimensions.
-        method: One of ``hyperadapt.config.NORMALIZATIONS``.
-        bound: Bound on the Frobenius norm, a number or shape ``(...)``, in units of the weights; only and
-            always for the bounded methods. A tensor's values are not checked.
+        method: One of ``hyperadapt.config.NORMALIZATIONS``; the module's table says what each does.
+        bound: Bound on the Frobenius norm, a number or shape ``(...)``, in units of the weights; always for
+            the bounded methods. A tensor's values are not checked.
+        strength: Strength α in [0, 1] of ``"adaptive"``, a number or shape ``(...)``, dimensionless; always.
+        ridge: Ridge of ``"polar"`` and ``"whitening"``, relative to the mean eigenvalue; 1e-5 by default.
+        factors: ``"both"`` (default) or ``"A"``: which factors ``"whitening"`` whitens.
+        order: Order p of ``"schatten"``, a power of 2; 8 by default.
+        logits: Mixing logits of ``"sinkhorn"``, shape ``(..., r, r)``; always.
+        iterations: Iterations of ``"sinkhorn"``; 20 by default.
+        temperature: Temperature of ``"sinkhorn"``; 1 by default.
 
     Returns:
         Shape ``(..., r, r)``, float32 (float64 for float64 factors).
 
     Raises:
-        ValueError: If the shapes do not fit, the method is unknown, or the bound is missing, needless or
-            not above 0.
+        ValueError: If the shapes do not fit, the method is unknown, or an option is missing, needless or out of
+            range.
     """
-    matrices = lora_A.ndim >= 2 and lora_B.ndim >= 2
-    if not matrices or lora_A.shape[:-2] != lora_B.shape[:-2] or lora_A.shape[-2] != lora_B.shape[-1]:
+    if min(lora_A.ndim, lora_B.ndim) < 2 or (*lora_A.shape[:-2], lora_A.shape[-2]) != (
+        *lora_B.shape[:-2],
+        lora_B.shape[-1],
+    ):
         raise ValueError(
             f"lora_A of shape {tuple(lora_A.shape)} and lora_B of shape {tuple(lora_B.shape)} do not fit: they must be "
             "(..., r, in_features) and (..., out_features, r)."
         )
-    return core_from_grams(*gram_matrices(lora_A, lora_B), method, bound=bound)
+    options = {
+        "bound": bound,
+        "strength": strength,
+        "ridge": ridge,
+        "factors": factors,
+        "order": order,
+        "logits": logits,
+        "iterations": iterations,
+        "temperature": temperature,
+    }
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return core_from_grams(*gram_matrices(lora_A, lora_B), method, **given)
 
 
 def gram_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,79 +109,60 @@ def gram_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Both of shape ``(..., r, r)``, computed in float32 (float64 for float64 factors).
     """
-    if lora_A.dtype != torch.float64:
-        lora_A, lora_B = lora_A.float(), lora_B.float()
-    return lora_A @ lora_A.mT, lora_B.mT @ lora_B
+    batch, r = lora_A.shape[:-2], lora_A.shape[-2]
+    if lora_A.dtype != lora_B.dtype:
+        wide = torch.promote_types(lora_A.dtype, lora_B.dtype)
+        lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+    gram_A, gram_B = grams([lora_A.reshape(-1, *lora_A.shape[-2:]), lora_B.mT.reshape(-1, r, lora_B.shape[-2])])
+    return gram_A.reshape(*batch, r, r), gram_B.reshape(*batch, r, r)
 
 
-def core_from_grams(gram_A: Tensor, gram_B: Tensor, method: str, *, bound: float | Tensor | None = None) -> Tensor:  # noqa: DOC502
+def core_from_grams(gram_A: Tensor, gram_B: Tensor, method: str, **options: Any) -> Tensor:  # noqa: DOC502
     """Core S from the Gram matrices of the factors.
 
     Args:
         gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
         gram_B: Bᵀ·B, same shape and dtype.
         method: One of ``hyperadapt.config.NORMALIZATIONS``.
-        bound: As in ``normalize``.
+        **options: The method's options, as in ``normalize``.
 
     Returns:
         Shape ``(..., r, r)``, same dtype.
 
     Raises:
-        ValueError: If the shapes differ, the method is unknown, or the bound is missing, needless or not
-            above 0.
+        ValueError: If the shapes differ, the method is unknown, or an option is missing, needless or out of range.
     """
-    _check_method(method, bound)
-    f_squared = frobenius_norm_squared(gram_A, gram_B)
-    if method == "soft_frobenius":
-        scale = (1 + f_squared / _squared_bound(bound, f_squared)).rsqrt()
-    elif method == "frobenius_clip":
-        c_squared = _squared_bound(bound, f_squared)
-        clipped = f_squared > c_squared
-        scale = torch.where(clipped, _inverse_norm_where(clipped, f_squared, 1.0) * c_squared.sqrt(), 1.0)
-    elif method == "frobenius":
-        scale = _inverse_norm_where(f_squared > 0, f_squared, 0.0)
-    else:
-        scale = torch.ones_like(f_squared)
-    return scale[..., None, None] * torch.eye(gram_A.shape[-1], dtype=gram_A.dtype, device=gram_A.device)
+    _check_options(method, options)
+    if "logits" in options and options["logits"].shape[-2:] != gram_A.shape[-2:]:
+        raise ValueError(
+            f"logits of shape {tuple(options['logits'].shape)} do not fit: with rank {gram_A.shape[-1]} they must be "
+            f"(..., {gram_A.shape[-1]}, {gram_A.shape[-1]})."
+        )
+    return CORES[method](gram_A, gram_B, **options)
 
 
-def frobenius_norm_squared(gram_A: Tensor, gram_B: Tensor) -> Tensor:
-    """Squared Frobenius norm of B·A from the factors' Gram matrices.
-
-    Never forms the product: ‖B·A‖² = ⟨A·Aᵀ, Bᵀ·B⟩. Rounding can make the sum of a nearly
-    cancelling product negative, so it is clamped at zero.
-
-    Args:
-        gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
-        gram_B: Bᵀ·B, same shape and dtype.
-
-    Returns:
-        Shape ``(...)``, in squared units of the weights.
-
-    Raises:
-        ValueError: If the two shapes differ.
-    """
-    if gram_A.shape != gram_B.shape:
-        raise ValueError(f"gram_A has shape {tuple(gram_A.shape)} but gram_B has shape {tuple(gram_B.shape)}.")
-    return (gram_A * gram_B).sum(dim=(-2, -1)).clamp(min=0)
-
-
-def _inverse_norm_where(condition: Tensor, f_squared: Tensor, otherwise: float) -> Tensor:
-    """1/f where the condition holds; the inner `where` keeps the gradient elsewhere 0 instead of 0·inf."""
-    return torch.where(condition, torch.where(condition, f_squared, 1.0).rsqrt(), otherwise)
-
-
-def _squared_bound(bound: float | Tensor | None, like: Tensor) -> Tensor:
-    return torch.as_tensor(bound, dtype=like.dtype, device=like.device).square()
-
-
-def _check_method(method: str, bound: float | Tensor | None) -> None:
+def _check_options(method: str, options: dict[str, Any]) -> None:
     if method not in NORMALIZATIONS:
         raise ValueError(f"Unknown normalization {method!r}. Choose one of {', '.join(map(repr, NORMALIZATIONS))}.")
-    bounded = method in BOUNDED_NORMALIZATIONS
-    if bounded and bound is None:
-        raise ValueError(f"normalization {method!r} needs a bound on the Frobenius norm; pass bound=.")
-    if not bounded and bound is not None:
-        raise ValueError(f"bound={bound!r} has no effect with normalization {method!r}; drop it.")
-    if isinstance(bound, int | float) and not bound > 0:
-        raise ValueError(f"bound={bound!r} must be above 0.")
+    tensors = _TENSOR_OPTIONS.get(method, ())
+    known = (*NORMALIZATION_OPTIONS[method], *tensors)
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(
+                f"{name}={value!r} has no effect with normalization {method!r}, which takes "
+                f"{', '.join(known) or 'no options'}; drop it."
+            )
+        if name in ("bound", "ridge", "temperature", "iterations") and not isinstance(value, Tensor) and not value > 0:
+            raise ValueError(f"{name}={value!r} must be above 0.")
+        if name == "strength" and not isinstance(value, Tensor) and not 0 <= value <= 1:
+            raise ValueError(f"strength={value!r} must be in [0, 1].")
+        if name == "iterations" and not isinstance(value, int):
+            raise ValueError(f"iterations={value!r} must be an integer.")
+    # A bound has a default in the config, where it is in units of the base weight, but none here.
+    for name in ("bound", *tensors):
+        if name in known and name not in options:
+            raise ValueError(f"normalization {method!r} needs {name}=; see the documentation of normalize.")
+    if options.get("order", 8) not in (2, 4, 8, 16, 32):
+        raise ValueError(f"order={options['order']!r} must be 2, 4, 8, 16 or 32.")
+    if options.get("factors", "A") not in ("both", "A"):
+        raise ValueError(f"factors={options['factors']!r} must be 'both' or 'A'.")

@@ -78,10 +78,10 @@ def test_same_loss_and_gradients(name: str, use_reentrant: bool) -> None:
     enable(model, use_reentrant)
     checkpointed_loss, actual = loss_and_gradients(model, name, *requests)
     assert len(calls) - plain_calls > 1.5 * plain_calls, "nothing was recomputed"
-    assert torch.equal(checkpointed_loss, loss)
     assert set(actual) == set(adapter_parameters(model))
-    # T5's encoder output feeds every decoder block, whose gradients are then summed in another order.
-    assert_equal(actual, expected, exact=name != "t5")
+    # T5 goes without its cache when checkpointed, and its encoder output feeds every decoder block, whose gradients
+    # are then summed in another order.
+    assert_equal({"loss": checkpointed_loss, **actual}, {"loss": loss, **expected}, exact=name != "t5")
 
 
 @MODES

@@ -1,4 +1,4 @@
-"""Tests of the configuration: defaults, forms of tasks, saving and loading, and every refusal."""
+"""Tests of the configuration: defaults, forms of tasks, saving and loading, refusals; not the normalisation's."""
 
 import copy
 import dataclasses
@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from peft import PeftConfig
 
-from hyperadapt.config import HEADS, NORMALIZATIONS, HyperAdapterConfig
+from hyperadapt.config import HyperAdapterConfig
 
 # In an order that is not the alphabetical one, in which PEFT writes the keys of a dict.
 DESCRIPTIONS = {"trec": "What does a question ask for?", "boolq": "Is it so?", "sst2": "Is it praise?"}
 
-# No field has its default. Fixed values: `peft_type` and `peft_version`; `bias` has only one legal value.
+# No field has its default. Fixed values: `peft_type` and `peft_version`; `bias` has only one legal value. Options of
+# other normalisations must be None; test_config_normalization.py saves and loads them.
 FULL = {
     "task_type": "SEQ_CLS",
     "auto_mapping": {"base_model_class": "Bert"},
@@ -52,26 +53,6 @@ def test_defaults_are_valid() -> None:
     assert config.normalization_bound == 0.5
     assert config.peft_type == "HYPERADAPTER"
     assert HyperAdapterConfig().tasks is not config.tasks
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("init_weights", [True, False])
-def test_every_head_and_normalization_is_valid(head: str, normalization: str, init_weights: bool) -> None:
-    config = HyperAdapterConfig(head=head, normalization=normalization, init_weights=init_weights)
-    assert (config.normalization_bound is None) == (normalization in ("none", "frobenius"))
-    assert config.has_gain == (normalization == "frobenius")
-    assert config.has_zero_heads == (init_weights and normalization != "frobenius")
-
-
-@pytest.mark.parametrize(
-    ("normalization", "init_weights", "has_zero_heads"),
-    [("none", "zero_head", True), ("soft_frobenius", "zero_head", True), ("frobenius", "zero_gain", False)],
-)
-def test_named_starts_equal_true(normalization: str, init_weights: str, has_zero_heads: bool) -> None:
-    for start in (True, init_weights):
-        config = HyperAdapterConfig(normalization=normalization, init_weights=start)
-        assert config.has_zero_heads == has_zero_heads
 
 
 def test_scaling_is_alpha_over_r() -> None:
@@ -114,7 +95,8 @@ def test_the_full_config_has_no_default_left() -> None:
         for field in dataclasses.fields(config)
         if getattr(config, field.name) == getattr(default, field.name)
     }
-    assert same == {"peft_type", "peft_version", "bias"}
+    others = {f"normalization_{option}" for option in ("ridge", "factors", "order", "iterations", "temperature")}
+    assert same == {"peft_type", "peft_version", "bias"} | others
 
 
 @pytest.mark.parametrize("config_class", [PeftConfig, HyperAdapterConfig])
@@ -179,45 +161,12 @@ BAD = [
         ValueError,
         "layers_pattern='h' has no effect without layers_to_transform. * drop layers_pattern.",
     ),
-    *(
-        (
-            {"normalization_bound": bound},
-            ValueError,
-            f"normalization_bound={bound} must be a finite number above 0.",
-        )
-        for bound in (0, -0.5, math.nan, math.inf)
-    ),
-    ({"normalization_bound": "1"}, TypeError, "normalization_bound='1' must be a number, not str."),
-    *(
-        (
-            {"normalization": normalization, "normalization_bound": 0.5},
-            ValueError,
-            f"normalization_bound=0.5 has no effect with normalization='{normalization}'. Drop it, or choose "
-            "one of soft_frobenius, frobenius_clip.",
-        )
-        for normalization in ("none", "frobenius")
-    ),
     (
         {"init_weights": "gaussian"},
         ValueError,
         "init_weights='gaussian' is unknown. Choose one of True, False, ",
     ),
     ({"init_weights": None}, ValueError, "init_weights=None is unknown. Choose one of True, False, "),
-    (
-        {"normalization": "frobenius", "init_weights": "zero_head"},
-        ValueError,
-        "init_weights='zero_head' is impossible with normalization='frobenius': the unit norm of a zero "
-        "matrix is undefined * Use init_weights='zero_gain'",
-    ),
-    *(
-        (
-            {"normalization": normalization, "init_weights": "zero_gain"},
-            ValueError,
-            f"init_weights='zero_gain' is impossible with normalization='{normalization}', which has no "
-            "gain. Use init_weights='zero_head'",
-        )
-        for normalization in ("none", "soft_frobenius", "frobenius_clip")
-    ),
     (
         {"task_type": "SOLVE"},
         ValueError,

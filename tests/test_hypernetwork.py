@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperadapt.config import HEADS
-from hyperadapt.hypernetwork import Head, Hypernetwork
+from hyperadapt.hypernetwork import Generated, Head, Hypernetwork
 from hyperadapt.positions import Position
 from tests.tolerances import ADAM_FIRST_STEP, FLOAT32_DIFFERENCE, FLOAT32_FORWARD, sample_variance_error
 
@@ -35,12 +35,12 @@ def make_hypernetwork(positions: Sequence[Position] = POSITIONS, **changes: Any)
     return Hypernetwork(positions, **(options | changes))
 
 
-def by_name(generated: list[tuple[list[Position], Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+def by_name(generated: list[Generated]) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of each position, with the tasks as first dimension."""
     return {
-        position.name: (lora_A[:, index], lora_B[:, index])
-        for members, lora_A, lora_B in generated
-        for index, position in enumerate(members)
+        position.name: (group.lora_A[:, index], group.lora_B[:, index])
+        for group in generated
+        for index, position in enumerate(group.positions)
     }
 
 
@@ -49,8 +49,9 @@ def by_name(generated: list[tuple[list[Position], Tensor, Tensor]]) -> dict[str,
 def test_every_position_gets_factors_of_its_shape(head: str, r: int) -> None:
     hypernetwork = make_hypernetwork(head=head, r=r)
     generated = hypernetwork(torch.randn(3, DIM), POSITIONS)
-    assert sorted(len(members) for members, _, _ in generated) == [1, 2, 2, 4]
-    assert all(lora_B.mT.is_contiguous() for _, _, lora_B in generated)
+    assert sorted(len(group.positions) for group in generated) == [1, 2, 2, 4]
+    assert all(group.lora_B.mT.is_contiguous() for group in generated)
+    assert all(group.logits is None for group in generated)
     factors = by_name(generated)
     assert factors.keys() == {position.name for position in POSITIONS}
     for position in POSITIONS:
@@ -62,9 +63,9 @@ def test_every_position_gets_factors_of_its_shape(head: str, r: int) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_every_row_position_and_task_gets_other_weights(head: str) -> None:
     torch.manual_seed(0)
-    for members, lora_A, lora_B in make_hypernetwork(head=head)(torch.randn(3, DIM), POSITIONS):
-        for rows in (lora_A, lora_B.mT):
-            assert len(torch.unique(rows.flatten(0, 2), dim=0)) == 3 * len(members) * 4
+    for group in make_hypernetwork(head=head)(torch.randn(3, DIM), POSITIONS):
+        for rows in (group.lora_A, group.lora_B.mT):
+            assert len(torch.unique(rows.flatten(0, 2), dim=0)) == 3 * len(group.positions) * 4
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -145,7 +146,8 @@ def test_initial_factors_keep_the_variance_of_activations(head: str) -> None:
         torch.manual_seed(seed)
         hypernetwork = make_hypernetwork([position], head=head, r=r)
         with torch.no_grad():
-            [(_, lora_A, lora_B)] = hypernetwork(torch.randn(1, DIM), [position])
+            [group] = hypernetwork(torch.randn(1, DIM), [position])
+        lora_A, lora_B = group.lora_A, group.lora_B
         hidden = torch.randn(inputs, in_features) @ lora_A[0, 0].T
         # Of unit variance by itself, so that A's deviation does not count for B.
         output = torch.randn(inputs, r) @ lora_B[0, 0].T

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperadapt.config import BOUNDED_NORMALIZATIONS, HEADS, NORMALIZATIONS, HyperAdapterConfig
+from hyperadapt.config import BOUNDED_NORMALIZATIONS, HEADS, NORMALIZATIONS, UNIT_NORMALIZATIONS, HyperAdapterConfig
 from hyperadapt.factors import Factors
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.normalization import normalize
@@ -81,9 +81,11 @@ def test_without_normalization_the_core_is_the_scaling() -> None:
 @pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
 def test_the_core_normalises_the_scaled_update(method: str) -> None:
     network = make_network(normalization=method, normalization_bound=0.25)
+    # The learned strength starts at a half.
+    options = {"strength": 0.5} if method == "adaptive" else {}
     for position, base_norm in zip(POSITIONS, BASE_NORMS, strict=True):
         one = generate(network)[position.name]
-        expected = 1.5 * normalize(one.lora_A, 1.5 * one.lora_B, method, bound=0.25 * base_norm)
+        expected = 1.5 * normalize(one.lora_A, 1.5 * one.lora_B, method, bound=0.25 * base_norm, **options)
         torch.testing.assert_close(one.core, expected, rtol=FLOAT32_FORMULA, atol=0)
 
 
@@ -95,11 +97,51 @@ def test_the_scaled_update_stays_below_the_bound_in_units_of_the_base_weight(met
         for name, head in network.hypernetwork.heads.items():
             if name.startswith("B"):
                 head.weight *= 1e6
+        if method == "adaptive":
+            # The sigmoid of 40 is 1 in float32.
+            network.strength_logit.fill_(40)
     relative = norms(generate(network)) / BASE_NORMS.double()
     error = norm_error(LONGEST, EPS_FLOAT32)
     assert (relative <= bound * (1 + error)).all()
     # The updates are huge, so the bound is reached, at every position in its own unit.
     assert (relative >= bound * (1 - error)).all()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"normalization": method} for method in UNIT_NORMALIZATIONS if method != "sinkhorn"], ids=str
+)
+def test_the_gain_multiplies_the_unscaled_unit_core(changes: dict[str, Any]) -> None:
+    network = make_network(**changes)
+    gains = torch.tensor([0.5, -2.0, 1.0, 1e-3, 0.0])
+    with torch.no_grad():
+        network.gain.copy_(gains)
+    factors = generate(network)
+    for position, gain in zip(POSITIONS, gains * BASE_NORMS, strict=True):
+        one = factors[position.name]
+        expected = gain * normalize(one.lora_A, one.lora_B, changes["normalization"])
+        torch.testing.assert_close(one.core, expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalization": "schatten", "normalization_order": 2},
+        {"normalization": "polar", "normalization_ridge": 0.5},
+        {"normalization": "whitening", "normalization_ridge": 0.5},
+        {"normalization": "whitening", "normalization_factors": "A"},
+    ],
+    ids=str,
+)
+def test_the_configs_options_reach_the_normalization(changes: dict[str, Any]) -> None:
+    network = make_network(**changes)
+    options = {name.removeprefix("normalization_"): value for name, value in changes.items() if "_" in name}
+    # Whitening of A alone has no gain; the scaling applies to it.
+    unit = torch.full((5,), 1.5) if options.get("factors") == "A" else BASE_NORMS
+    factors = generate(network)
+    for position, factor in zip(POSITIONS, unit, strict=True):
+        one = factors[position.name]
+        expected = factor * normalize(one.lora_A, one.lora_B, changes["normalization"], **options)
+        torch.testing.assert_close(one.core, expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
 
 
 def test_the_gain_counts_in_units_of_the_base_weights_norm() -> None:
@@ -125,16 +167,17 @@ def test_training_starts_at_an_update_of_exactly_zero(normalization: str) -> Non
     network = make_network(normalization=normalization, init_weights=True)
     for one in generate(network).values():
         assert torch.equal(one.delta_weight(), torch.zeros_like(one.delta_weight()))
-    assert hasattr(network, "gain") == (normalization == "frobenius")
 
 
-@pytest.mark.parametrize("normalization", ["soft_frobenius", "frobenius"])
+@pytest.mark.parametrize("normalization", ["soft_frobenius", "frobenius", "adaptive", "sinkhorn"])
 @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [1, 3, 0, 4, 2], [3, 0], [2]])
 def test_the_order_of_positions_changes_nothing(normalization: str, order: list[int]) -> None:
     network = make_network(normalization=normalization)
-    if normalization == "frobenius":
-        with torch.no_grad():
-            network.gain.copy_(torch.arange(1.0, 6.0))
+    # What is learned by position differs between positions.
+    with torch.no_grad():
+        for name in ("gain", "strength_logit", "log_bound"):
+            if hasattr(network, name):
+                getattr(network, name).copy_(torch.arange(1.0, 6.0))
     whole = tensors(generate(network))
     part = tensors(generate(network, [POSITIONS[index] for index in order]))
     assert part.keys() == {POSITIONS[index].name for index in order}
@@ -172,12 +215,12 @@ def test_a_bfloat16_network_works_and_keeps_its_bounds(normalization: str) -> No
     factors = generate(network)
     assert all(tensor.dtype == torch.bfloat16 for one in factors.values() for tensor in one.tensors())
     relative = norms(factors) / BASE_NORMS.double()
-    if normalization in BOUNDED_NORMALIZATIONS:
+    if normalization in ("soft_frobenius", "frobenius_clip"):
         assert (relative <= 0.5 * (1 + BFLOAT16_PRODUCT)).all()
     elif normalization == "frobenius":
         torch.testing.assert_close(relative, torch.ones_like(relative), rtol=0, atol=BFLOAT16_PRODUCT)
     else:
-        expected = norms(generate(make_network(normalization="none", lora_alpha=64)))
+        expected = norms(generate(make_network(normalization=normalization, lora_alpha=64)))
         assert relative.isfinite().all()
         assert (relative * BASE_NORMS).sum().item() == pytest.approx(expected.sum().item(), rel=BFLOAT16_NETWORK)
 

@@ -71,3 +71,45 @@ def sample_variance_error(samples: int) -> float:
     The samples must be independent; averaging further dependent ones can only shrink the deviation.
     """
     return STANDARD_DEVIATIONS * math.sqrt(2 / samples)
+
+
+# Inverse square roots of float64 Gram matrices: their condition number, at most 1e4 in these tests, multiplies the
+# rounding and a ridge of 1e-13.
+FLOAT64_CONDITIONED = 1e4 * FLOAT64_EXACT
+
+# What 20 iterations are asked to reach on logits of size 1; the last pass normalises rows, so columns are the rest.
+SINKHORN_SUM = 1e-4
+
+
+def gram_error(width: int) -> float:
+    """Error of a float32 sum of `width` products of standard normals against the exact one.
+
+    Rounding each of `width` additions of a sum of size at most 2 · width is off by half of EPS_FLOAT32 · 2 · width at
+    the end of a random walk of that many steps: EPS_FLOAT32 · width · √width, which pairwise sums stay far below; a
+    product in three passes of TF32 drops the product of two rests, 2⁻²² of it, over at most 2 · width. The 1e-6 is for
+    the sums of a few terms.
+    """
+    return EPS_FLOAT32 * width * math.sqrt(width) + 2.0**-21 * width + 1e-6
+
+
+# Float32 inverse square roots of Gram matrices, whose condition number, at most 100 in these tests, multiplies the
+# rounding.
+FLOAT32_CONDITIONED = 1e2 * FLOAT32_FORMULA
+
+# Stated requirement: the spectral norm from float32 Gram matrices, relative to a float64 SVD, at any condition.
+SPECTRAL_NORM_FLOAT32 = 1e-5
+
+# A ridge ε, relative to the mean eigenvalue of the Gram matrices, changes a square root of a singular one by √ε and so
+# the update's singular vectors, times the condition of what is left, 10 in these tests.
+RIDGE = 1e-13
+RIDGED_RANK_DEFICIENT = 10 * math.sqrt(RIDGE)
+
+
+def sinkhorn_permutation_error(iterations: int) -> float:
+    """How far Sinkhorn's mixing may be from its limit, a permutation, in any entry.
+
+    Towards a permutation the convergence is harmonic instead of geometric: for the matrix ``[[1, 1], [0, 1]]``, whose
+    limit is the identity, the upper right entry is 1/(2n + 1) after n passes over columns and rows. Matrices of more
+    rows are of the same order; times 4.
+    """
+    return 2 / iterations

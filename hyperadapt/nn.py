@@ -1,0 +1,143 @@
+"""Matrix normalisation for general use: of any weight matrix, and of activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperadapt.config import NORMALIZATION_OPTIONS
+from hyperadapt.matrix_functions import inverse_sqrt, sinkhorn
+from hyperadapt.normalization import normalize
+
+
+class MatrixNorm(nn.Module):
+    """Normalises a weight matrix, or a batch of them, with any method of ``hyperadapt.normalize``.
+
+    Made for ``torch.nn.utils.parametrize.register_parametrization(layer, "weight", MatrixNorm("spectral"))``, and as
+    usable on its own. A matrix W of shape ``(m, n)`` counts as the product I·W (or W·I, whichever identity is
+    smaller), so the core is of the size ``min(m, n)``. Two methods have a meaning of their own here:
+    ``"sinkhorn"`` makes a square W, taken as logits, doubly stochastic; ``"whitening"`` is ``"polar"``, since the
+    identity is white already.
+
+    Args:
+        method: One of ``hyperadapt.config.NORMALIZATIONS``.
+        start_dim: Dimensions from this one on are flattened into the columns of the matrix, as ``1`` does
+            for the weight of a convolution; None takes the last two dimensions and any others as a batch.
+        **options: The method's options, as in ``normalize``; `bound` is absolute. ``"adaptive"`` learns one strength,
+            from 0.5, and one bound, from `bound`.
+
+    Raises:
+        ValueError: If the method or an option is unknown.
+    """
+
+    def __init__(self, method: str, *, start_dim: int | None = None, **options: Any) -> None:
+        super().__init__()
+        if method not in NORMALIZATION_OPTIONS:
+            raise ValueError(
+                f"Unknown normalization {method!r}. Choose one of {', '.join(map(repr, NORMALIZATION_OPTIONS))}."
+            )
+        for name in options:
+            if name not in NORMALIZATION_OPTIONS[method]:
+                raise ValueError(f"{name}={options[name]!r} has no effect with normalization {method!r}; drop it.")
+        if "bound" in NORMALIZATION_OPTIONS[method] and "bound" not in options:
+            raise ValueError(f"normalization {method!r} needs a bound on the Frobenius norm; pass bound=.")
+        self.method = method
+        self.start_dim = start_dim
+        self.options = options
+        if method == "adaptive":
+            self.strength_logit = nn.Parameter(torch.zeros(()))
+            self.log_bound = nn.Parameter(torch.tensor(float(options["bound"])).log())
+
+    def forward(self, weight: Tensor) -> Tensor:  # noqa: DOC502
+        """Normalise a weight.
+
+        Args:
+            weight: Shape ``(..., m, n)``, or any with at least two dimensions if `start_dim` is given.
+
+        Returns:
+            Same shape and dtype.
+
+        Raises:
+            ValueError: If the method is ``"sinkhorn"`` and the matrix is not square.
+        """
+        matrix = weight if self.start_dim is None else weight.flatten(self.start_dim)
+        if self.method == "sinkhorn":
+            return self._sinkhorn(matrix).to(weight.dtype).reshape(weight.shape)
+        options = dict(self.options)
+        if self.method == "adaptive":
+            options.update(strength=self.strength_logit.sigmoid(), bound=self.log_bound.exp())
+        rows, columns = matrix.shape[-2:]
+        identity = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
+        identity = identity.expand(*matrix.shape[:-2], -1, -1)
+        if rows <= columns:
+            normalized = normalize(matrix, identity, self.method, **options).to(matrix.dtype) @ matrix
+        else:
+            normalized = matrix @ normalize(identity, matrix, self.method, **options).to(matrix.dtype)
+        return normalized.reshape(weight.shape)
+
+    def _sinkhorn(self, matrix: Tensor) -> Tensor:
+        if matrix.shape[-2] != matrix.shape[-1]:
+            raise ValueError(
+                f"normalization 'sinkhorn' needs a square matrix, but the weight is of shape {tuple(matrix.shape)}: "
+                "only a square matrix can be doubly stochastic."
+            )
+        return sinkhorn(_at_least_float32(matrix), **{**NORMALIZATION_OPTIONS["sinkhorn"], **self.options})
+
+
+class Whitening(nn.Module):
+    """Whitens activations: zero mean and unit covariance over the batch (ZCA), as batch normalisation does per feature.
+
+    With the batch's mean μ and covariance Σ over features, ``y = (x - μ)·(Σ + ε·I)^(-1/2)``. In evaluation the running
+    averages take their place. No matrix is inverted, and the gradient is finite at repeated eigenvalues.
+
+    Args:
+        num_features: Number of features d.
+        ridge: ε in units of the mean variance, dimensionless.
+        momentum: Share of the latest batch in the running averages.
+    """
+
+    running_mean: Tensor
+    running_covariance: Tensor
+
+    def __init__(self, num_features: int, *, ridge: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.ridge = ridge
+        self.momentum = momentum
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_covariance", torch.eye(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whiten a batch.
+
+        Args:
+            x: Shape ``(..., num_features)``; all leading dimensions are the batch.
+
+        Returns:
+            Same shape and dtype.
+
+        Raises:
+            ValueError: If the last dimension is not `num_features`, or a training batch has one element.
+        """
+        if x.shape[-1] != self.num_features:
+            raise ValueError(f"Whitening({self.num_features}) got an input of shape {tuple(x.shape)}.")
+        samples = _at_least_float32(x).reshape(-1, self.num_features)
+        if self.training:
+            if len(samples) < 2:
+                raise ValueError(f"Whitening needs at least 2 samples in training, but got shape {tuple(x.shape)}.")
+            mean = samples.mean(0)
+            covariance = (samples - mean).mT @ (samples - mean) / (len(samples) - 1)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_covariance.lerp_(covariance.to(self.running_covariance.dtype), self.momentum)
+        else:
+            mean, covariance = self.running_mean.to(samples.dtype), self.running_covariance.to(samples.dtype)
+        identity = torch.eye(self.num_features, dtype=samples.dtype, device=x.device)
+        ridged = covariance + self.ridge * covariance.diagonal().mean() * identity
+        return ((samples - mean) @ inverse_sqrt(ridged)).to(x.dtype).reshape(x.shape)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

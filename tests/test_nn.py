@@ -1,0 +1,161 @@
+"""Normalisation of any weight matrix through parametrize, and whitening of activations."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+
+import hyperadapt
+from hyperadapt.config import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.nn import MatrixNorm, Whitening
+from tests.tolerances import FLOAT32_FORMULA, FLOAT64_CONDITIONED, FLOAT64_EXACT, FLOAT64_GRADCHECK, SINKHORN_SUM
+
+
+def make(method: str, **options: object) -> MatrixNorm:
+    bound = {"bound": 1.5} if "bound" in NORMALIZATION_OPTIONS[method] else {}
+    norm = MatrixNorm(method, **bound, **options).double()
+    if method == "adaptive":
+        # Made in float32, the logarithm of the bound is off by rounding.
+        norm.log_bound.data = torch.tensor(1.5, dtype=torch.float64).log()
+    return norm
+
+
+def dense(method: str, weight: Tensor) -> Tensor:
+    """The normalised matrix by each method's definition."""
+    norm, spectrum = torch.linalg.matrix_norm(weight), torch.linalg.svdvals(weight)
+    if method == "none":
+        return weight
+    if method == "soft_frobenius":
+        return weight / (1 + (norm / 1.5) ** 2).sqrt()
+    if method == "frobenius_clip":
+        return weight * (1.5 / norm).clamp(max=1)
+    if method == "adaptive":
+        return weight / (1 + (norm / 1.5) ** 2) ** 0.25
+    if method == "frobenius":
+        return weight / norm
+    if method == "spectral":
+        return weight / spectrum[0]
+    if method == "schatten":
+        return weight / (spectrum**8).sum() ** (1 / 8)
+    if method == "weight_norm":
+        # The identity's factor has unit rows and columns already.
+        dim = 1 if weight.shape[0] <= weight.shape[1] else 0
+        return weight / weight.norm(dim=dim, keepdim=True)
+    assert method in ("polar", "whitening")
+    left, _, right_h = torch.linalg.svd(weight, full_matrices=False)
+    return left @ right_h
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
+@pytest.mark.parametrize("method", [method for method in NORMALIZATIONS if method != "sinkhorn"])
+def test_a_matrix_is_normalised_by_the_methods_definition(method: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ridge = {"ridge": 1e-13} if "ridge" in NORMALIZATION_OPTIONS[method] else {}
+    norm, weight = make(method, **ridge), torch.randn(shape, dtype=torch.float64)
+    assert_close(norm(weight), dense(method, weight), rtol=FLOAT64_CONDITIONED, atol=FLOAT64_CONDITIONED)
+
+
+@pytest.mark.parametrize("method", NORMALIZATIONS)
+def test_a_batch_equals_its_matrices_and_gradients_are_right(method: str) -> None:
+    torch.manual_seed(0)
+    norm = make(method)
+    weight = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    together = norm(weight)
+    for index in ((0, 0), (1, 2)):
+        assert_close(together[index], norm(weight[index]), rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+    assert torch.autograd.gradcheck(norm, (weight[0, :2].detach().requires_grad_(),), atol=FLOAT64_GRADCHECK)
+
+
+def test_sinkhorn_makes_a_square_matrix_doubly_stochastic() -> None:
+    torch.manual_seed(0)
+    mixed = make("sinkhorn")(torch.randn(6, 6))
+    assert_close(mixed.sum(0), torch.ones(6), rtol=0, atol=SINKHORN_SUM)
+    assert_close(mixed.sum(1), torch.ones(6), rtol=0, atol=SINKHORN_SUM)
+    assert (mixed > 0).all()
+
+
+def test_as_a_parametrization_it_trains_and_can_be_made_permanent() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 8, 3)
+    parametrize.register_parametrization(layer, "weight", hyperadapt.nn.MatrixNorm("spectral", start_dim=1))
+    x = torch.randn(2, 3, 6, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        assert_close(
+            torch.linalg.matrix_norm(layer.weight.flatten(1), 2), torch.tensor(1.0), rtol=FLOAT32_FORMULA, atol=0
+        )
+        before = layer.weight.detach().clone()
+        layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(layer.weight, before)
+    expected = copy.deepcopy(layer)(x)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert torch.equal(layer(x), expected)
+
+
+def test_adaptive_learns_its_strength_and_bound() -> None:
+    norm = MatrixNorm("adaptive", bound=2.0)
+    norm(torch.randn(4, 4)).square().sum().backward()
+    for parameter in norm.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes_are_kept(dtype: torch.dtype) -> None:
+    for method in NORMALIZATIONS:
+        assert make(method).float()(torch.randn(4, 4).to(dtype)).dtype == dtype
+    assert Whitening(4)(torch.randn(9, 4).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "frobenious"}, "Unknown normalization 'frobenious'.*'frobenius'"),
+        ({"method": "spectral", "bound": 1.0}, "bound=1.0 has no effect with normalization 'spectral'"),
+        ({"method": "soft_frobenius"}, "'soft_frobenius' needs a bound.*pass bound="),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MatrixNorm(**arguments)
+
+
+def test_wrong_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"square matrix, but the weight is of shape \(3, 4\)"):
+        MatrixNorm("sinkhorn")(torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"Whitening\(4\) got an input of shape \(9, 3\)"):
+        Whitening(4)(torch.randn(9, 3))
+    with pytest.raises(ValueError, match=r"at least 2 samples.*\(1, 4\)"):
+        Whitening(4)(torch.randn(1, 4))
+
+
+def test_whitened_activations_have_zero_mean_and_unit_covariance() -> None:
+    torch.manual_seed(0)
+    mixing = torch.randn(5, 5, dtype=torch.float64)
+    x = torch.randn(4, 50, 5, dtype=torch.float64) @ mixing + 3
+    whitening = Whitening(5, ridge=1e-13, momentum=1.0).double()
+    y = whitening(x).reshape(-1, 5)
+    assert_close(y.mean(0), torch.zeros(5, dtype=torch.float64), rtol=0, atol=FLOAT64_CONDITIONED)
+    assert_close(y.mT.cov(), torch.eye(5, dtype=torch.float64), rtol=0, atol=FLOAT64_CONDITIONED)
+    whitening.eval()
+    # With momentum 1 the running averages are the batch's.
+    assert_close(whitening(x).reshape(-1, 5), y, rtol=FLOAT64_EXACT, atol=FLOAT64_CONDITIONED)
+
+
+def test_whitening_has_right_and_finite_gradients() -> None:
+    torch.manual_seed(0)
+    whitening = Whitening(3).double()
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(whitening, (x,), atol=FLOAT64_GRADCHECK)
+    # Equal variances without correlation repeat an eigenvalue, and a constant feature makes the covariance singular.
+    tied = torch.tensor([[1.0, 0, 5], [-1, 0, 5], [0, 1, 5], [0, -1, 5]], requires_grad=True)
+    y = Whitening(3)(tied)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert tied.grad is not None
+    assert tied.grad.isfinite().all()
