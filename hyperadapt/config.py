@@ -62,7 +62,7 @@ class HyperAdapterConfig(PeftConfig):
         hypernetwork_depth: Number of residual blocks of the trunk.
         head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
-        normalization: How every generated update is normalised; see ``hyperadapt.normalization`` for the
+        normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
             methods. The options below belong to some of them; None takes the method's default.
         normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for
             ``"soft_frobenius"``, ``"frobenius_clip"`` and ``"adaptive"`` (there where it starts).

@@ -1,25 +1,7 @@
 """Matrix normalisation of a generated update B·A as an r×r core S, so that the normalised update is B·S·A.
 
-Everything depends on A and B only through the Gram matrices G_A = A·Aᵀ and G_B = Bᵀ·B. With f = ‖B·A‖_F, σ₁ the largest
-singular value, c the bound, and the cost per adapter beside the Gram matrices' 2r²(in + out) operations:
-
-| method           | core S                                   | at B = 0            | ‖ΔW‖             | cost      |
-|------------------|------------------------------------------|---------------------|------------------|-----------|
-| `none`           | I                                        | identity            | any              | none      |
-| `soft_frobenius` | (1 + f²/c²)^(-1/2) · I                   | identity, smooth    | ‖·‖_F < c        | r²        |
-| `frobenius_clip` | 1/max(1, f/c) · I                        | identity, kink at c | ‖·‖_F ≤ c        | r²        |
-| `adaptive`       | (1 + f²/c²)^(-α/2) · I, α and c learned  | identity, smooth    | ‖·‖_F ~ f^(1-α)  | r²        |
-| `frobenius`      | 1/f · I                                  | undefined; S = 0    | ‖·‖_F = 1        | r²        |
-| `spectral`       | 1/σ₁ · I                                 | undefined; S = 0    | σ₁ = 1           | 2 eigh    |
-| `schatten`       | 1/N · I, N = (Σ σᵢ^p)^(1/p)              | undefined; S = 0    | r^(-1/p) ≤ σ₁ ≤ 1 | r³·log p  |
-| `polar`          | (G_A·G_B)^(-1/2)                         | undefined; S = 0    | all σᵢ = 1       | 4 eigh, svd |
-| `whitening`      | G_B^(-1/2)·G_A^(-1/2)                    | undefined; S = 0    | all σᵢ = 1       | 2 eigh    |
-| … of A alone     | G_A^(-1/2)                               | identity up to A    | σᵢ(ΔW) = σᵢ(B)   | eigh      |
-| `weight_norm`    | diag(1 / (‖bⱼ‖·‖aⱼ‖))                     | undefined; S = 0    | ‖·‖_F ≤ r        | r         |
-| `sinkhorn`       | diag(1/‖bᵢ‖)·P·diag(1/‖aⱼ‖)              | undefined; S = 0    | ‖·‖_F ≤ r        | 40·r²     |
-
-P is doubly stochastic, made from generated logits. `polar` and `whitening` add a ridge to the Gram matrices, so their
-singular values are 1 only where those are well above it. Methods undefined at B = 0 need non-zero heads and a gain.
+Everything depends on A and B only through the Gram matrices A·Aᵀ and Bᵀ·B. ``docs/normalization.md`` has the table of
+all methods: core, behaviour at B = 0, bound and cost. Those undefined at B = 0 need non-zero heads and a gain.
 
 Sources: `weight_norm` Salimans and Kingma 2016; `spectral` Miyato et al. 2018; `sinkhorn` Sinkhorn and Knopp 1967 as in
 arXiv 2512.24880; `whitening` is ZCA without centring; the cores' common form is this project's.
@@ -59,7 +41,7 @@ def normalize(
     Args:
         lora_A: Shape ``(..., r, in_features)``.
         lora_B: Shape ``(..., out_features, r)``, same leading dimensions.
-        method: One of ``hyperadapt.config.NORMALIZATIONS``; the module's table says what each does.
+        method: One of ``hyperadapt.config.NORMALIZATIONS``; ``docs/normalization.md`` says what each does.
         bound: Bound on the Frobenius norm, a number or shape ``(...)``, in units of the weights; always for
             the bounded methods. A tensor's values are not checked.
         strength: Strength α in [0, 1] of ``"adaptive"``, a number or shape ``(...)``, dimensionless; always.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hyperadapt import normalization
 from hyperadapt.config import BOUNDED_NORMALIZATIONS, NORMALIZATIONS
 from hyperadapt.cores import CORES, frobenius_norm_squared
 from hyperadapt.normalization import core_from_grams, gram_matrices, normalize
@@ -25,6 +24,7 @@ from tests.dense_updates import (
     tolerance,
     with_logits,
 )
+from tests.helpers import ROOT
 from tests.tolerances import FLOAT32_CONDITIONED, FLOAT32_FORMULA, FLOAT64_EXACT, FLOAT64_GRADCHECK
 
 parametrize_cases = pytest.mark.parametrize(("method", "options"), CASES, ids=str)
@@ -289,5 +289,6 @@ def test_wrong_methods_and_options_are_refused(method: str, options: dict[str, A
 
 
 def test_the_documentation_lists_exactly_the_methods_of_the_config() -> None:
-    documented = re.findall(r"^\| `(\w+)` ", normalization.__doc__ or "", flags=re.MULTILINE)
+    table = (ROOT / "docs" / "normalization.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `(\w+)` ", table, flags=re.MULTILINE)
     assert tuple(documented) == NORMALIZATIONS == tuple(CORES)
