@@ -1,14 +1,18 @@
 """Cost of normalising all adapters of a model: `python -m examples.benchmarks.normalization`.
 
-Arms take turns within each round, in one process. "fused" is this package's operator (one kernel launch on a GPU with
-Triton, plain torch elsewhere) and the core; "grouped" the same with one batched product per shape in plain torch;
-"compiled" that under torch.compile. Times are in milliseconds, bandwidth counts every factor element once (forward) or
-read, read again and written (both), and its share is of a copy of 256 MiB measured in the same run.
+Arms take turns within each round, in one process; a turn repeats its arm for at least 20 ms. "fused" is this package's
+operator (one kernel launch on a GPU with Triton, plain torch elsewhere) and the core; "grouped" the same with one
+batched product per shape in plain torch; "compiled" that under torch.compile. Times are in milliseconds, bandwidth
+counts every factor element once (forward) or read, read again and written (both), and its share is of a copy of 256 MiB
+measured in the same run. On a GPU where liger-kernel is installed, its Sinkhorn kernel is compared with ours on the
+mixing matrices alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +24,7 @@ from examples.benchmarks.rows import save_rows
 from hyperadapt import normalize
 from hyperadapt.config import NORMALIZATION_OPTIONS
 from hyperadapt.kernels.gram import grams, grams_reference
+from hyperadapt.matrix_functions import sinkhorn
 from hyperadapt.normalization import core_from_grams
 
 # Layers, and (in, out, count) of the linear layers of each.
@@ -27,6 +32,7 @@ MODELS = {
     "llama-3-8b": (32, [(4096, 4096, 2), (4096, 1024, 2), (4096, 14336, 2), (14336, 4096, 1)]),
     "qwen2.5-0.5b": (24, [(896, 896, 2), (896, 128, 2), (896, 4864, 2), (4864, 896, 1)]),
 }
+TURN_MS = 20.0
 Arm = Callable[[], object]
 
 
@@ -35,23 +41,29 @@ def quantiles(arms: dict[str, Arm], rounds: int, device: torch.device) -> dict[s
 
     Args:
         arms: What to time, by name.
-        rounds: Measured rounds, after two that are not.
+        rounds: Measured turns of each arm.
         device: Where the arms run.
 
     Returns:
-        The 20th, 50th and 80th percentile of each arm, in milliseconds.
+        The 20th, 50th and 80th percentile of each arm over its turns, in milliseconds per call.
     """
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds + 2):
-        for name, arm in arms.items():
-            synchronize(device)
-            started = time.perf_counter()
+
+    def turn(arm: Arm, calls: int) -> float:
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(calls):
             arm()
-            synchronize(device)
-            if turn >= 2:
-                times[name].append(1e3 * (time.perf_counter() - started))
+        synchronize(device)
+        return 1e3 * (time.perf_counter() - started) / calls
+
+    for arm in arms.values():
+        turn(arm, 2)
+    calls = {name: math.ceil(TURN_MS / turn(arm, 3)) for name, arm in arms.items()}
+    times = [{name: turn(arm, calls[name]) for name, arm in arms.items()} for _ in range(rounds)]
     levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return {name: torch.tensor(t, dtype=torch.float64).quantile(levels).tolist() for name, t in times.items()}
+    return {
+        name: torch.tensor([t[name] for t in times], dtype=torch.float64).quantile(levels).tolist() for name in arms
+    }
 
 
 def synchronize(device: torch.device) -> None:
@@ -134,6 +146,8 @@ def whole_model(
 
     forwards: dict[str, Callable[[], Tensor]] = {"fused": fused, "grouped": grouped}
     if options.compile:
+        # Each model is compiled for itself; one after another they would hit the limit of recompilations.
+        torch.compiler.reset()
         forwards["compiled"] = torch.compile(grouped)
     direction = torch.randn(sum(sizes) // 2, r, r, device=device)
 
@@ -207,22 +221,72 @@ def single_position(options: argparse.Namespace, device: torch.device) -> list[d
     return rows
 
 
+def mixing_matrices(r: int, count: int, options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """Time 20 Sinkhorn iterations on mixing matrices against Liger-Kernel, where that runs.
+
+    Args:
+        r: Rank, a power of 2.
+        count: Number of matrices.
+        options: Command line options.
+        device: The device.
+
+    Returns:
+        A row per arm.
+    """
+    logits = torch.randn(count, r, r, device=device)
+    arms: dict[str, Arm] = {"fused": lambda: sinkhorn(logits, iterations=20, temperature=1.0)}
+    if options.compile:
+        compiled = torch.compile(sinkhorn)
+        arms["compiled"] = lambda: compiled(logits, iterations=20, temperature=1.0)
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        arms["liger"] = lambda: liger_sinkhorn(logits)
+    measured = quantiles(arms, options.rounds, device)
+    row = {"model": f"{count} mixings", "r": r, "tasks": 1, "method": "sinkhorn", "dtype": "torch.float32"}
+    return [
+        row
+        | {"pass": "forward", "arm": arm, "p20_ms": low, "p50_ms": median, "p80_ms": high}
+        | {"ratio_to_fused": median / measured["fused"][1]}
+        for arm, (low, median, high) in measured.items()
+    ]
+
+
+def liger_sinkhorn(logits: Tensor) -> Tensor:
+    """20 iterations by Liger-Kernel, whose kernel also computes two vectors per matrix that are ignored here.
+
+    Args:
+        logits: Shape ``(count, r, r)``, float32, r a power of 2.
+
+    Returns:
+        Same shape.
+    """
+    from liger_kernel.ops.mhc import mhc_split_sinkhorn_fwd
+
+    count, r, _ = logits.shape
+    mix = torch.cat([logits.new_zeros(count, 2 * r), logits.flatten(1)], dim=1)
+    bias, one = mix.new_zeros(mix.shape[1]), mix.new_ones(1)
+    outputs = mhc_split_sinkhorn_fwd(mix, bias, one, one, one, tmax=20, pre_eps=0.0, sinkhorn_eps=0.0, post_mult=1.0)
+    mixing: Tensor = outputs[2]
+    return mixing
+
+
 def main() -> None:
     """Measure, print a line per row, and save the rows."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS) if gpu else ["qwen2.5-0.5b"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64] if gpu else [16])
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 32] if gpu else [1, 8])
     parser.add_argument("--methods", nargs="+", default=["soft_frobenius", "spectral", "polar", "sinkhorn"])
     parser.add_argument("--rounds", type=int, default=30 if gpu else 10)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--skip-svd", action="store_true", help="leave the dense svd out: it takes seconds on a CPU")
     parser.add_argument("--output", type=Path, default=Path("runs/normalization"))
     options = parser.parse_args()
     device = torch.device("cuda" if gpu else "cpu")
 
     rows = single_position(options, device)
+    for r in options.ranks:
+        rows += mixing_matrices(r, 1792, options, device)
     for model in options.models:
         for r in options.ranks:
             for tasks in options.tasks:
