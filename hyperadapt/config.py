@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 HEADS = ("row", "factor", "pair")
 # Of each normalisation, the options it takes and their defaults; in the config they are called normalization_<option>.
@@ -43,6 +44,8 @@ class HyperAdapterConfig(PeftConfig):
 
     Args:
         r: Rank of every generated adapter.
+        rank_pattern: Other ranks for some modules, by name ending or regular expression, as in ``LoraConfig``.
+        alpha_pattern: Other values of `lora_alpha` for some modules, likewise.
         lora_alpha: The update is scaled by ``lora_alpha / r`` before it is normalised. Unit
             normalisations remove every scale, so it has no effect with them.
         lora_dropout: Dropout probability on the input of the generated adapters.
@@ -84,6 +87,12 @@ class HyperAdapterConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank of every generated adapter."})
     lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other ranks, by module name ending or regular expression."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Other values of lora_alpha, by the same."}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regular expression, 'all-linear' or None."}
     )
@@ -147,10 +156,18 @@ class HyperAdapterConfig(PeftConfig):
         """The task names; a task's id is its place here."""
         return list(self.tasks)
 
-    @property
-    def scaling(self) -> float:
-        """Factor ``lora_alpha / r`` on the generated update (dimensionless)."""
-        return self.lora_alpha / self.r
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+        """Rank and scaling at a module, with `rank_pattern` and `alpha_pattern`.
+
+        Args:
+            name: Path of the module in the base model.
+
+        Returns:
+            The rank r, and the factor ``lora_alpha / r`` on the generated update (dimensionless).
+        """
+        r: int = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        alpha: float = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.lora_alpha)
+        return r, alpha / r
 
     @property
     def has_gain(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,9 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hyperadapt.layer import HyperAdapterLinear
+from hyperadapt.layer import HyperAdapterLayer
 from hyperadapt.model import HyperAdapterModel, find_tuner
-from hyperadapt.positions import Position
 
 
 def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) -> None:
@@ -54,12 +54,12 @@ def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) 
 
 @torch.no_grad()
 def _lora_state_dict(tuner: HyperAdapterModel, adapter_name: str, task: str) -> dict[str, Tensor]:
-    state_dict = {}
-    for name, factors in tuner.router.factors_of_task(adapter_name, task).items():
-        lora_B = factors.lora_B[0] @ factors.core[0]
-        state_dict[f"base_model.model.{name}.lora_A.weight"] = factors.lora_A[0].cpu().contiguous()
-        state_dict[f"base_model.model.{name}.lora_B.weight"] = lora_B.cpu().contiguous()
-    return state_dict
+    layers = _layers(tuner, adapter_name)
+    return {
+        f"base_model.model.{position}.{name}": tensor.cpu().contiguous()
+        for position, factors in tuner.router.factors_of_task(adapter_name, task).items()
+        for name, tensor in layers[position].lora_tensors(factors).items()
+    }
 
 
 def _fully_trained_state_dict(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -70,15 +70,16 @@ def _fully_trained_state_dict(model: nn.Module, adapter_name: str) -> dict[str, 
 
 def _lora_config(tuner: HyperAdapterModel, adapter_name: str) -> LoraConfig:
     config = tuner.router.network(adapter_name).config
-    layers: dict[Position, HyperAdapterLinear] = {
-        layer.hyperadapter_position[adapter_name]: layer
-        for layer in tuner.modules()
-        if isinstance(layer, HyperAdapterLinear) and adapter_name in layer.hyperadapter_position
-    }
+    layers = _layers(tuner, adapter_name)
+    ranks = {name: layer.hyperadapter_position[adapter_name].r for name, layer in layers.items()}
+    # The scaling is in the factors, so alpha is the rank everywhere.
+    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != config.r}
     return LoraConfig(
         r=config.r,
         lora_alpha=config.r,
-        target_modules=_target_modules(tuner.model, [position.name for position in layers]),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=_target_modules(tuner.model, list(layers)),
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
@@ -86,6 +87,14 @@ def _lora_config(tuner: HyperAdapterModel, adapter_name: str) -> LoraConfig:
         revision=config.revision,
         inference_mode=True,
     )
+
+
+def _layers(tuner: HyperAdapterModel, adapter_name: str) -> dict[str, HyperAdapterLayer]:
+    return {
+        layer.hyperadapter_position[adapter_name].name: layer
+        for layer in tuner.modules()
+        if isinstance(layer, HyperAdapterLayer) and adapter_name in layer.hyperadapter_position
+    }
 
 
 def _target_modules(base_model: nn.Module, names: list[str]) -> list[str]:

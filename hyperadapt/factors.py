@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
-from torch.nn.functional import linear
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv1d, conv2d, conv3d, linear, pad
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,72 @@ class Factors:
         """
         return self.lora_A, self.lora_B, self.core
 
+    def to(self, device: torch.device) -> Factors:
+        """The factors on a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            Factors that share what is there already.
+        """
+        return Factors(*(tensor.to(device) for tensor in self.tensors()))
+
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Compute ``x·(B·S·A)ᵀ`` through the rank-r activation; the product B·S·A is never formed.
 
         Args:
-            x: Input, shape ``(..., in_features)``, in the dtype of the factors.
+            x: Input, shape ``(..., in_features)``, in the dtype of the factors, on their device.
             rows: Which task each element of the first dimension of `x` uses, int64 of shape ``(len(x),)``;
                 None if there is one task.
 
         Returns:
             Shape ``(..., out_features)``.
         """
-        lora_A, lora_B, core = (tensor.to(x.device) for tensor in self.tensors())
         if rows is None:
-            return linear(linear(linear(x, lora_A[0]), core[0]), lora_B[0])
-        rows = rows.to(x.device)
+            return self._expand(linear(x, self.lora_A[0]), None)
         inputs = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
-        hidden = inputs @ lora_A[rows].mT
-        return (hidden @ core[rows].mT @ lora_B[rows].mT).reshape(*x.shape[:-1], lora_B.shape[-2])
+        hidden = inputs @ self.lora_A[rows].mT
+        return self._expand(hidden, rows).reshape(*x.shape[:-1], self.lora_B.shape[-2])
+
+    def embed(self, ids: Tensor, rows: Tensor | None) -> Tensor:
+        """Rows of ``(B·S·A)ᵀ``, the update of an embedding's weight.
+
+        Args:
+            ids: Indices below in_features, int64 of shape ``(batch, ...)``.
+            rows: As in ``apply``.
+
+        Returns:
+            Shape ``(batch, ..., out_features)``.
+        """
+        if rows is None:
+            return self._expand(nn.functional.embedding(ids, self.lora_A[0].T), None)
+        per_row = ids.reshape(len(ids), -1)
+        hidden = self.lora_A.mT[rows[:, None], per_row]
+        return self._expand(hidden, rows).reshape(*ids.shape, self.lora_B.shape[-2])
+
+    def convolve(self, x: Tensor, rows: Tensor | None, convolution: Convolution) -> Tensor:
+        """Convolve with the kernel B·S·A, its input channels and kernel dimensions flattened.
+
+        Args:
+            x: Shape ``(batch, channels, ...)``; with one task the batch may be missing.
+            rows: As in ``apply``.
+            convolution: Gives stride, padding, dilation and the size of the kernel; its groups must be 1.
+
+        Returns:
+            Shape ``(batch, out_features, ...)``.
+        """
+        kernel = (-1, *convolution.weight.shape[1:])
+        channels = -len(convolution.kernel_size) - 1
+        if rows is None:
+            hidden = _convolve(x, self.lora_A[0].reshape(kernel), convolution, groups=1)
+            return self._expand(hidden.movedim(channels, -1), None).movedim(-1, channels)
+        # Each row's own kernel: the rows become groups of one convolution.
+        kernels = self.lora_A[rows].reshape(kernel)
+        hidden = _convolve(x.reshape(1, -1, *x.shape[2:]), kernels, convolution, groups=len(x))
+        hidden = hidden.reshape(len(x), -1, *hidden.shape[2:]).movedim(channels, -1)
+        update = self._expand(hidden.flatten(1, -2), rows)
+        return update.reshape(*hidden.shape[:-1], update.shape[-1]).movedim(-1, channels)
 
     def delta_weight(self) -> Tensor:
         """The dense update B·S·A of every task.
@@ -56,3 +108,19 @@ class Factors:
             Shape ``(tasks, out_features, in_features)``.
         """
         return self.lora_B @ self.core @ self.lora_A
+
+    def _expand(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        """From the rank-r activation, of shape ``(batch, ..., r)``, with rows ``(batch, n, r)``, to the output."""
+        if rows is None:
+            return linear(linear(hidden, self.core[0]), self.lora_B[0])
+        return hidden @ self.core[rows].mT @ self.lora_B[rows].mT
+
+
+def _convolve(x: Tensor, weight: Tensor, convolution: Convolution, *, groups: int) -> Tensor:
+    function: Any = {3: conv1d, 4: conv2d, 5: conv3d}[weight.ndim]
+    padding = convolution.padding
+    if convolution.padding_mode != "zeros":
+        x = pad(x, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
+        padding = (0,) * len(convolution.kernel_size)
+    result: Tensor = function(x, weight, None, convolution.stride, padding, convolution.dilation, groups)
+    return result

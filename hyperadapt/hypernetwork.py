@@ -18,7 +18,7 @@ MIXING_DIAGONAL = 4.0
 
 @dataclass(frozen=True)
 class Generated:
-    """Factors of the positions of one shape.
+    """Factors of the positions of one shape and rank.
 
     Args:
         positions: The positions.
@@ -48,7 +48,6 @@ class Hypernetwork(nn.Module):
 
     Args:
         positions: The adapted modules.
-        r: Rank of the factors.
         task_embedding_dim: Size of the task, layer, module and row embeddings.
         hypernetwork_dim: Hidden size of the trunk.
         hypernetwork_depth: Number of residual blocks.
@@ -61,7 +60,6 @@ class Hypernetwork(nn.Module):
         self,
         positions: Sequence[Position],
         *,
-        r: int,
         task_embedding_dim: int,
         hypernetwork_dim: int,
         hypernetwork_depth: int,
@@ -70,9 +68,8 @@ class Hypernetwork(nn.Module):
         mixing: bool = False,
     ) -> None:
         super().__init__()
-        self.r = r
         self.head = head
-        self.slots = r if head == "row" else 1
+        self.slots = max(position.r for position in positions) if head == "row" else 1
         layer_indices: list[int | None] = list(dict.fromkeys(position.layer_index for position in positions))
         modules = list(dict.fromkeys(position.module for position in positions))
         self._rows = {
@@ -97,19 +94,21 @@ class Hypernetwork(nn.Module):
             for factor, size in (("A", position.in_features), ("B", position.out_features)):
                 # The factors' variances keep the variance of the activation: A reads `in_features`
                 # inputs, B reads r (see `Head`).
-                fan_in = position.in_features if factor == "A" else r
+                fan_in = position.in_features if factor == "A" else position.r
                 key = self._head_key(factor, position)
                 if key not in self.heads:
                     self.heads[key] = Head(
                         hypernetwork_dim,
-                        size if head == "row" else r * size,
+                        size if head == "row" else position.r * size,
                         variance=0.0 if factor == "B" and zero_head else 1 / fan_in,
                         # Rows of one factor share their head; a shared bias would make them alike.
                         bias_share=0.0 if head == "row" else 0.5,
                     )
-
-        if mixing:
-            self.heads["mixing"] = Head(hypernetwork_dim, r if head == "row" else r * r, variance=0.0, bias_share=0.0)
+        self.mixing = mixing
+        for r in sorted({position.r for position in positions}) if mixing else ():
+            self.heads[f"mixing_r{r}"] = Head(
+                hypernetwork_dim, r if head == "row" else r * r, variance=0.0, bias_share=0.0
+            )
 
     def forward(self, task_embeddings: Tensor, positions: Sequence[Position]) -> list[Generated]:
         """Generate the factors of some positions.
@@ -119,23 +118,25 @@ class Hypernetwork(nn.Module):
             positions: Positions among those of the constructor.
 
         Returns:
-            One group for each shape among the positions, in the dtype of the hypernetwork.
+            One group for each shape and rank among the positions, in the dtype of the hypernetwork.
         """
         hidden = self._hidden(task_embeddings, positions)
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[int, int, int], list[int]] = {}
         for index, position in enumerate(positions):
-            groups.setdefault((position.in_features, position.out_features), []).append(index)
+            groups.setdefault((position.in_features, position.out_features, position.r), []).append(index)
         generated = []
-        for indices in groups.values():
+        for (_, _, r), indices in groups.items():
             members = [positions[index] for index in indices]
             group_hidden = hidden if len(indices) == len(positions) else hidden[:, indices]
-            shape = (len(task_embeddings), len(members), self.r, -1)
+            if r < self.slots:
+                group_hidden = group_hidden[:, :, :r]
+            shape = (len(task_embeddings), len(members), r, -1)
             lora_A = self.heads[self._head_key("A", members[0])](group_hidden).reshape(shape)
             lora_B = self.heads[self._head_key("B", members[0])](group_hidden).reshape(shape).mT
             logits = None
-            if "mixing" in self.heads:
-                diagonal = MIXING_DIAGONAL * torch.eye(self.r, dtype=lora_A.dtype, device=lora_A.device)
-                logits = diagonal + self.heads["mixing"](group_hidden).reshape(shape)
+            if self.mixing:
+                diagonal = MIXING_DIAGONAL * torch.eye(r, dtype=lora_A.dtype, device=lora_A.device)
+                logits = diagonal + self.heads[f"mixing_r{r}"](group_hidden).reshape(shape)
             generated.append(Generated(members, lora_A, lora_B, logits))
         return generated
 
@@ -159,8 +160,8 @@ class Hypernetwork(nn.Module):
 
     def _head_key(self, factor: str, position: Position) -> str:
         if self.head == "pair":
-            return f"{factor}_{position.in_features}x{position.out_features}"
-        return f"{factor}_{position.in_features if factor == 'A' else position.out_features}"
+            return f"{factor}_{position.in_features}x{position.out_features}_r{position.r}"
+        return f"{factor}_{position.in_features if factor == 'A' else position.out_features}_r{position.r}"
 
 
 class ResidualBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""The adapted layer: a thin wrapper that applies generated factors and can merge them."""
+"""The adapted layers: thin wrappers that apply generated factors and can merge them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hyperadapt.factors import Factors
+from hyperadapt.factors import Convolution, Factors
 from hyperadapt.positions import Position
 from hyperadapt.routing import Router
 
 
-class HyperAdapterLinear(nn.Module, BaseTunerLayer):
-    """Wraps a linear module of the base model; owns no weights of its own.
-
-    PEFT's ``"all-linear"`` finds layers that are already adapted by "Linear" in the name of their class.
+class HyperAdapterLayer(nn.Module, BaseTunerLayer):
+    """Wraps a module of the base model; owns no weights of its own. Each type of module has a subclass.
 
     Args:
-        base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer.
+        base_layer: The module.
         router: Where the current forward pass's factors are found.
         quantization_backend: PEFT's backend for the base layer; None if it is not quantised.
     """
@@ -72,12 +70,12 @@ class HyperAdapterLinear(nn.Module, BaseTunerLayer):
         """Base layer plus the active adapters' updates.
 
         Args:
-            x: Shape ``(..., in_features)``.
+            x: Input of the base layer.
             *args: Passed to the base layer.
             **kwargs: Passed to the base layer.
 
         Returns:
-            Shape ``(..., out_features)``, in the dtype of the base layer's output.
+            Shape and dtype of the base layer's output.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -95,8 +93,8 @@ class HyperAdapterLinear(nn.Module, BaseTunerLayer):
         for name in active:
             position = self.hyperadapter_position[name]
             factors, rows = self.router.lookup(name, position, x)
-            adapter_input = self.hyperadapter_dropout[name](self._cast_input_dtype(x, factors.lora_A.dtype))
-            result = result + factors.apply(adapter_input, rows)
+            rows = None if rows is None else rows.to(x.device)
+            result = result + self._update(name, x, factors.to(x.device), rows)
         return result.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -106,7 +104,7 @@ class HyperAdapterLinear(nn.Module, BaseTunerLayer):
             adapter_name: The adapter.
 
         Returns:
-            Shape of the base weight: ``(out_features, in_features)``, transposed for ``Conv1D``.
+            Shape of the base weight.
         """
         return self._dense(self._factors_in_force(adapter_name))
 
@@ -147,16 +145,27 @@ class HyperAdapterLinear(nn.Module, BaseTunerLayer):
             self.set_base_weight(weight - self._dense(self._merged_factors.pop(name)).to(weight))
             self.router.merged.pop(name, None)
 
+    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
+        """One task's update as PEFT's LoRA layer for this type of module would hold it, with a scaling of 1.
+
+        Args:
+            factors: Factors of one task.
+
+        Returns:
+            LoRA's A and B by the ends of their names in a saved adapter.
+        """
+        return {"lora_A.weight": factors.lora_A[0], "lora_B.weight": factors.lora_B[0] @ factors.core[0]}
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's ``convert_to_lora`` can read the update; it can.
+        """Whether PEFT's ``convert_to_lora`` can read the update; it takes linear layers.
 
         Args:
             adapter_name: The adapter.
 
         Returns:
-            True.
+            True for linear layers.
         """
-        return True
+        return isinstance(self, HyperAdapterLinear)
 
     def _factors_in_force(self, adapter_name: str) -> Factors:
         position = self.hyperadapter_position[adapter_name]
@@ -164,12 +173,106 @@ class HyperAdapterLinear(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             return self.router.factors_of_task(adapter_name, task, [position])[position.name]
 
+    def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
+        """What an adapter adds to the base layer's output."""
+        raise NotImplementedError
+
     def _dense(self, factors: Factors) -> Tensor:
-        delta_weight = factors.delta_weight()[0]
-        return delta_weight.T if isinstance(self.get_base_layer(), Conv1D) else delta_weight
+        """The update of the base weight, in its shape."""
+        raise NotImplementedError
+
+    def _adapter_input(self, adapter_name: str, x: Tensor, factors: Factors) -> Tensor:
+        dropped: Tensor = self.hyperadapter_dropout[adapter_name](self._cast_input_dtype(x, factors.lora_A.dtype))
+        return dropped
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.hyperadapter_position)
 
     def __repr__(self) -> str:
         return "hyperadapt." + super().__repr__()
+
+
+class HyperAdapterLinear(HyperAdapterLayer):
+    """Adapts ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer.
+
+    PEFT's ``"all-linear"`` finds layers that are already adapted by "Linear" in the name of their class.
+    """
+
+    def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
+        return factors.apply(self._adapter_input(adapter_name, x, factors), rows)
+
+    def _dense(self, factors: Factors) -> Tensor:
+        delta_weight = factors.delta_weight()[0]
+        return delta_weight.T if isinstance(self.get_base_layer(), Conv1D) else delta_weight
+
+
+class HyperAdapterEmbedding(HyperAdapterLayer):
+    """Adapts ``nn.Embedding``; as with PEFT's LoRA, there is no dropout and a padding index keeps its embedding."""
+
+    def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
+        update = factors.embed(x, rows)
+        if self.padding_idx is not None:
+            update = update.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
+        scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
+        return update if scale is None else update * scale.to(update.dtype)
+
+    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
+        """As in ``HyperAdapterLayer``; the padding index gets a column of zeros in A.
+
+        Args:
+            factors: Factors of one task.
+
+        Returns:
+            ``lora_embedding_A`` and ``lora_embedding_B``.
+        """
+        lora_A, lora_B = super().lora_tensors(factors).values()
+        return {"lora_embedding_A": self._without_padding(lora_A), "lora_embedding_B": lora_B}
+
+    def _dense(self, factors: Factors) -> Tensor:
+        return self._without_padding(factors.delta_weight()[0]).T
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The base layer's padding index."""
+        base_layer = self.get_base_layer()
+        assert isinstance(base_layer, nn.Embedding)
+        return base_layer.padding_idx
+
+    def _without_padding(self, columns: Tensor) -> Tensor:
+        """Zeros in the column of the padding index."""
+        if self.padding_idx is None:
+            return columns
+        return columns.index_fill(1, torch.tensor(self.padding_idx, device=columns.device), 0)
+
+
+class HyperAdapterConvolution(HyperAdapterLayer):
+    """Adapts ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, as the matrix of output channels by kernel entries."""
+
+    @property
+    def convolution(self) -> Convolution:
+        """The base layer."""
+        base_layer = self.get_base_layer()
+        assert isinstance(base_layer, Convolution)
+        return base_layer
+
+    def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
+        return factors.convolve(self._adapter_input(adapter_name, x, factors), rows, self.convolution)
+
+    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
+        """As in ``HyperAdapterLayer``; A is a convolution with the base layer's kernel, B one with a kernel of size 1.
+
+        Args:
+            factors: Factors of one task.
+
+        Returns:
+            LoRA's A and B.
+        """
+        kernel = self.convolution.weight.shape[1:]
+        lora_A, lora_B = super().lora_tensors(factors).values()
+        return {
+            "lora_A.weight": lora_A.reshape(-1, *kernel),
+            "lora_B.weight": lora_B.reshape(*lora_B.shape, *(1 for _ in kernel[1:])),
+        }
+
+    def _dense(self, factors: Factors) -> Tensor:
+        return factors.delta_weight()[0].reshape(self.convolution.weight.shape)

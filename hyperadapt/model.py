@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hyperadapt.checkpointing import CheckpointFunction
 from hyperadapt.config import HyperAdapterConfig
-from hyperadapt.layer import HyperAdapterLinear
+from hyperadapt.layer import (
+    HyperAdapterConvolution,
+    HyperAdapterEmbedding,
+    HyperAdapterLayer,
+    HyperAdapterLinear,
+)
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
 from hyperadapt.routing import Request, Router, Tasks
@@ -40,7 +46,7 @@ class HyperAdapterModel(BaseTuner):
     """
 
     prefix = "hyperadapter_"
-    tuner_layer_cls = HyperAdapterLinear
+    tuner_layer_cls = HyperAdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     uses_shared_state = True
 
@@ -132,28 +138,41 @@ class HyperAdapterModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, HyperAdapterConfig)
-        layer = target if isinstance(target, HyperAdapterLinear) else self._wrap(target, current_key)
+        layer = target if isinstance(target, HyperAdapterLayer) else self._wrap(target, parent, current_key)
         in_features, out_features = _get_in_out_features(layer.get_base_layer())
         assert in_features is not None
         assert out_features is not None
-        position = Position(current_key, in_features, out_features)
+        if isinstance(layer, HyperAdapterConvolution):
+            in_features *= math.prod(layer.convolution.kernel_size)
+        position = Position(current_key, in_features, out_features, *peft_config.rank_and_scaling(current_key))
         # Read here, so that an unusable weight is refused before PEFT goes on to wrap modules_to_save.
         self._base_norms[current_key] = _base_norm(layer, position)
         layer.update_layer(adapter_name, position, peft_config.lora_dropout)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _wrap(self, target: nn.Module, name: str) -> HyperAdapterLinear:
+    def _wrap(self, target: nn.Module, parent: nn.Module, name: str) -> HyperAdapterLayer:
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
-        if isinstance(target, BaseTunerLayer) or not (
-            isinstance(target, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear")
-        ):
+        layer_type: type[HyperAdapterLayer] | None = None
+        if isinstance(parent, nn.MultiheadAttention):
+            reason = "part of nn.MultiheadAttention, which reads its weight without calling it"
+        elif isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d) and target.groups > 1:
+            reason = f"a convolution with groups={target.groups}"
+        else:
+            reason = f"of type {type(target).__name__}"
+            if isinstance(target, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
+                layer_type = HyperAdapterLinear
+            elif isinstance(target, nn.Embedding):
+                layer_type = HyperAdapterEmbedding
+            elif isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                layer_type = HyperAdapterConvolution
+        if layer_type is None or isinstance(target, BaseTunerLayer):
             raise TypeError(
-                f"Module {name!r} is of type {type(target).__name__}, which hyperadapters cannot adapt: they adapt "
-                "linear layers (nn.Linear, Conv1D and quantised linear layers). Take it out of target_modules, or "
-                "list it in exclude_modules."
+                f"Module {name!r} is {reason}, which hyperadapters cannot adapt: they adapt linear layers (nn.Linear, "
+                "Conv1D and quantised linear layers), nn.Embedding and convolutions with one group. Take it out of "
+                "target_modules, or list it in exclude_modules."
             )
-        return HyperAdapterLinear(target, self.router, backend)
+        return layer_type(target, self.router, backend)
 
     def _build_network(self, adapter_name: str) -> HyperAdapterNetwork:
         config = self.peft_config[adapter_name]
@@ -180,7 +199,7 @@ class HyperAdapterModel(BaseTuner):
 
     def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
         for name, layer in list(model.named_modules()):
-            if not isinstance(layer, HyperAdapterLinear):
+            if not isinstance(layer, HyperAdapterLayer):
                 continue
             layer.remove_adapter(adapter_name)
             if not layer.hyperadapter_position:
@@ -239,8 +258,8 @@ class HyperAdapterModel(BaseTuner):
                 module.__dict__["_gradient_checkpointing_func"] = function
 
     @staticmethod
-    def _layers(module: nn.Module) -> list[HyperAdapterLinear]:
-        return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLinear)]
+    def _layers(module: nn.Module) -> list[HyperAdapterLayer]:
+        return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLayer)]
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -301,7 +320,7 @@ def find_tuner(model: nn.Module) -> HyperAdapterModel:
     )
 
 
-def _base_norm(layer: HyperAdapterLinear, position: Position) -> Tensor:
+def _base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
     weight = layer.get_base_weight()
     if weight.is_meta:
         raise ValueError(

@@ -37,7 +37,6 @@ class HyperAdapterNetwork(nn.Module):
         self.task_embedding = TaskEmbedding(len(config.tasks), config.task_embedding_dim)
         self.hypernetwork = Hypernetwork(
             self.positions,
-            r=config.r,
             task_embedding_dim=config.task_embedding_dim,
             hypernetwork_dim=config.hypernetwork_dim,
             hypernetwork_depth=config.hypernetwork_depth,
@@ -88,11 +87,17 @@ class HyperAdapterNetwork(nn.Module):
         """
         positions = self.positions if positions is None else positions
         with torch.autocast(task_embeddings.device.type, enabled=False):
-            generated = self.hypernetwork(task_embeddings, positions)
-            order = [position for group in generated for position in group.positions]
-            gram_A, gram_B = _grams(generated)
-            logits = [group.logits for group in generated if group.logits is not None]
-            cores = self._cores(gram_A, gram_B, torch.cat(logits, dim=1) if logits else None, order)
+            by_rank: dict[int, list[Generated]] = {}
+            for group in self.hypernetwork(task_embeddings, positions):
+                by_rank.setdefault(group.positions[0].r, []).append(group)
+            return {name: factors for groups in by_rank.values() for name, factors in self._normalized(groups).items()}
+
+    def _normalized(self, generated: Sequence[Generated]) -> dict[str, Factors]:
+        """Factors by position name of groups of one rank."""
+        order = [position for group in generated for position in group.positions]
+        gram_A, gram_B = _grams(generated)
+        logits = [group.logits for group in generated if group.logits is not None]
+        cores = self._cores(gram_A, gram_B, torch.cat(logits, dim=1) if logits else None, order)
         factors = (
             (lora_A, lora_B)
             for group in generated
@@ -107,7 +112,7 @@ class HyperAdapterNetwork(nn.Module):
 
     def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
         """Cores of shape (tasks, positions, r, r): normalisation of the scaled update, then scaling or gain."""
-        config, scaling = self.config, self.config.scaling
+        config, scaling = self.config, _scaling(positions, gram_A)
         indices = [self._index[position.name] for position in positions]
         base_norms = self.base_norms[indices].to(gram_A.dtype)
         options = config.normalization_options
@@ -132,6 +137,14 @@ class HyperAdapterNetwork(nn.Module):
         """Strength, and bound in units of the base weight, of the positions."""
         strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].exp()
         return strength, self.config.normalization_options["bound"] * factor
+
+
+def _scaling(positions: Sequence[Position], like: Tensor) -> float | Tensor:
+    """The scaling that all positions share, or theirs as a tensor of shape (positions, 1, 1)."""
+    values = [position.scaling for position in positions]
+    if len(set(values)) == 1:
+        return values[0]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
 
 
 def _grams(generated: Sequence[Generated]) -> tuple[Tensor, Tensor]:

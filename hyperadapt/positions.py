@@ -12,13 +12,17 @@ class Position:
 
     Args:
         name: Path of the module in the base model, as in ``named_modules()``.
-        in_features: Size of the module's input.
-        out_features: Size of the module's output.
+        in_features: Columns of the factor A: what the module reads.
+        out_features: Rows of the factor B: what the module writes.
+        r: Rank of the adapter there.
+        scaling: Factor on the generated update (dimensionless).
     """
 
     name: str
     in_features: int
     out_features: int
+    r: int
+    scaling: float = 1.0
 
     @property
     def layer_index(self) -> int | None:

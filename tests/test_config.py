@@ -27,6 +27,8 @@ FULL = {
     "r": 3,
     "lora_alpha": 4.5,
     "lora_dropout": 0.25,
+    "rank_pattern": {"query": 2},
+    "alpha_pattern": {"value": 1.5},
     "target_modules": ["query", "value"],
     "exclude_modules": ["pooler"],
     "layers_to_transform": [0, 2],
@@ -56,7 +58,11 @@ def test_defaults_are_valid() -> None:
 
 
 def test_scaling_is_alpha_over_r() -> None:
-    assert HyperAdapterConfig(r=4, lora_alpha=10).scaling == 2.5
+    config = HyperAdapterConfig(r=4, lora_alpha=10, rank_pattern={"up": 8, r"^h\.0\.q": 2}, alpha_pattern={"up": 2})
+    assert config.rank_and_scaling("h.0.down") == (4, 2.5)
+    assert config.rank_and_scaling("h.0.up") == (8, 0.25)
+    assert config.rank_and_scaling("h.0.q") == (2, 5.0)
+    assert config.rank_and_scaling("g.h.0.q") == (4, 2.5)
 
 
 def test_a_dict_of_tasks_is_split_into_names_and_descriptions() -> None:

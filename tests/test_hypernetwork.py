@@ -1,6 +1,7 @@
 """Tests of the hypernetwork: shapes, independence of batching, initial scale, step size and cost."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,14 +19,13 @@ DIM = 8
 # an input and an output.
 SHAPES = {"q": (6, 6), "k": (6, 6), "up": (6, 10), "down": (10, 6)}
 POSITIONS = [
-    *(Position(f"h.{layer}.{module}", *shape) for layer in range(2) for module, shape in SHAPES.items()),
-    Position("classifier", 6, 3),
+    *(Position(f"h.{layer}.{module}", *shape, r=4) for layer in range(2) for module, shape in SHAPES.items()),
+    Position("classifier", 6, 3, r=4),
 ]
 
 
 def make_hypernetwork(positions: Sequence[Position] = POSITIONS, **changes: Any) -> Hypernetwork:
     options: dict[str, Any] = {
-        "r": 4,
         "task_embedding_dim": DIM,
         "hypernetwork_dim": 16,
         "hypernetwork_depth": 2,
@@ -47,8 +47,9 @@ def by_name(generated: list[Generated]) -> dict[str, tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("r", [1, 4])
 def test_every_position_gets_factors_of_its_shape(head: str, r: int) -> None:
-    hypernetwork = make_hypernetwork(head=head, r=r)
-    generated = hypernetwork(torch.randn(3, DIM), POSITIONS)
+    positions = [replace(position, r=r) for position in POSITIONS]
+    hypernetwork = make_hypernetwork(positions, head=head)
+    generated = hypernetwork(torch.randn(3, DIM), positions)
     assert sorted(len(group.positions) for group in generated) == [1, 2, 2, 4]
     assert all(group.lora_B.mT.is_contiguous() for group in generated)
     assert all(group.logits is None for group in generated)
@@ -77,16 +78,16 @@ def test_only_rows_that_share_a_head_start_without_a_bias(head: str) -> None:
 @pytest.mark.parametrize(
     ("head", "keys"),
     [
-        ("row", {"A_6", "A_10", "B_3", "B_6", "B_10"}),
-        ("factor", {"A_6", "A_10", "B_3", "B_6", "B_10"}),
-        ("pair", {f"{factor}_{shape}" for factor in "AB" for shape in ("6x6", "6x10", "10x6", "6x3")}),
+        ("row", {"A_6_r4", "A_10_r4", "B_3_r4", "B_6_r4", "B_10_r4"}),
+        ("factor", {"A_6_r4", "A_10_r4", "B_3_r4", "B_6_r4", "B_10_r4"}),
+        ("pair", {f"{factor}_{shape}_r4" for factor in "AB" for shape in ("6x6", "6x10", "10x6", "6x3")}),
     ],
 )
 def test_heads_are_shared_as_documented(head: str, keys: set[str]) -> None:
     heads = make_hypernetwork(head=head).heads
     assert set(heads) == keys
     for key, module in heads.items():
-        in_features, _, out_features = key[2:].rpartition("x")
+        in_features, _, out_features = key[2:].removesuffix("_r4").rpartition("x")
         size = int(in_features if key[0] == "A" and in_features else out_features)
         assert module.weight.shape == (size if head == "row" else 4 * size, 16)
 
@@ -140,11 +141,11 @@ def test_only_the_direction_of_an_embedding_counts(length: float) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_initial_factors_keep_the_variance_of_activations(head: str) -> None:
     r, in_features, out_features, seeds, inputs = 16, 96, 64, 100, 1000
-    position = Position("h.0.q", in_features, out_features)
+    position = Position("h.0.q", in_features, out_features, r)
     squares = torch.zeros(4)
     for seed in range(seeds):
         torch.manual_seed(seed)
-        hypernetwork = make_hypernetwork([position], head=head, r=r)
+        hypernetwork = make_hypernetwork([position], head=head)
         with torch.no_grad():
             [group] = hypernetwork(torch.randn(1, DIM), [position])
         lora_A, lora_B = group.lora_A, group.lora_B
@@ -227,7 +228,7 @@ class CountProducts(TorchDispatchMode):
 def test_the_number_of_matrix_products_does_not_grow_with_layers_or_tasks(head: str) -> None:
     counts = []
     for layers, tasks in ((2, 1), (6, 1), (6, 5)):
-        positions = [Position(f"h.{i}.{name}", *SHAPES[name]) for i in range(layers) for name in SHAPES]
+        positions = [Position(f"h.{i}.{name}", *SHAPES[name], r=4) for i in range(layers) for name in SHAPES]
         hypernetwork = make_hypernetwork(positions, head=head)
         with CountProducts() as products:
             hypernetwork(torch.randn(tasks, DIM), positions)

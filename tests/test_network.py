@@ -1,5 +1,6 @@
 """Tests of an adapter's network: scaling, bounds and gains in units of the base weights, order, precision."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,11 +23,11 @@ from tests.tolerances import (
 
 # Shapes alternate, so that the groups the hypernetwork makes are not in the order of the positions.
 POSITIONS = [
-    Position("h.0.q", 6, 4),
-    Position("h.0.up", 4, 10),
-    Position("h.1.q", 6, 4),
-    Position("h.1.up", 4, 10),
-    Position("classifier", 6, 3),
+    Position("h.0.q", 6, 4, r=2, scaling=1.5),
+    Position("h.0.up", 4, 10, r=2, scaling=1.5),
+    Position("h.1.q", 6, 4, r=2, scaling=1.5),
+    Position("h.1.up", 4, 10, r=2, scaling=1.5),
+    Position("classifier", 6, 3, r=2, scaling=1.5),
 ]
 BASE_NORMS = torch.tensor([2.0, 0.5, 30.0, 7.0, 1.0])
 LONGEST = 10
@@ -43,7 +44,10 @@ def make_network(positions: list[Position] = POSITIONS, **changes: Any) -> Hyper
         "hypernetwork_dim": 16,
         "init_weights": False,
     }
-    return HyperAdapterNetwork(HyperAdapterConfig(**(options | changes)), positions, BASE_NORMS.clone())
+    config = HyperAdapterConfig(**(options | changes))
+    if {"r", "lora_alpha"} & changes.keys():
+        positions = [replace(position, r=config.r, scaling=config.lora_alpha / config.r) for position in positions]
+    return HyperAdapterNetwork(config, positions, BASE_NORMS.clone())
 
 
 def generate(network: HyperAdapterNetwork, positions: list[Position] | None = None) -> dict[str, Factors]:

@@ -24,7 +24,7 @@ def loss(network: HyperAdapterNetwork) -> Tensor:
 
 
 def generated(network: HyperAdapterNetwork) -> list[Generated]:
-    return network.hypernetwork(network.task_embedding(torch.arange(3)), POSITIONS)
+    return network.hypernetwork(network.task_embedding(torch.arange(3)), network.positions)
 
 
 @pytest.mark.parametrize("init_weights", [True, False])
@@ -41,7 +41,7 @@ def test_parameters_exist_only_where_they_are_used(changes: dict[str, Any], init
     if method == "adaptive":
         expected |= {"strength_logit", "log_bound"}
     if method == "sinkhorn":
-        expected |= {"hypernetwork.heads.mixing.weight", "hypernetwork.heads.mixing.bias"}
+        expected |= {"hypernetwork.heads.mixing_r2.weight", "hypernetwork.heads.mixing_r2.bias"}
     assert extra == expected
 
 
@@ -139,7 +139,7 @@ def test_mixing_starts_near_the_identity_and_the_same_everywhere(head: str, r: i
 @pytest.mark.parametrize("head", HEADS)
 def test_mixing_logits_receive_gradients_and_act(head: str) -> None:
     network = make_network(normalization="sinkhorn", head=head, r=4)
-    mixing = network.hypernetwork.heads["mixing"]
+    mixing = network.hypernetwork.heads["mixing_r4"]
     assert mixing.weight.shape == ((4 if head == "row" else 16), 16)
     before = {name: one.core for name, one in generate(network).items()}
     loss(network).backward()
@@ -163,8 +163,8 @@ def test_each_cores_mixing_is_that_of_its_own_position(head: str) -> None:
     network = make_network(normalization="sinkhorn", head=head, normalization_iterations=3, r=4)
     torch.manual_seed(2)
     with torch.no_grad():
-        network.hypernetwork.heads["mixing"].weight.copy_(
-            8 * torch.randn(network.hypernetwork.heads["mixing"].weight.shape)
+        network.hypernetwork.heads["mixing_r4"].weight.copy_(
+            8 * torch.randn(network.hypernetwork.heads["mixing_r4"].weight.shape)
         )
         network.gain.copy_(torch.arange(1.0, 6.0))
     factors = generate(network)
@@ -175,7 +175,7 @@ def test_each_cores_mixing_is_that_of_its_own_position(head: str) -> None:
             mixing = mixing / mixing.sum(-2, keepdim=True)
             mixing = mixing / mixing.sum(-1, keepdim=True)
         for index, position in enumerate(group.positions):
-            one, place = factors[position.name], POSITIONS.index(position)
+            one, place = factors[position.name], network.positions.index(position)
             unit = one.core * one.lora_B.norm(dim=-2).unsqueeze(-1) * one.lora_A.norm(dim=-1).unsqueeze(-2)
             expected = (place + 1) * BASE_NORMS[place] * mixing[:, index]
             torch.testing.assert_close(unit, expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)

@@ -52,11 +52,11 @@ from hyperadapt.positions import Position
     ],
 )
 def test_layer_index_and_module(name: str, layer_index: int | None, module: str) -> None:
-    position = Position(name, in_features=4, out_features=3)
+    position = Position(name, in_features=4, out_features=3, r=2)
     assert position.layer_index == layer_index
     assert position.module == module
 
 
 def test_positions_are_equal_and_hashable_by_value() -> None:
-    assert Position("a.0.b", 4, 3) == Position("a.0.b", 4, 3)
-    assert len({Position("a.0.b", 4, 3), Position("a.0.b", 4, 3), Position("a.1.b", 4, 3)}) == 2
+    assert Position("a.0.b", 4, 3, 2) == Position("a.0.b", 4, 3, 2)
+    assert len({Position("a.0.b", 4, 3, 2), Position("a.0.b", 4, 3, 2), Position("a.1.b", 4, 3, 2)}) == 2

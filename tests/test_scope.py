@@ -10,7 +10,7 @@ from hyperadapt.scope import Scope
 from tests.helpers import MIXED, ROWS, TASKS, adapted_model, example_batch, logits
 
 ROWS_OF_TASKS = torch.tensor([1, 0, 2, 1])
-LAYER = Position("layers.0.fc", 6, 6)
+LAYER = Position("layers.0.fc", 6, 6, r=2)
 
 # (batch size of the base model's input, its length, shape of the activation, whether rows can be told apart)
 ACTIVATIONS = {
@@ -44,7 +44,7 @@ def test_rows_of_an_activation(batch_size: int | None, length: int | None, shape
 
 
 def test_experts_are_refused_even_where_the_number_of_their_tokens_fits() -> None:
-    scope, expert = Scope({}, batch_size=4, length=5), Position("layers.0.experts.3.w1", 6, 6)
+    scope, expert = Scope({}, batch_size=4, length=5), Position("layers.0.experts.3.w1", 6, 6, r=2)
     with pytest.raises(ValueError, match=r"experts.3.w1.*cannot be told apart"):
         scope.rows_of(ROWS_OF_TASKS, torch.zeros(4, 6), expert)
 
