@@ -93,8 +93,8 @@ class Hypernetwork(nn.Module):
         for position in positions:
             for factor, size in (("A", position.in_features), ("B", position.out_features)):
                 # The factors' variances keep the variance of the activation: A reads `in_features`
-                # inputs, B reads r (see `Head`).
-                fan_in = position.in_features if factor == "A" else position.r
+                # inputs (one of an embedding), B reads r (see `Head`).
+                fan_in = (position.fan_in or position.in_features) if factor == "A" else position.r
                 key = self._head_key(factor, position)
                 if key not in self.heads:
                     self.heads[key] = Head(
@@ -121,11 +121,13 @@ class Hypernetwork(nn.Module):
             One group for each shape and rank among the positions, in the dtype of the hypernetwork.
         """
         hidden = self._hidden(task_embeddings, positions)
-        groups: dict[tuple[int, int, int], list[int]] = {}
+        groups: dict[tuple[int, int, int, int | None], list[int]] = {}
         for index, position in enumerate(positions):
-            groups.setdefault((position.in_features, position.out_features, position.r), []).append(index)
+            groups.setdefault((position.in_features, position.out_features, position.r, position.fan_in), []).append(
+                index
+            )
         generated = []
-        for (_, _, r), indices in groups.items():
+        for (_, _, r, _), indices in groups.items():
             members = [positions[index] for index in indices]
             group_hidden = hidden if len(indices) == len(positions) else hidden[:, indices]
             if r < self.slots:
@@ -160,8 +162,11 @@ class Hypernetwork(nn.Module):
 
     def _head_key(self, factor: str, position: Position) -> str:
         if self.head == "pair":
-            return f"{factor}_{position.in_features}x{position.out_features}_r{position.r}"
-        return f"{factor}_{position.in_features if factor == 'A' else position.out_features}_r{position.r}"
+            size = f"{position.in_features}x{position.out_features}"
+        else:
+            size = str(position.in_features if factor == "A" else position.out_features)
+        fan_in = f"_fan{position.fan_in}" if factor == "A" and position.fan_in else ""
+        return f"{factor}_{size}_r{position.r}{fan_in}"
 
 
 class ResidualBlock(nn.Module):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -39,6 +40,25 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         self.hyperadapter_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._merged_factors: dict[str, Factors] = {}
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the factor A."""
+        in_features, _ = _get_in_out_features(self.get_base_layer())
+        assert in_features is not None
+        return in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the factor B."""
+        _, out_features = _get_in_out_features(self.get_base_layer())
+        assert out_features is not None
+        return out_features
+
+    @property
+    def fan_in(self) -> int | None:
+        """How many inputs act on an output at once; None for all of them."""
+        return None
 
     @property
     def hyperadapter_networks(self) -> nn.ModuleDict:
@@ -108,7 +128,7 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         """
         return self._dense(self._factors_in_force(adapter_name))
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: DOC502
         """Add the update of the task in force to the base weight.
 
         Args:
@@ -116,23 +136,53 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
             adapter_names: The adapters to merge; None for the active ones.
 
         Raises:
+            TypeError: If the base layer is quantised in a way that cannot be merged into.
             ValueError: If `safe_merge` finds weights that are not finite.
         """
+        self.check_mergeable()
+        if safe_merge:
+            self.check_finite(adapter_names)
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.hyperadapter_position:
                 continue
             factors = self._factors_in_force(name)
             weight = self.get_base_weight()
-            merged = weight + self._dense(factors).to(weight)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights of module {self.hyperadapter_position[name].name!r}. The "
-                    f"adapter {name} seems to be broken; nothing was merged into this module."
-                )
-            self.set_base_weight(merged)
+            self.set_base_weight(weight + self._dense(factors).to(weight))
             self._merged_factors[name] = factors
             self.merged_adapters.append(name)
             self.router.merged[name] = self.router.task_in_force(name)
+
+    def check_mergeable(self) -> None:
+        """Check that the base weight can be written to.
+
+        Raises:
+            TypeError: If it is quantised in a way that PEFT cannot merge into.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"Merging into {backend.backend_name} layers is not possible: PEFT cannot write to their weights. Use "
+                "the task unmerged (set_task), or export it with export_lora."
+            )
+
+    def check_finite(self, adapter_names: list[str] | None = None) -> None:
+        """Check what ``merge`` would write.
+
+        Args:
+            adapter_names: The adapters to merge; None for the active ones.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        merged = self.get_base_weight()
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.hyperadapter_position and name not in self.merged_adapters:
+                merged = merged + self._dense(self._factors_in_force(name)).to(merged)
+                if not torch.isfinite(merged).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken at module "
+                        f"{self.hyperadapter_position[name].name!r}; nothing was merged."
+                    )
 
     def unmerge(self) -> None:
         """Subtract what was merged, whatever has been pinned or trained since."""
@@ -209,6 +259,11 @@ class HyperAdapterLinear(HyperAdapterLayer):
 class HyperAdapterEmbedding(HyperAdapterLayer):
     """Adapts ``nn.Embedding``; as with PEFT's LoRA, there is no dropout and a padding index keeps its embedding."""
 
+    @property
+    def fan_in(self) -> int:
+        """One: the input picks a column of A."""
+        return 1
+
     def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
         update = factors.embed(x, rows)
         if self.padding_idx is not None:
@@ -247,6 +302,11 @@ class HyperAdapterEmbedding(HyperAdapterLayer):
 
 class HyperAdapterConvolution(HyperAdapterLayer):
     """Adapts ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, as the matrix of output channels by kernel entries."""
+
+    @property
+    def in_features(self) -> int:
+        """Entries of one output channel's kernel."""
+        return math.prod(self.convolution.weight.shape[1:])
 
     @property
     def convolution(self) -> Convolution:

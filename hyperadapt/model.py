@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
+from hyperadapt.base_norms import base_norm
 from hyperadapt.checkpointing import CheckpointFunction
 from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.layer import (
@@ -100,6 +101,8 @@ class HyperAdapterModel(BaseTuner):
         others = {parameter: parameter.requires_grad for parameter in self.hyperadapter_networks.parameters()}
         base_requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self._base_norms: dict[str, Tensor] = {}
+        # Without memory for parameters now, the norms come from a file with them.
+        self._reads_base_norms = not low_cpu_mem_usage
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with ExitStack() as stack:
@@ -123,6 +126,40 @@ class HyperAdapterModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self.router.forget(adapter_name)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:  # noqa: DOC502
+        """Add the task in force to the base weights.
+
+        Args:
+            adapter_names: The adapters to merge; None for the active ones.
+            safe_merge: Whether to refuse, before any weight has changed, a merge that gives weights that are not
+                finite.
+
+        Raises:
+            TypeError: If a base layer is quantised in a way that cannot be merged into.
+            ValueError: If `safe_merge` finds weights that are not finite.
+        """
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Refuse before the first module is merged, so that nothing stays half merged."""
+        for layer in self._layers(self.model):
+            layer.check_mergeable()
+        for layer in self._layers(self.model) if safe_merge else ():
+            with onload_layer(layer):
+                layer.check_finite(adapter_names)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.hyperadapter_networks = nn.ModuleDict()
         self.router = Router(self.hyperadapter_networks)
@@ -139,14 +176,11 @@ class HyperAdapterModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, HyperAdapterConfig)
         layer = target if isinstance(target, HyperAdapterLayer) else self._wrap(target, parent, current_key)
-        in_features, out_features = _get_in_out_features(layer.get_base_layer())
-        assert in_features is not None
-        assert out_features is not None
-        if isinstance(layer, HyperAdapterConvolution):
-            in_features *= math.prod(layer.convolution.kernel_size)
-        position = Position(current_key, in_features, out_features, *peft_config.rank_and_scaling(current_key))
+        r, scaling = peft_config.rank_and_scaling(current_key)
+        position = Position(current_key, layer.in_features, layer.out_features, r, scaling, layer.fan_in)
         # Read here, so that an unusable weight is refused before PEFT goes on to wrap modules_to_save.
-        self._base_norms[current_key] = _base_norm(layer, position)
+        if self._reads_base_norms:
+            self._base_norms[current_key] = base_norm(layer, position)
         layer.update_layer(adapter_name, position, peft_config.lora_dropout)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -179,7 +213,8 @@ class HyperAdapterModel(BaseTuner):
         assert isinstance(config, HyperAdapterConfig)
         layers = [layer for layer in self._layers(self.model) if adapter_name in layer.hyperadapter_position]
         positions = [layer.hyperadapter_position[adapter_name] for layer in layers]
-        norms = torch.stack([self._base_norms[position.name] for position in positions])
+        unread = torch.tensor(math.nan)
+        norms = torch.stack([self._base_norms.get(position.name, unread) for position in positions])
         network = HyperAdapterNetwork(config, positions, norms)
         weight = layers[0].weight
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
@@ -318,24 +353,6 @@ def find_tuner(model: nn.Module) -> HyperAdapterModel:
         f"{type(model).__name__} has no hyperadapter. Make one with get_peft_model(model, HyperAdapterConfig(...)) or "
         "load one with PeftModel.from_pretrained."
     )
-
-
-def _base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
-    weight = layer.get_base_weight()
-    if weight.is_meta:
-        raise ValueError(
-            f"The weight of module {position.name!r} is on the meta device, so its norm, the unit of bounds and gains, "
-            "is unknown. Load the base model's weights first."
-        )
-    # Summed in float32 at least, as vector_norm refuses to narrow float64.
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(weight.detach(), dtype=dtype).float().cpu()
-    if not torch.isfinite(norm) or norm == 0:
-        raise ValueError(
-            f"The weight of module {position.name!r} has Frobenius norm {norm.item()}, which cannot be the unit of "
-            "bounds and gains. Leave the module out with exclude_modules."
-        )
-    return norm
 
 
 def _main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -135,7 +135,8 @@ class HyperAdapterNetwork(nn.Module):
 
     def _adaptive(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Strength, and bound in units of the base weight, of the positions."""
-        strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].exp()
+        # Beyond e^±10 a bound means all or nothing; without limits a diverging run would overflow it.
+        strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].clamp(-10, 10).exp()
         return strength, self.config.normalization_options["bound"] * factor
 
 

@@ -16,6 +16,7 @@ class Position:
         out_features: Rows of the factor B: what the module writes.
         r: Rank of the adapter there.
         scaling: Factor on the generated update (dimensionless).
+        fan_in: How many inputs act on an output at once, for the initial variance of A; None for all of them.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Position:
     out_features: int
     r: int
     scaling: float = 1.0
+    fan_in: int | None = None
 
     @property
     def layer_index(self) -> int | None:

@@ -66,8 +66,9 @@ def run_tests(folder: Path, workers: int, arguments: list[str]) -> int:
     files = [str(folder / "peft_tests" / f"{name}.py") for name in REPLACEMENTS]
     [settings] = folder.glob("peft-*/pyproject.toml")
     options = ["-c", str(settings), "-o", "addopts=", "--rootdir", str(folder), "-p", "tests.conformance.plugin"]
-    # PEFT's settings make this warning an error, and PEFT's own code causes it.
-    options += ["-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]
+    # PEFT's settings make transformers' warnings errors, and PEFT's own code causes these.
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):
+        options += ["-W", f"ignore:`{name}` is deprecated:FutureWarning"]
     command = [sys.executable, "-m", "pytest", *options, "-q", "--no-header", "-n", str(workers), *files, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
