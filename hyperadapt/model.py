@@ -26,6 +26,7 @@ from hyperadapt.layer import (
     HyperAdapterLayer,
     HyperAdapterLinear,
 )
+from hyperadapt.loading import check_size, checked_state_dict, guard_loading, unwrap_saved_modules
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
 from hyperadapt.routing import Request, Router, Tasks
@@ -111,7 +112,9 @@ class HyperAdapterModel(BaseTuner):
                 self.hyperadapter_networks[adapter_name] = self._build_network(adapter_name)
         except Exception:
             self._remove_adapter(model, adapter_name)
-            for parameter, requires_grad in base_requires_grad.items():
+            if not self.hyperadapter_networks:
+                self._observer.remove()
+            for parameter, requires_grad in (base_requires_grad | others).items():
                 parameter.requires_grad_(requires_grad)
             raise
         for parameter, requires_grad in others.items():
@@ -150,6 +153,7 @@ class HyperAdapterModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(safe_merge, adapter_names)
+        self._observer.remove()
         return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -163,6 +167,9 @@ class HyperAdapterModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.hyperadapter_networks = nn.ModuleDict()
         self.router = Router(self.hyperadapter_networks)
+        # The task-specific PeftModels hide their inputs from the tuner, and generate changes them. Not registered for
+        # each call, because that cannot be compiled.
+        self._observer = model.register_forward_pre_hook(self._observe_input, with_kwargs=True)
 
     def _create_and_replace(
         self,
@@ -215,6 +222,7 @@ class HyperAdapterModel(BaseTuner):
         positions = [layer.hyperadapter_position[adapter_name] for layer in layers]
         unread = torch.tensor(math.nan)
         norms = torch.stack([self._base_norms.get(position.name, unread) for position in positions])
+        check_size(config, positions, self.model)
         network = HyperAdapterNetwork(config, positions, norms)
         weight = layers[0].weight
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
@@ -233,6 +241,7 @@ class HyperAdapterModel(BaseTuner):
             network.float()
 
     def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
+        unwrap_saved_modules(model, adapter_name)
         for name, layer in list(model.named_modules()):
             if not isinstance(layer, HyperAdapterLayer):
                 continue
@@ -261,8 +270,6 @@ class HyperAdapterModel(BaseTuner):
         with ExitStack() as stack:
             stack.enter_context(self.router.open(request, self.active_adapters, model_input))
             stack.enter_context(self._checkpoints_carry_factors())
-            # The task-specific PeftModels hide their inputs from this hook, and generate changes them.
-            stack.callback(self.model.register_forward_pre_hook(self._observe_input, with_kwargs=True).remove)
             yield
 
     def _observe_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -295,6 +302,13 @@ class HyperAdapterModel(BaseTuner):
     @staticmethod
     def _layers(module: nn.Module) -> list[HyperAdapterLayer]:
         return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLayer)]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return checked_state_dict(model, adapter_name, state_dict, renamed)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -369,6 +383,7 @@ def _strip_routing_arguments(module: nn.Module, name: str, submodule: nn.Module 
     """
     if isinstance(submodule, HyperAdapterModel) and isinstance(module, PeftModel):
         module.special_peft_forward_args.update(ROUTING_ARGUMENTS)
+        guard_loading(module)
 
 
 register_module_module_registration_hook(_strip_routing_arguments)

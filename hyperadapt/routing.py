@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hyperadapt.factors import Factors
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
-from hyperadapt.scope import Routed, Scope, current_scope, installed
+from hyperadapt.scope import Routed, Scope, ScopeOwner, current_scope, installed
 from hyperadapt.tasks import resolve_task_ids
 
 Tasks = str | Sequence[str] | Tensor
@@ -55,7 +55,7 @@ class Request:
         return None if self.tasks is None or isinstance(self.tasks, str) else len(self.tasks)
 
 
-class Router:
+class Router(ScopeOwner):
     """Keeps requests and factors where every adapted layer can find them.
 
     A plain object on purpose: layers share it without registering the networks a second time.
@@ -65,6 +65,7 @@ class Router:
     """
 
     def __init__(self, networks: nn.ModuleDict) -> None:
+        super().__init__()
         self.networks = networks
         self.pinned: dict[str, str] = {}
         self.merged: dict[str, str] = {}
@@ -216,10 +217,12 @@ class Router:
 
     def _route(self, adapter_name: str, request: Request, positions: Sequence[Position] | None = None) -> Routed:
         network = self.network(adapter_name)
+        # A graph could not tell that kept factors have become stale, so it generates them.
+        compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled():
             # Training may write to `parameter.data`, which counts no versions.
             self._cache.pop(adapter_name, None)
-        elif request.is_empty and adapter_name in self.pinned and positions is None:
+        elif request.is_empty and adapter_name in self.pinned and positions is None and not compiling:
             return Routed(self._pinned_factors(adapter_name), None)
         tasks = request.tasks
         if request.task_embeddings is not None:
@@ -229,12 +232,9 @@ class Router:
         if tasks is None:
             tasks = self.task_in_force(adapter_name)
         task_ids = resolve_task_ids(tasks, network.config.task_names)
-        distinct, rows = torch.unique(task_ids, return_inverse=True)
-        if len(distinct) == 1:
-            task = network.config.task_names[int(distinct)]
-            return Routed(self.factors_of_task(adapter_name, task, positions), None)
+        distinct, rows = _distinct(task_ids, len(network.config.task_names))
         embeddings = network.task_embedding(distinct.to(network.task_embedding.weight.device))
-        return Routed(network(embeddings, positions), rows)
+        return Routed(network(embeddings, positions), rows if len(distinct) > 1 else None)
 
     def _pinned_factors(self, adapter_name: str) -> dict[str, Factors]:
         task = self.pinned[adapter_name]
@@ -256,6 +256,17 @@ class Router:
             )
 
 
+def _distinct(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
+    """The tasks to generate for, and which of them each row uses."""
+    if not torch.compiler.is_compiling():
+        distinct, rows = torch.unique(task_ids, return_inverse=True)
+        return distinct, rows
+    # A graph needs a number of tasks that does not depend on the values: as many as there may be distinct ones.
+    if task_ids.ndim == 0 or len(task_ids) < num_tasks:
+        return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device)
+    return torch.arange(num_tasks, device=task_ids.device), task_ids
+
+
 _optimizer_steps = 0
 
 
@@ -268,8 +279,6 @@ def _count_optimizer_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
-# A compiled graph would be guarded on each of these numbers, and compiled again when one changes.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _versions(network: nn.Module) -> tuple[object, ...]:
     """What changes whenever a tensor of the network is replaced, moved, cast or written to."""
     tensors = [*network.parameters(), *network.buffers()]

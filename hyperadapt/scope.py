@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from hyperadapt.factors import Factors
@@ -98,11 +99,18 @@ class Scope:
         return self.length is not None and size in (num_rows * self.length, self.batch_size * self.length)
 
 
-# By router, and not an attribute of it: each thread sees its own forward pass, and a router can be copied.
+class ScopeOwner:
+    """What scopes are opened for. While a graph is traced, the open scope is kept here: contexts cannot be traced."""
+
+    def __init__(self) -> None:
+        self.traced_scope: Scope | None = None
+
+
+# By owner, and not an attribute of it: each thread sees its own forward pass, and a router can be copied.
 _current: ContextVar[Mapping[int, Scope]] = ContextVar("hyperadapt_scopes", default=MappingProxyType({}))
 
 
-def current_scope(owner: object) -> Scope | None:
+def current_scope(owner: ScopeOwner) -> Scope | None:
     """The scope that is open in this thread.
 
     Args:
@@ -111,11 +119,20 @@ def current_scope(owner: object) -> Scope | None:
     Returns:
         The innermost scope, or None.
     """
+    if torch.compiler.is_compiling() and owner.traced_scope is not None:
+        return owner.traced_scope
+    scope: Scope | None = _scope_of_context(owner)
+    return scope
+
+
+# Only reached by a graph of less than the whole model, which has to break here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _scope_of_context(owner: ScopeOwner) -> Scope | None:
     return _current.get().get(id(owner))
 
 
 @contextmanager
-def installed(owner: object, scope: Scope) -> Iterator[None]:
+def installed(owner: ScopeOwner, scope: Scope) -> Iterator[None]:
     """Make a scope the current one of this thread.
 
     Args:
@@ -125,6 +142,13 @@ def installed(owner: object, scope: Scope) -> Iterator[None]:
     Yields:
         None.
     """
+    if torch.compiler.is_compiling():
+        outer, owner.traced_scope = owner.traced_scope, scope
+        try:
+            yield
+        finally:
+            owner.traced_scope = outer
+        return
     token = _current.set({**_current.get(), id(owner): scope})
     try:
         yield
