@@ -117,3 +117,7 @@ def sinkhorn_permutation_error(iterations: int) -> float:
 
 # Widest gap between neighbouring levels of NF4, whose levels are quantiles of a Gaussian in [-1, 1]: from -1 to -0.696.
 NF4_GAP = 0.304
+
+# Logits of a small model in half precision, in units of eps and of the largest logit. Some 30 activations in a row are
+# rounded, each by eps / 2 of its size: √30 / 2 = 3 typically, times 4 for the largest of some thousand.
+HALF_PRECISION_MODEL = 12
