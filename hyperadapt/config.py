@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import enum
-import math
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from hyperadapt.validation import (
+    MAX_DEPTH,
+    MAX_ITERATIONS,
+    check_choice,
+    check_expression,
+    check_integer,
+    check_names,
+    check_number,
+    check_pattern,
+    check_type,
+    checked_tasks,
+    refuses_unknown_fields,
+    shown,
+)
+
 HEADS = ("row", "factor", "pair")
+# PEFT stops with a bare KeyError where the package is not imported: this stands beside `peft_type` in the file.
+PLUGIN = "pip install hyperadapt, then import hyperadapt before loading this adapter"
 # Of each normalisation, the options it takes and their defaults; in the config they are called normalization_<option>.
 NORMALIZATION_OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -38,13 +53,15 @@ class HyperAdapterType(str, enum.Enum):  # noqa: UP042
     HYPERADAPTER = "HYPERADAPTER"
 
 
+@refuses_unknown_fields
 @dataclass
 class HyperAdapterConfig(PeftConfig):
     """Configuration of a hyperadapter: one hypernetwork that generates a LoRA pair for every task and position.
 
     Args:
         r: Rank of every generated adapter.
-        rank_pattern: Other ranks for some modules, by name ending or regular expression, as in ``LoraConfig``.
+        rank_pattern: Other ranks for some modules, by name ending or regular expression, as in ``LoraConfig``; the
+            patterns that match one module must agree.
         alpha_pattern: Other values of `lora_alpha` for some modules, likewise.
         lora_alpha: The update is scaled by ``lora_alpha / r`` before it is normalised. Unit
             normalisations remove every scale, so it has no effect with them.
@@ -55,6 +72,7 @@ class HyperAdapterConfig(PeftConfig):
         layers_to_transform: Layer indices to adapt; None adapts all. Needs `target_modules` as a list.
         layers_pattern: Name of the module list that holds the layers, if it cannot be guessed.
         modules_to_save: Modules that are trained in full and saved with the adapter.
+        target_parameters: Only None.
         bias: Only ``"none"``.
         tasks: Task names, or a dict from task name to description; the order gives the task ids. After
             construction always the list of names.
@@ -78,6 +96,7 @@ class HyperAdapterConfig(PeftConfig):
         init_weights: True starts exactly at the base model in the way that suits the normalisation;
             ``"zero_head"`` (heads of B start at zero) and ``"zero_gain"`` (gains start at zero) name
             that way; False starts with a random update (for tests).
+        plugin: For readers of ``adapter_config.json``: what loading the adapter needs. Always the same text.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -106,6 +125,7 @@ class HyperAdapterConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
     )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Only None."})
     bias: str = field(default="none", metadata={"help": "Only 'none'."})
     tasks: list[str] | dict[str, str] = field(
         default_factory=lambda: ["default"], metadata={"help": "Task names, or task name -> description."}
@@ -137,26 +157,42 @@ class HyperAdapterConfig(PeftConfig):
         metadata={"help": "True, 'zero_head' or 'zero_gain' (start at the base model) or False."},
     )
 
+    plugin: str = field(default=PLUGIN, metadata={"help": "What loading the adapter needs."})
+
     def __post_init__(self) -> None:
+        check_type("task_type", self.task_type, str, "the name of a task type")
+        check_type("peft_version", self.peft_version, str, "a string")
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = HyperAdapterType.HYPERADAPTER
-        for name in ("r", "task_embedding_dim", "hypernetwork_dim", "hypernetwork_depth"):
-            _check_positive_integer(name, getattr(self, name))
-        _check_number("lora_alpha", self.lora_alpha, "a finite number above 0", lambda value: value > 0)
-        _check_number("lora_dropout", self.lora_dropout, "in [0, 1)", lambda value: 0 <= value < 1)
-        _check_choice("head", self.head, HEADS)
-        _check_choice("normalization", self.normalization, NORMALIZATIONS)
+        for name in ("base_model_name_or_path", "revision"):
+            check_type(name, getattr(self, name), str, "a string")
+        check_type("auto_mapping", self.auto_mapping, dict, "a dict")
+        check_type("inference_mode", self.inference_mode, bool, "True or False", optional=False)
+        check_type("plugin", self.plugin, str, "a string", optional=False)
+        self.plugin = PLUGIN
+        for name in ("r", "task_embedding_dim", "hypernetwork_dim"):
+            check_integer(name, getattr(self, name))
+        check_integer("hypernetwork_depth", self.hypernetwork_depth, MAX_DEPTH)
+        check_number("lora_alpha", self.lora_alpha)
+        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", lambda value: 0 <= value < 1)
+        check_pattern("rank_pattern", self.rank_pattern, check_integer)
+        check_pattern("alpha_pattern", self.alpha_pattern, check_number)
+        check_choice("head", self.head, HEADS)
+        check_choice("normalization", self.normalization, NORMALIZATIONS)
         self._check_modules()
+        self._check_layers()
         self._check_normalization_options()
         self._check_start()
-        self._check_tasks()
+        self.tasks, self.task_descriptions, self.default_task = checked_tasks(
+            self.tasks, self.task_descriptions, self.default_task
+        )
 
     @property
     def task_names(self) -> list[str]:
         """The task names; a task's id is its place here."""
         return list(self.tasks)
 
-    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:  # noqa: DOC502
         """Rank and scaling at a module, with `rank_pattern` and `alpha_pattern`.
 
         Args:
@@ -164,9 +200,15 @@ class HyperAdapterConfig(PeftConfig):
 
         Returns:
             The rank r, and the factor ``lora_alpha / r`` on the generated update (dimensionless).
+
+        Raises:
+            ValueError: If several patterns match with different values.
         """
-        r: int = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        alpha: float = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.lora_alpha)
+        r, alpha = self.r, self.lora_alpha
+        if ranks := self._matching("rank_pattern", name):
+            [r] = ranks
+        if alphas := self._matching("alpha_pattern", name):
+            [alpha] = alphas
         return r, alpha / r
 
     @property
@@ -187,27 +229,68 @@ class HyperAdapterConfig(PeftConfig):
         """Whether the heads that emit B start at zero."""
         return bool(self.init_weights) and not self.has_gain
 
+    def _matching(self, field_name: str, name: str) -> set[Any]:
+        """The value of the patterns that match a module, in a set; empty if none does."""
+        patterns: dict[str, Any] = getattr(self, field_name)
+        matching = {key: value for key, value in patterns.items() if get_pattern_key([key], name) == key}
+        if len(set(matching.values())) > 1:
+            # PEFT takes the first of them, but saves them in alphabetical order.
+            raise ValueError(
+                f"{field_name} gives module {name!r} several values: {shown(matching)}. Only one pattern may match a "
+                "module, since a file does not keep their order."
+            )
+        return set(matching.values())
+
     def _check_modules(self) -> None:
         if self.bias != "none":
             raise ValueError(
-                f"bias={self.bias!r} is not supported: a hyperadapter generates weights, not biases. Use bias='none'; "
-                "to train a module in full, name it in modules_to_save."
+                f"bias={shown(self.bias)} is not supported: a hyperadapter generates weights, not biases. Use "
+                "bias='none'; to train a module in full, name it in modules_to_save."
             )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        if self.target_parameters is not None:
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} cannot be used with "
-                f"target_modules={self.target_modules!r}: indices select among listed names. Pass target_modules as "
-                "a list, or put the layers into the regular expression."
+                f"target_parameters={shown(self.target_parameters)} is not supported: a parameter that is no linear "
+                "layer of its own, such as fused experts, does not see which row of the batch its input comes from, so "
+                "tasks could not be mixed. Name linear modules in target_modules instead, or train the module in "
+                "full with modules_to_save."
             )
-        if self.layers_pattern and self.layers_to_transform is None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                check_expression(name, value)
+            elif value is not None:
+                setattr(self, name, set(check_names(name, value)))
+        if self.modules_to_save is not None:
+            # PEFT extends the list for some task types.
+            self.modules_to_save = check_names("modules_to_save", self.modules_to_save)
+            for value in self.modules_to_save:
+                check_expression("modules_to_save entry", value, r"(^|.*\.)", r"($|\..*)")
+
+    def _check_layers(self) -> None:
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        if layers is not None:
+            if isinstance(layers, tuple | set | range):
+                self.layers_to_transform = list(layers)
+            indices: list[Any] = list(layers) if isinstance(layers, list | tuple | set | range) else [layers]
+            if any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+                raise TypeError(f"layers_to_transform={shown(layers)} must be a layer index or a list of them.")
+            if any(index < 0 for index in indices):
+                raise ValueError(f"layers_to_transform={shown(layers)} holds a negative index; count from 0.")
+            if isinstance(self.target_modules, str):
+                raise ValueError(
+                    f"layers_to_transform={shown(layers)} cannot be used with "
+                    f"target_modules={shown(self.target_modules)}: indices select among listed names. Pass "
+                    "target_modules as a list, or put the layers into the regular expression."
+                )
+        if pattern is None or pattern == "":
+            return
+        for value in [pattern] if isinstance(pattern, str) else check_names("layers_pattern", pattern):
+            check_expression("layers_pattern", value, r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.")
+        if pattern and layers is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform. Pass the layer "
-                "indices as layers_to_transform, or drop layers_pattern."
+                f"layers_pattern={shown(pattern)} has no effect without layers_to_transform. Pass the layer indices as "
+                "layers_to_transform, or drop layers_pattern."
             )
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def _check_normalization_options(self) -> None:
         defaults = NORMALIZATION_OPTIONS[self.normalization]
@@ -218,24 +301,24 @@ class HyperAdapterConfig(PeftConfig):
                 if value is not None:
                     takers = [method for method, options in NORMALIZATION_OPTIONS.items() if option in options]
                     raise ValueError(
-                        f"{name}={value!r} has no effect with normalization={self.normalization!r}. Drop it, or choose "
-                        f"one of {', '.join(takers)}."
+                        f"{name}={shown(value)} has no effect with normalization={self.normalization!r}. Drop it, or "
+                        f"choose one of {', '.join(takers)}."
                     )
             elif value is None:
                 setattr(self, name, defaults[option])
             elif option in ("bound", "ridge", "temperature"):
-                _check_number(name, value, "a finite number above 0", lambda value: value > 0)
+                check_number(name, value)
             elif option == "factors":
-                _check_choice(name, value, ("both", "A"))
+                check_choice(name, value, ("both", "A"))
             else:
-                _check_positive_integer(name, value)
+                check_integer(name, value, MAX_ITERATIONS)
         if self.normalization_order is not None and self.normalization_order not in (2, 4, 8, 16, 32):
             raise ValueError(f"normalization_order={self.normalization_order} must be 2, 4, 8, 16 or 32.")
 
     def _check_start(self) -> None:
         if isinstance(self.init_weights, bool):
             return
-        _check_choice("init_weights", self.init_weights, (True, False, "zero_head", "zero_gain"))
+        check_choice("init_weights", self.init_weights, (True, False, "zero_head", "zero_gain"))
         if self.init_weights == "zero_head" and self.has_gain:
             raise ValueError(
                 f"init_weights='zero_head' is impossible with normalization={self.normalization!r}: the unit norm of "
@@ -249,74 +332,3 @@ class HyperAdapterConfig(PeftConfig):
                 "no gain. Use init_weights='zero_head' (or True), or a unit normalization "
                 f"({', '.join(UNIT_NORMALIZATIONS)})."
             )
-
-    def _check_tasks(self) -> None:
-        if isinstance(self.tasks, dict):
-            if self.task_descriptions is not None:
-                raise ValueError(
-                    f"tasks={self.tasks!r} already gives descriptions, and so does task_descriptions. Pass one of the "
-                    "two."
-                )
-            self.task_descriptions = dict(self.tasks)
-            # A list keeps its order in JSON; PEFT saves dicts sorted by key, which would renumber the tasks.
-            self.tasks = list(self.tasks)
-        if not isinstance(self.tasks, list | tuple):
-            raise TypeError(
-                f"tasks={self.tasks!r} must be a list of names or a dict from name to description, not "
-                f"{type(self.tasks).__name__}."
-            )
-        self.tasks = list(self.tasks)
-        if not self.tasks:
-            raise ValueError(
-                "tasks=[] names no task. Name at least one, or leave the field out for one task 'default'."
-            )
-        for name in self.tasks:
-            if not isinstance(name, str) or not name.strip():
-                raise ValueError(f"tasks={self.tasks!r} holds {name!r}; every task needs a non-empty name.")
-        duplicates = [name for name, count in Counter(self.tasks).items() if count > 1]
-        if duplicates:
-            raise ValueError(f"tasks={self.tasks!r} names {duplicates} more than once; task names must be unique.")
-        self._check_task_descriptions(self.tasks)
-        if self.default_task is None:
-            self.default_task = self.tasks[0]
-        elif self.default_task not in self.tasks:
-            raise ValueError(
-                f"default_task={self.default_task!r} is not among the tasks {self.tasks}. Name one of them."
-            )
-
-    def _check_task_descriptions(self, tasks: list[str]) -> None:
-        if self.task_descriptions is None:
-            return
-        if not isinstance(self.task_descriptions, dict):
-            raise TypeError(
-                f"task_descriptions={self.task_descriptions!r} must be a dict from task name to description, "
-                f"not {type(self.task_descriptions).__name__}."
-            )
-        self.task_descriptions = dict(self.task_descriptions)
-        for name, description in self.task_descriptions.items():
-            if name not in tasks:
-                raise ValueError(
-                    f"task_descriptions describes {name!r}, which is not among the tasks {tasks}. Add it to "
-                    "tasks, or drop its description."
-                )
-            if not isinstance(description, str) or not description.strip():
-                raise ValueError(f"The description of task {name!r} is {description!r}; write a non-empty text.")
-
-
-def _check_positive_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1.")
-
-
-def _check_number(name: str, value: Any, rule: str, holds: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
-    if not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{name}={value} must be {rule}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -237,6 +237,15 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.hyperadapter_position)
+
+    def extra_repr(self) -> str:
+        """As PEFT's layers show it: the backend of a quantised base layer.
+
+        Returns:
+            The text, empty without a backend.
+        """
+        shown: str = quantization_extra_repr(self)
+        return shown
 
     def __repr__(self) -> str:
         return "hyperadapt." + super().__repr__()

@@ -26,7 +26,7 @@ from hyperadapt.layer import (
     HyperAdapterLayer,
     HyperAdapterLinear,
 )
-from hyperadapt.loading import check_size, checked_state_dict, guard_loading, unwrap_saved_modules
+from hyperadapt.loading import check_saved_modules, check_size, checked_state_dict, guard_loading, unwrap_saved_modules
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
 from hyperadapt.routing import Request, Router, Tasks
@@ -222,6 +222,7 @@ class HyperAdapterModel(BaseTuner):
         positions = [layer.hyperadapter_position[adapter_name] for layer in layers]
         unread = torch.tensor(math.nan)
         norms = torch.stack([self._base_norms.get(position.name, unread) for position in positions])
+        check_saved_modules(self.model, adapter_name)
         check_size(config, positions, self.model)
         network = HyperAdapterNetwork(config, positions, norms)
         weight = layers[0].weight

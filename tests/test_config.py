@@ -16,8 +16,8 @@ from hyperadapt.config import HyperAdapterConfig
 # In an order that is not the alphabetical one, in which PEFT writes the keys of a dict.
 DESCRIPTIONS = {"trec": "What does a question ask for?", "boolq": "Is it so?", "sst2": "Is it praise?"}
 
-# No field has its default. Fixed values: `peft_type` and `peft_version`; `bias` has only one legal value. Options of
-# other normalisations must be None; test_config_normalization.py saves and loads them.
+# No field has its default. Fixed values: `peft_type`, `peft_version` and `plugin`; `bias` and `target_parameters` have
+# only one legal value. Options of other normalisations must be None; test_config_normalization.py saves and loads them.
 FULL = {
     "task_type": "SEQ_CLS",
     "auto_mapping": {"base_model_class": "Bert"},
@@ -65,6 +65,16 @@ def test_scaling_is_alpha_over_r() -> None:
     assert config.rank_and_scaling("g.h.0.q") == (4, 2.5)
 
 
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_disagree_are_refused(name: str) -> None:
+    # PEFT saves a dict in alphabetical order, so the first that matches would be another one after loading.
+    config = HyperAdapterConfig(**{name: {"up": 8, "u.*": 4, "v": 2}})
+    with pytest.raises(ValueError, match=f"^{name} gives module 'h.0.up' several values: {{'u.\\*': 4, 'up': 8}}."):
+        config.rank_and_scaling("h.0.up")
+    assert config.rank_and_scaling("h.0.v") != config.rank_and_scaling("h.0.q") == (8, 1.0)
+    HyperAdapterConfig(**{name: {"up": 8, "u.*": 8}}).rank_and_scaling("h.0.up")
+
+
 def test_a_dict_of_tasks_is_split_into_names_and_descriptions() -> None:
     config = HyperAdapterConfig(tasks=DESCRIPTIONS)
     assert config.tasks == ["trec", "boolq", "sst2"]
@@ -102,7 +112,7 @@ def test_the_full_config_has_no_default_left() -> None:
         if getattr(config, field.name) == getattr(default, field.name)
     }
     others = {f"normalization_{option}" for option in ("ridge", "factors", "order", "iterations", "temperature")}
-    assert same == {"peft_type", "peft_version", "bias"} | others
+    assert same == {"peft_type", "peft_version", "plugin", "bias", "target_parameters"} | others
 
 
 @pytest.mark.parametrize("config_class", [PeftConfig, HyperAdapterConfig])

@@ -17,6 +17,7 @@ MAX_LINES = 400
 
 # Each module may import only modules that stand before it.
 ORDER = [
+    "validation",
     "config",
     "tasks",
     "positions",
@@ -32,6 +33,8 @@ ORDER = [
     "routing",
     "checkpointing",
     "layer",
+    "base_norms",
+    "loading",
     "model",
     "registration",
     "export",

@@ -39,6 +39,8 @@ from tests.helpers import (
 )
 from tests.tolerances import EPS_BFLOAT16, FLOAT32_FORMULA, FLOAT32_FORWARD, NF4_GAP
 
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+pytest.importorskip("torchao", reason="torchao is not installed")
 pytestmark = [
     # The packages' own: deprecations inside of them, and 8-bit products that cast float32 inputs.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

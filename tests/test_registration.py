@@ -91,4 +91,6 @@ model(torch.ones(2, 4), tasks="default").sum().backward()
 
 def test_importing_and_reloading_in_a_fresh_process() -> None:
     result = run_python(FRESH)
-    assert result.stdout == result.stderr == ""
+    assert result.stdout == ""
+    # PEFT imports torchao where it is installed, which may complain about its own libraries.
+    assert "hyperadapt" not in result.stderr

@@ -60,7 +60,7 @@ def grams_backward_reference(tensors: Sequence[Tensor], grad: Tensor) -> list[Te
     return [(part @ _wide(tensor)).to(tensor.dtype) for part, tensor in zip(symmetric, tensors, strict=True)]
 
 
-@torch.library.custom_op("hyperadapt::grams", mutates_args=())
+@torch.library.custom_op("hyperadapt::grams", mutates_args=(), schema="(Tensor[] tensors) -> Tensor")
 def _grams(tensors: list[Tensor]) -> Tensor:
     if not _kernel_serves(tensors):
         return grams_reference(tensors)
@@ -72,7 +72,9 @@ def _grams(tensors: list[Tensor]) -> Tensor:
     return output
 
 
-@torch.library.custom_op("hyperadapt::grams_backward", mutates_args=())
+@torch.library.custom_op(
+    "hyperadapt::grams_backward", mutates_args=(), schema="(Tensor[] tensors, Tensor grad) -> Tensor[]"
+)
 def _grams_backward(tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
     if not _kernel_serves(tensors):
         return grams_backward_reference(tensors, grad)

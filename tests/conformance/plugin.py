@@ -1,42 +1,37 @@
 """pytest plugin that puts hyperadapters into PEFT's parametrisation lists and counts the outcomes."""
 
 import contextlib
+import importlib
 import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hyperadapt import HyperAdapterConfig
-from tests.conformance.cases import DESELECTED, REPLACEMENTS
+from tests.conformance.cases import DESELECTED, LISTS, UNNAMED
+from tests.conformance.models import cat_image, english_quotes
 
-# The stand-ins are always at hand, and Conv1D is among what hyperadapters adapt.
-SUBSTITUTES: dict[str, Callable[..., Any]] = {
-    "hub_online_once": contextlib.nullcontext,
-    "_skip_if_not_conv1d_supported": lambda *_: None,
-    "_skip_if_conv1d_not_supported": lambda *_: None,
-}
 OTHERS = "not about a method under test"
 
 
 class Outcomes:
-    """Outcomes by file, deselections and skips by reason."""
+    """Outcomes by file, deselections and skips by reason, and the lists that were found."""
 
     def __init__(self) -> None:
         self.files: dict[str, Counter[str]] = {}
         self.deselected: Counter[str] = Counter()
         self.skips: Counter[str] = Counter()
         self.failures: list[str] = []
+        self.replaced: dict[str, int] = {}
 
     def add(self, report: pytest.TestReport) -> None:
         """Count a report."""
         if report.when != "call" and report.outcome == "passed":
             return
-        outcome = report.outcome
+        outcome: str = report.outcome
         if hasattr(report, "wasxfail"):
             outcome = "xfailed" if report.skipped else "xpassed"
         elif report.skipped:
@@ -49,27 +44,49 @@ class Outcomes:
 outcomes = Outcomes()
 
 
+def pytest_configure() -> None:
+    """Put stand-ins for what needs the network before the tests import it."""
+    pytest.register_assert_rewrite("peft_tests.testing_common")
+    utilities = importlib.import_module("peft_tests.testing_utils")
+    # The models are always at hand, and this would go online for each of them once.
+    utilities.hub_online_once = contextlib.nullcontext
+    utilities.load_cat_image = cat_image
+    utilities.load_dataset_english_quotes = english_quotes
+    # It skips all but four of PEFT's methods, and Conv1D is among what hyperadapters adapt.
+    common = importlib.import_module("peft_tests.testing_common")
+    common._skip_if_conv1d_not_supported = lambda *_: None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Replace the lists in a test's parametrisation."""
-    module, markers = metafunc.module, metafunc.definition.own_markers
-    lists = REPLACEMENTS[module.__name__.rpartition(".")[2]]
+    module = metafunc.module.__name__.rpartition(".")[2]
+    test = metafunc.function.__name__
+    markers = metafunc.definition.own_markers
     for index, marker in enumerate(markers):
-        for name, cases in lists.items():
-            if marker.name == "parametrize" and marker.args[1] is getattr(module, name):
-                markers[index] = pytest.mark.parametrize(marker.args[0], cases, **marker.kwargs).mark
-    for owner in (module, sys.modules["peft_tests.testing_common"]):
-        for name, substitute in SUBSTITUTES.items():
-            if hasattr(owner, name):
-                setattr(owner, name, substitute)
+        if marker.name != "parametrize":
+            continue
+        names, values = marker.args
+        cases = UNNAMED.get(module, {}).get(test, {}).get(names)
+        found = f"{module}.{test}({names})"
+        for name, named_cases in LISTS.get(module, {}).items():
+            if values is getattr(metafunc.module, name):
+                cases, found = named_cases, f"{module}.{name}"
+        if cases is None:
+            continue
+        outcomes.replaced[found] = len(cases)
+        # Ids in a list belong to the cases that were replaced.
+        keywords = {key: value for key, value in marker.kwargs.items() if key != "ids" or callable(value)}
+        markers[index] = pytest.mark.parametrize(names, cases, **keywords).mark
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests that were given a hyperadapter."""
     kept, dropped = [], []
     for item in items:
-        reason = next((reason for part, reason in DESELECTED.items() if part in item.nodeid), None)
-        if not _has_hyperadapter(item):
+        reason = next((reason for reason, ids in DESELECTED.items() if any(part in item.nodeid for part in ids)), None)
+        parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+        if not any(_is_hyperadapter(value) for value in parameters.values()):
             reason = OTHERS
         if reason is None:
             kept.append(item)
@@ -80,9 +97,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=dropped)
 
 
-def _has_hyperadapter(item: pytest.Item) -> bool:
-    parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    return any(value is HyperAdapterConfig for value in parameters.values())
+def _is_hyperadapter(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_is_hyperadapter, value))
+    return value is HyperAdapterConfig or isinstance(value, HyperAdapterConfig)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -90,7 +108,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     outcomes.add(report)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish() -> None:
     """Leave the counts where the command finds them."""
     # Workers of pytest-xdist collect but the controller reports.
     name = os.environ.get("PYTEST_XDIST_WORKER", "controller")
