@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
@@ -164,6 +165,9 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
                 f"Merging into {backend.backend_name} layers is not possible: PEFT cannot write to their weights. Use "
                 "the task unmerged (set_task), or export it with export_lora."
             )
+        # Where all is merged already, merging only warns.
+        if not set(self.active_adapters) <= set(self.merged_adapters):
+            self._check_readable()
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
         """Check what ``merge`` would write.
@@ -189,11 +193,26 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._check_readable()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             weight = self.get_base_weight()
             self.set_base_weight(weight - self._dense(self._merged_factors.pop(name)).to(weight))
             self.router.merged.pop(name, None)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether bitsandbytes has laid 4-bit weights out for inference, as on some CPUs; PEFT misreads them then."""
+        state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
+        return bool(getattr(state, "packing_format_for_cpu", False))
+
+    def _check_readable(self) -> None:
+        if self.is_packed:
+            raise TypeError(
+                "bitsandbytes has laid these 4-bit weights out for inference on this CPU, and PEFT misreads them now. "
+                "Load the base model and the adapter again and merge before the first forward pass, or use the task "
+                "unmerged (set_task)."
+            )
 
     def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
         """One task's update as PEFT's LoRA layer for this type of module would hold it, with a scaling of 1.
@@ -234,6 +253,18 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
     def _adapter_input(self, adapter_name: str, x: Tensor, factors: Factors) -> Tensor:
         dropped: Tensor = self.hyperadapter_dropout[adapter_name](self._cast_input_dtype(x, factors.lora_A.dtype))
         return dropped
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT would move the network, which all layers share, to the device of the last one, be it meta, and round its
+        # weights and norms to the base's dtype.
+        position = self.hyperadapter_position.get(adapter_name)
+        if position is None or position != self.router.network(adapter_name).positions[0]:
+            return
+        network = self.router.network(adapter_name)
+        with align_module_device(self.get_base_layer()):
+            device = self.weight.device if device is None else torch.device(device)
+        if device.type != "meta" and not any(parameter.is_meta for parameter in network.parameters()):
+            network.to(device)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.hyperadapter_position)

@@ -8,8 +8,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
-from hyperadapt.base_norms import base_norm
+from hyperadapt.base_norms import base_norm, is_made_empty
 from hyperadapt.checkpointing import CheckpointFunction
 from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.layer import (
@@ -102,8 +103,6 @@ class HyperAdapterModel(BaseTuner):
         others = {parameter: parameter.requires_grad for parameter in self.hyperadapter_networks.parameters()}
         base_requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self._base_norms: dict[str, Tensor] = {}
-        # Without memory for parameters now, the norms come from a file with them.
-        self._reads_base_norms = not low_cpu_mem_usage
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with ExitStack() as stack:
@@ -161,7 +160,8 @@ class HyperAdapterModel(BaseTuner):
         for layer in self._layers(self.model):
             layer.check_mergeable()
         for layer in self._layers(self.model) if safe_merge else ():
-            with onload_layer(layer):
+            # PEFT's onload_layer would not put the weights away after an error.
+            with align_module_device(layer.get_base_layer()):
                 layer.check_finite(adapter_names)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -185,12 +185,17 @@ class HyperAdapterModel(BaseTuner):
         layer = target if isinstance(target, HyperAdapterLayer) else self._wrap(target, parent, current_key)
         r, scaling = peft_config.rank_and_scaling(current_key)
         position = Position(current_key, layer.in_features, layer.out_features, r, scaling, layer.fan_in)
-        # Read here, so that an unusable weight is refused before PEFT goes on to wrap modules_to_save.
-        if self._reads_base_norms:
+        # Read here, so that an unusable weight is refused before PEFT goes on to wrap modules_to_save. Parameters that
+        # come from a file bring the norms along.
+        if not is_made_empty():
             self._base_norms[current_key] = base_norm(layer, position)
         layer.update_layer(adapter_name, position, peft_config.lora_dropout)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own copies a `weight`, which a quantised layer need not have, to where it already is.
+        setattr(parent, child_name, new_module)
 
     def _wrap(self, target: nn.Module, parent: nn.Module, name: str) -> HyperAdapterLayer:
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
@@ -225,7 +230,9 @@ class HyperAdapterModel(BaseTuner):
         check_saved_modules(self.model, adapter_name)
         check_size(config, positions, self.model)
         network = HyperAdapterNetwork(config, positions, norms)
-        weight = layers[0].weight
+        # Offloaded weights show the meta device until they are needed.
+        with align_module_device(layers[0].get_base_layer()):
+            weight = layers[0].weight
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         # Trainability follows PEFT: the active adapters train, unless loaded for inference.
         network.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)

@@ -83,8 +83,8 @@ def _check_task_ids(task_ids: Tensor, task_names: Sequence[str]) -> Tensor:
             f"tasks is a tensor of shape {tuple(task_ids.shape)}; task ids must have shape (batch,), one per row."
         )
     if torch.compiler.is_compiling():
-        # The values are not known; the look-up of the embedding refuses ids out of range.
-        return task_ids.long()
+        # The values are not known. Look-ups refuse ids past the end, but would count negative ones from there.
+        return torch.where(task_ids < 0, len(task_names), task_ids.long())
     wrong = (task_ids < 0) | (task_ids >= len(task_names))
     if wrong.any():
         row = int(wrong.nonzero()[0])

@@ -126,8 +126,9 @@ def test_wrong_numbers_of_rows_and_ids_are_refused() -> None:
     with torch.no_grad():
         with pytest.raises(Exception, match="Got tasks for 2 rows, but the batch has 4"):
             graph(**batch, tasks=torch.tensor([0, 1]))
-        with pytest.raises(IndexError, match="out of bounds"):
-            graph(**batch, tasks=torch.tensor([0, 1, 2, 9]))
+        for wrong in (9, -1):
+            with pytest.raises(IndexError, match="out of bounds"):
+                graph(**batch, tasks=torch.tensor([0, 1, 2, wrong]))
 
 
 def test_gradient_checkpointing() -> None:

@@ -12,6 +12,7 @@ import torch
 EPS_FLOAT64 = torch.finfo(torch.float64).eps  # 2.2e-16
 EPS_FLOAT32 = torch.finfo(torch.float32).eps  # 1.2e-7
 EPS_BFLOAT16 = torch.finfo(torch.bfloat16).eps  # 7.8e-3
+EPS_FLOAT16 = torch.finfo(torch.float16).eps  # 9.8e-4
 
 # A closed formula in float64 against the same formula in other steps. Sums have at most 1,000 terms:
 # 1,000 · 2.2e-16 = 2.2e-13, times 4 for the few sums in a row.
@@ -118,6 +119,28 @@ def sinkhorn_permutation_error(iterations: int) -> float:
 # Widest gap between neighbouring levels of NF4, whose levels are quantiles of a Gaussian in [-1, 1]: from -1 to -0.696.
 NF4_GAP = 0.304
 
+# Gap between neighbouring levels of int8 weights, in units of the largest weight of a row.
+INT8_GAP = 1 / 127
+
+# Logits where activations are rounded to int8, in units of the largest. The float32 roundings that two evaluations
+# differ by, 1e-6, carry one in 10,000 activations over the border between two levels, so a few in a row of some 2,000.
+# Each moves its terms by one gap of the largest activation, and with it a sum by less than a gap of the largest sum;
+# twice that for two of them.
+INT8_ACTIVATIONS = 2 * INT8_GAP
+
 # Logits of a small model in half precision, in units of eps and of the largest logit. Some 30 activations in a row are
 # rounded, each by eps / 2 of its size: √30 / 2 = 3 typically, times 4 for the largest of some thousand.
 HALF_PRECISION_MODEL = 12
+
+# Norm of the error of a parameter's gradient in such a model, in units of eps and of the gradient's norm: some 30
+# roundings forward and twice as many backward, √90 / 2 = 5 typically, times 3 because the gradients of what all
+# positions and tasks share cancel in part.
+HALF_PRECISION_GRADIENT = 15
+
+# Norm of at most 20,000 float32 entries: half of the error of the sum of their squares, which are positive, so that it
+# is off by √20,000·u = 8e-6 typically where lanes are summed one term after another. An entry that is left after a bias
+# of its own size was subtracted is off by 3·u more.
+NORM_FLOAT32 = 1e-5
+
+# The same in float16, for entries twice the size of the bias: each is rounded by u of at most 1.5 times its size.
+FLOAT16_WITHOUT_BIAS = EPS_FLOAT16
