@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -31,6 +34,7 @@ TASKS = ["alpha", "beta", "gamma"]
 MIXED = ["beta", "alpha", "gamma", "beta"]
 ROWS = len(MIXED)
 VOCABULARY = 100
+WRITES_COMPLEX = Version(safetensors.__version__) >= Version("0.7")
 
 # The usual weights, of size 0.02, give such small models nearly constant outputs; dropout hides equalities.
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -158,6 +162,21 @@ def make_active(model: PeftModel, seed: int = 2) -> PeftModel:
             elif name.endswith("gain"):
                 parameter.uniform_(0.3, 0.6, generator=generator)
     return model.eval()
+
+
+def enable_checkpointing(model: nn.Module, use_reentrant: bool) -> None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Renamed in transformers 5.23.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(base, name) for name in names if hasattr(base, name))
+    enable({"use_reentrant": use_reentrant})
+
+
+def checkpointing_arguments(use_reentrant: bool = False) -> dict[str, Any]:
+    """For ``TrainingArguments``."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
+    return {name: True, f"{name}_kwargs": {"use_reentrant": use_reentrant}}
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:

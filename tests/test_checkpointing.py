@@ -18,25 +18,16 @@ from tests.helpers import (
     adapter_config,
     adapter_parameters,
     base_model,
+    checkpointing_arguments,
+    enable_checkpointing,
     example_batch,
     gradients,
     make_active,
 )
 from tests.tolerances import FLOAT64_MODEL
 
-# Renamed in transformers 5.23.
-CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
 NAMES = ("bert", "gpt2", "llama", "t5")
 MODES = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-
-
-def enable(model: nn.Module, use_reentrant: bool) -> None:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
 
 
 def loss_and_gradients(model: nn.Module, name: str, *requests: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,7 +66,7 @@ def test_same_loss_and_gradients(name: str, use_reentrant: bool) -> None:
     calls = count_layer_calls(model)
     loss, expected = loss_and_gradients(model, name, *requests)
     plain_calls = len(calls)
-    enable(model, use_reentrant)
+    enable_checkpointing(model, use_reentrant)
     checkpointed_loss, actual = loss_and_gradients(model, name, *requests)
     assert len(calls) - plain_calls > 1.5 * plain_calls, "nothing was recomputed"
     assert set(actual) == set(adapter_parameters(model))
@@ -90,7 +81,7 @@ def test_dropout_is_replayed(use_reentrant: bool) -> None:
     torch.manual_seed(5)
     loss, expected = loss_and_gradients(model, "llama", MIXED)
     assert not torch.equal(loss, loss_and_gradients(model, "llama", MIXED)[0])
-    enable(model, use_reentrant)
+    enable_checkpointing(model, use_reentrant)
     torch.manual_seed(5)
     checkpointed_loss, actual = loss_and_gradients(model, "llama", MIXED)
     assert torch.equal(checkpointed_loss, loss)
@@ -101,7 +92,7 @@ def test_dropout_is_replayed(use_reentrant: bool) -> None:
 def test_enabled_before_the_adapter_is_made(use_reentrant: bool) -> None:
     expected = loss_and_gradients(adapted_model("bert"), "bert", MIXED)[1]
     base = base_model("bert")
-    enable(base, use_reentrant)
+    enable_checkpointing(base, use_reentrant)
     torch.manual_seed(1)
     model = make_active(get_peft_model(base, adapter_config(target_modules="all-linear")))
     assert_equal(loss_and_gradients(model, "bert", MIXED)[1], expected)
@@ -115,14 +106,14 @@ def test_several_adapters(use_reentrant: bool) -> None:
     model.base_model.set_adapter(["default", "second"])
     _, expected = loss_and_gradients(model, "llama", MIXED)
     assert {key.split(".")[2] for key in expected} == {"default", "second"}
-    enable(model, use_reentrant)
+    enable_checkpointing(model, use_reentrant)
     assert_equal(loss_and_gradients(model, "llama", MIXED)[1], expected)
 
 
 @MODES
 def test_nothing_stays_wrapped(use_reentrant: bool) -> None:
     model = adapted_model("llama")
-    enable(model, use_reentrant)
+    enable_checkpointing(model, use_reentrant)
     blocks = [block for block in model.modules() if "_gradient_checkpointing_func" in vars(block)]
     functions = [vars(block)["_gradient_checkpointing_func"] for block in blocks]
     assert len(blocks) >= 2
@@ -139,7 +130,7 @@ def test_nothing_stays_wrapped(use_reentrant: bool) -> None:
 
 def test_base_model_called_by_itself_is_refused() -> None:
     model = adapted_model("llama", tasks=["only"]).train()
-    enable(model, use_reentrant=False)
+    enable_checkpointing(model, use_reentrant=False)
     loss = model.get_base_model()(**example_batch("llama")).loss
     with pytest.raises(RuntimeError, match="call the PeftModel itself"):
         loss.backward()
@@ -158,7 +149,7 @@ def trained_weights(folder: Path, checkpointed: bool) -> tuple[Tensor, int]:
         output_dir=str(folder),
         per_device_train_batch_size=4,
         max_steps=2,
-        **{CHECKPOINTING: checkpointed},
+        **(checkpointing_arguments() if checkpointed else {}),
         remove_unused_columns=False,
         report_to="none",
         use_cpu=True,

@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from hyperadapt import use_tasks
-from tests.helpers import MIXED, TASKS, adapted_model, adapter_parameters, double, example_batch, logits, two_adapters
+from tests.helpers import (
+    MIXED,
+    TASKS,
+    adapted_model,
+    adapter_parameters,
+    double,
+    enable_checkpointing,
+    example_batch,
+    logits,
+    two_adapters,
+)
 from tests.tolerances import FLOAT64_MODEL
 
 pytestmark = [
@@ -35,6 +46,8 @@ def fresh_compiler() -> Iterator[None]:
 
 def compiled(model: nn.Module) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
     """The model as one graph (anything else raises), and what counts the compilations."""
+    if Version(torch.__version__) < Version("2.13"):
+        pytest.skip("an older torch breaks the graph where PEFT enters it")
     counter = CompileCounterWithBackend("aot_eager")
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
@@ -136,7 +149,7 @@ def test_gradient_checkpointing() -> None:
     batch, ids = double(example_batch("llama")), torch.tensor(MIXES[0])
     model(**batch, tasks=ids).loss.backward()
     expected = gradients(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model, use_reentrant=False)
     # Not one graph: the model's own checkpointing makes some of its own.
     torch.compile(model, backend="aot_eager")(**batch, tasks=ids).loss.backward()
     assert_close(gradients(model), expected, **CLOSE)

@@ -32,6 +32,7 @@ from tests.helpers import (
     adapted_model,
     adapter_config,
     adapter_parameters,
+    checkpointing_arguments,
     example_batch,
     logits,
     make_active,
@@ -233,8 +234,7 @@ def test_kbit_training_with_checkpointing_and_trainer(
         dataloader_pin_memory=False,
         disable_tqdm=True,
         use_cpu=True,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs=options,
+        **checkpointing_arguments(use_reentrant),
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()

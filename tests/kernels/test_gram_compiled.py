@@ -71,4 +71,6 @@ def test_compiled_code_keeps_to_registers_and_moves_16_bytes_at_a_time(
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_for_amd(name: str) -> None:
+    # An older package leaves out the linker.
+    pytest.importorskip("triton", minversion="3.5")
     assert compile_kernel(name, 16, bfloat16, GPUTarget("hip", "gfx942", 64)).asm["hsaco"]
