@@ -56,7 +56,8 @@ def base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
             weight = None if layer.is_packed else layer.get_base_weight()
         except (TypeError, NotImplementedError):
             weight = None
-        if weight is None:
+        # A float8 weight may come with scales.
+        if weight is None or weight.itemsize == 1:
             norm = _norm_by_columns(base_layer, position, tensors)
         else:
             # Summed in float32 at least, as vector_norm refuses to narrow float64.
@@ -71,7 +72,8 @@ def base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
 
 
 def _norm_by_columns(base_layer: nn.Module, position: Position, tensors: list[Tensor]) -> Tensor:
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    floating = (tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1)
+    dtype = next(floating, torch.get_default_dtype())
     device = tensors[0].device if tensors else torch.device("cpu")
     width = position.in_features
     total = torch.zeros((), dtype=torch.float64)

@@ -77,7 +77,8 @@ class HyperAdapterConfig(PeftConfig):
         tasks: Task names, or a dict from task name to description; the order gives the task ids. After
             construction always the list of names.
         task_descriptions: Description of each task; filled from `tasks` if that is a dict.
-        default_task: Task of calls that name none; None takes the first.
+        default_task: Task of calls that name none. None takes the first, but then refuses to train several tasks
+            without being told which.
         task_embedding_dim: Size of a task embedding (and of the layer and module embeddings).
         hypernetwork_dim: Hidden size of the hypernetwork's trunk.
         hypernetwork_depth: Number of residual blocks of the trunk.
@@ -183,14 +184,17 @@ class HyperAdapterConfig(PeftConfig):
         self._check_layers()
         self._check_normalization_options()
         self._check_start()
-        self.tasks, self.task_descriptions, self.default_task = checked_tasks(
-            self.tasks, self.task_descriptions, self.default_task
-        )
+        self.tasks, self.task_descriptions = checked_tasks(self.tasks, self.task_descriptions, self.default_task)
 
     @property
     def task_names(self) -> list[str]:
         """The task names; a task's id is its place here."""
         return list(self.tasks)
+
+    @property
+    def fallback_task(self) -> str:
+        """Task of calls that name none: the default task, or else the first."""
+        return self.default_task or self.task_names[0]
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:  # noqa: DOC502
         """Rank and scaling at a module, with `rank_pattern` and `alpha_pattern`.

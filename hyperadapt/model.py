@@ -72,7 +72,9 @@ class HyperAdapterModel(BaseTuner):
             config = self.router.network(name).config
             if task is not None:
                 resolve_task_ids(task, config.task_names)
-            if name in self.router.merged and self.router.merged[name] != (task or config.default_task):
+            if name in self.router.merged and self.router.merged[name] != (
+                task or config.default_task or config.task_names[0]
+            ):
                 raise ValueError(
                     f"Task {self.router.merged[name]!r} of adapter {name!r} is merged into the base weights, so "
                     f"{task!r} cannot be pinned. Call unmerge_adapter() first."
@@ -233,7 +235,7 @@ class HyperAdapterModel(BaseTuner):
         # Offloaded weights show the meta device until they are needed.
         with align_module_device(layers[0].get_base_layer()):
             weight = layers[0].weight
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.get_default_dtype()
         # Trainability follows PEFT: the active adapters train, unless loaded for inference.
         network.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         device = None if network.task_embedding.weight.is_meta else weight.device

@@ -18,6 +18,10 @@ from hyperadapt.scope import Routed, Scope, ScopeOwner, current_scope, installed
 from hyperadapt.tasks import resolve_task_ids
 
 Tasks = str | Sequence[str] | Tensor
+_GIVE_TASKS = (
+    "Pass tasks= with the batch. Trainer drops such a column unless it is given remove_unused_columns=False, and other "
+    "data collators drop it too: see HyperAdapterTrainer and TaskCollator. Or pin a task with set_task."
+)
 
 
 @dataclass(frozen=True)
@@ -167,13 +171,11 @@ class Router(ScopeOwner):
         if len(config.task_names) > 1 and not self._warned:
             self._warned = True
             warnings.warn(
-                f"No task was given, so all rows use the default task {config.default_task!r} of "
-                f"{len(config.task_names)}. Pass tasks= with the batch (and remove_unused_columns=False to Trainer, "
-                "which otherwise drops that column), or pin a task with set_task.",
+                f"No task was given, so all rows use the default task {config.fallback_task!r} of "
+                f"{len(config.task_names)}. {_GIVE_TASKS}",
                 stacklevel=2,
             )
-        assert config.default_task is not None
-        return config.default_task
+        return config.fallback_task
 
     def factors_of_task(
         self, adapter_name: str, task: str, positions: Sequence[Position] | None = None
@@ -230,11 +232,23 @@ class Router(ScopeOwner):
             rows = torch.arange(len(embeddings), device=embeddings.device) if len(embeddings) > 1 else None
             return Routed(network(embeddings.to(network.task_embedding.weight.device), positions), rows)
         if tasks is None:
+            self._check_training(adapter_name)
             tasks = self.task_in_force(adapter_name)
         task_ids = resolve_task_ids(tasks, network.config.task_names)
         distinct, rows = _distinct(task_ids, len(network.config.task_names))
         embeddings = network.task_embedding(distinct.to(network.task_embedding.weight.device))
         return Routed(network(embeddings, positions), rows if len(distinct) > 1 else None)
+
+    def _check_training(self, adapter_name: str) -> None:
+        """Refuse to train one of several tasks on all rows because their tasks were lost on the way."""
+        network = self.network(adapter_name)
+        config = network.config
+        is_clear = len(config.task_names) == 1 or config.default_task is not None or adapter_name in self.pinned
+        if network.training and torch.is_grad_enabled() and not is_clear:
+            raise ValueError(
+                f"Adapter {adapter_name!r} trains {len(config.task_names)} tasks, but this batch does not say which: "
+                f"all its rows would train {config.fallback_task!r}. {_GIVE_TASKS}"
+            )
 
     def _pinned_factors(self, adapter_name: str) -> dict[str, Factors]:
         task = self.pinned[adapter_name]

@@ -195,16 +195,16 @@ def check_pattern(name: str, value: Any, check: Callable[[str, Any], None]) -> N
         check(f"{name}[{shown(key)}]", entry)
 
 
-def checked_tasks(tasks: Any, descriptions: Any, default: Any) -> tuple[list[str], dict[str, str] | None, str]:
+def checked_tasks(tasks: Any, descriptions: Any, default: Any) -> tuple[list[str], dict[str, str] | None]:
     """Check the tasks of an adapter.
 
     Args:
         tasks: A list of names, or a dict from name to description.
         descriptions: A dict from name to description, or None.
-        default: The default task; None takes the first.
+        default: The default task, or None.
 
     Returns:
-        Names, descriptions and default task; new objects.
+        Names and descriptions; new objects.
 
     Raises:
         TypeError: If one has the wrong type.
@@ -234,11 +234,9 @@ def checked_tasks(tasks: Any, descriptions: Any, default: Any) -> tuple[list[str
     if descriptions is not None:
         _check_task_descriptions(descriptions, names)
         descriptions = dict(descriptions)
-    if default is None:
-        default = names[0]
-    elif default not in names:
+    if default is not None and default not in names:
         raise ValueError(f"default_task={shown(default)} is not among the tasks {shown(names)}. Name one of them.")
-    return names, descriptions, default
+    return names, descriptions
 
 
 def _check_task_descriptions(descriptions: Any, names: list[str]) -> None:

@@ -133,6 +133,27 @@ def test_norm_of_an_unreadable_weight_in_the_dtype_of_its_scales() -> None:
     assert_close(norm, expected, rtol=FLOAT16_WITHOUT_BIAS, atol=0)
 
 
+class ScaledFloat8(nn.Linear):
+    """Its weight alone is not the layer's: it is multiplied by a scale."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 8, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.25))
+        self.weight = nn.Parameter(self.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def test_float8_weights_with_scales_are_applied() -> None:
+    base = ScaledFloat8()
+    model = get_peft_model(nn.Sequential(base), adapter_config(target_modules=["0"]))
+    network = model.base_model.router.network("default")
+    assert_close(network.base_norms, (base.weight.float() * 0.25).norm()[None], rtol=NORM_FLOAT32, atol=0)
+    assert network.task_embedding.weight.dtype == torch.float32
+    assert model(torch.ones(2, 16), tasks="beta").shape == (2, 8)
+
+
 def test_a_layer_that_can_be_neither_read_nor_applied() -> None:
     module = Opaque(torch.randn(16, 24))
     module.forward = lambda x: torch.zeros(0).reshape(7)  # type: ignore[method-assign]

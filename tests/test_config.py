@@ -49,7 +49,7 @@ FULL = {
 def test_defaults_are_valid() -> None:
     config = HyperAdapterConfig()
     assert config.tasks == ["default"]
-    assert config.default_task == "default"
+    assert (config.default_task, config.fallback_task) == (None, "default")
     assert config.task_descriptions is None
     assert config.normalization == "soft_frobenius"
     assert config.normalization_bound == 0.5
@@ -79,7 +79,8 @@ def test_a_dict_of_tasks_is_split_into_names_and_descriptions() -> None:
     config = HyperAdapterConfig(tasks=DESCRIPTIONS)
     assert config.tasks == ["trec", "boolq", "sst2"]
     assert config.task_descriptions == DESCRIPTIONS
-    assert config.default_task == "trec"
+    assert config.fallback_task == "trec"
+    assert HyperAdapterConfig(tasks=DESCRIPTIONS, default_task="boolq").fallback_task == "boolq"
 
 
 @pytest.mark.parametrize("tasks", [["trec", "boolq"], ("trec", "boolq")])

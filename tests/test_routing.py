@@ -105,6 +105,23 @@ def test_one_warning_for_the_default_task() -> None:
     assert "remove_unused_columns=False" in str(caught[0].message)
 
 
+def test_training_several_tasks_without_naming_one_is_refused() -> None:
+    batch = example_batch("bert")
+    model, fixed = adapted_model("bert").train(), adapted_model("bert", default_task="beta").train()
+    with pytest.raises(ValueError, match="trains 3 tasks, but this batch does not say which: all its rows would train"):
+        model(**batch)
+    with torch.no_grad(), pytest.warns(UserWarning, match="'alpha' of 3"):
+        model(**batch)
+    model.set_task("beta")
+    model(**batch)
+    model.set_task(None)
+    with use_tasks(model, "beta"):
+        model(**batch)
+    with pytest.warns(UserWarning, match="'beta' of 3"):
+        fixed(**batch)
+    adapted_model("bert", tasks=["only"]).train()(**batch)
+
+
 def test_task_embeddings_equal_the_learned_ones_and_receive_gradients(shared: PeftModel) -> None:
     weight = shared.base_model.router.network("default").task_embedding.weight
     embeddings = weight.detach()[IDS].requires_grad_()

@@ -63,7 +63,11 @@ SEVERAL = [
         ("Different", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
         ("Overlapping", BOTH, {"target_modules": ["lin0"]}),
         ("Same, other normalisation", BOTH, BOTH | {"normalization": "frobenius", "r": 4}),
-        ("Same, other tasks", BOTH | SEVERAL_TASKS, BOTH | {"tasks": ["four", "five"], "head": "pair"}),
+        (
+            "Same, other tasks",
+            BOTH | SEVERAL_TASKS,
+            BOTH | {"tasks": ["four", "five"], "default_task": "four", "head": "pair"},
+        ),
     )
 ]
 MIXED = [
@@ -80,7 +84,7 @@ def transformers_cases(task_type: str) -> list[tuple[type[HyperAdapterConfig], d
     cases: list[dict[str, Any]] = [
         {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05},
         {"normalization": "frobenius", "head": "pair"} | SEVERAL_TASKS,
-        {"layers_to_transform": [0], "head": "row", "tasks": ["one", "two"]},
+        {"layers_to_transform": [0], "head": "row", "tasks": ["one", "two"], "default_task": "one"},
     ]
     # For these PEFT counts the head as a linear layer and then wants to save it in full, which no method allows.
     if task_type not in ("TOKEN_CLS", "QUESTION_ANS"):
