@@ -38,6 +38,11 @@ ORDER = [
     "model",
     "registration",
     "export",
+    "data",
+    "losses",
+    "monitor",
+    "saving",
+    "trainer",
     "hub",
     "cli",
 ]
