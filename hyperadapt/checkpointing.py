@@ -47,7 +47,7 @@ class CheckpointFunction:
             for position in self.positions
             if position in routed.factors
         ]
-        tensors = [tensor for name, position in places for tensor in scope.routed[name].factors[position].tensors()]
+        tensors = [tensor for name, position in places for tensor in scope.routed[name].factors[position]]
         rows = {name: routed.rows for name, routed in scope.routed.items()}
         batch_size, length = scope.batch_size, scope.length
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,10 @@ from torch.nn.functional import conv1d, conv2d, conv3d, linear, pad
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """A normalised update B·S·A of one position, for several tasks.
+
+    A tuple, in which sharded training finds the tensors whose gradients it waits for.
 
     Args:
         lora_A: Shape ``(tasks, r, in_features)``.
@@ -26,14 +26,6 @@ class Factors:
     lora_B: Tensor
     core: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three tensors.
-
-        Returns:
-            ``lora_A``, ``lora_B`` and ``core``, in the order of the constructor.
-        """
-        return self.lora_A, self.lora_B, self.core
-
     def to(self, device: torch.device) -> Factors:
         """The factors on a device.
 
@@ -43,7 +35,7 @@ class Factors:
         Returns:
             Factors that share what is there already.
         """
-        return Factors(*(tensor.to(device) for tensor in self.tensors()))
+        return Factors(*(tensor.to(device) for tensor in self))
 
     def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Compute ``x·(B·S·A)ᵀ`` through the rank-r activation; the product B·S·A is never formed.

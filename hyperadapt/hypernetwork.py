@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,8 @@ from hyperadapt.positions import Position
 MIXING_DIAGONAL = 4.0
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Factors of the positions of one shape and rank.
+class Generated(NamedTuple):
+    """Factors of the positions of one shape and rank; a tuple for the same reason as ``Factors``.
 
     Args:
         positions: The positions.

@@ -72,20 +72,23 @@ class HyperAdapterNetwork(nn.Module):
             for position, strength, bound in zip(self.positions, strengths, bounds, strict=True)
         }
 
-    def forward(self, task_embeddings: Tensor, positions: Sequence[Position] | None = None) -> dict[str, Factors]:
+    def forward(self, tasks: Tensor, positions: Sequence[Position] | None = None) -> dict[str, Factors]:
         """Generate and normalise adapters.
 
         Runs in the network's own dtype also under autocast: it is a small share of the work, and the
         factors and their Gram matrices deserve the precision.
 
         Args:
-            task_embeddings: Shape ``(tasks, task_embedding_dim)``.
+            tasks: Task ids ``(tasks,)``, int64, or task embeddings ``(tasks, task_embedding_dim)``, on any device.
             positions: The positions to generate; None for all.
 
         Returns:
             Factors of each position by its name.
         """
         positions = self.positions if positions is None else positions
+        # Looked up in here, where sharded training has gathered the parameters.
+        tasks = tasks.to(self.task_embedding.weight.device)
+        task_embeddings = tasks if tasks.is_floating_point() else self.task_embedding(tasks)
         with torch.autocast(task_embeddings.device.type, enabled=False):
             by_rank: dict[int, list[Generated]] = {}
             for group in self.hypernetwork(task_embeddings, positions):

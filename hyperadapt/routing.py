@@ -191,8 +191,7 @@ class Router(ScopeOwner):
             The factors by position name, for one task.
         """
         network = self.network(adapter_name)
-        task_ids = resolve_task_ids([task], network.config.task_names).to(network.task_embedding.weight.device)
-        factors: dict[str, Factors] = network(network.task_embedding(task_ids), positions)
+        factors: dict[str, Factors] = network(resolve_task_ids([task], network.config.task_names), positions)
         return factors
 
     def pin(self, adapter_name: str, task: str | None) -> None:
@@ -230,14 +229,13 @@ class Router(ScopeOwner):
         if request.task_embeddings is not None:
             embeddings = _check_embeddings(request.task_embeddings, network.config.task_embedding_dim)
             rows = torch.arange(len(embeddings), device=embeddings.device) if len(embeddings) > 1 else None
-            return Routed(network(embeddings.to(network.task_embedding.weight.device), positions), rows)
+            return Routed(network(embeddings, positions), rows)
         if tasks is None:
             self._check_training(adapter_name)
             tasks = self.task_in_force(adapter_name)
         task_ids = resolve_task_ids(tasks, network.config.task_names)
         distinct, rows = _distinct(task_ids, len(network.config.task_names))
-        embeddings = network.task_embedding(distinct.to(network.task_embedding.weight.device))
-        return Routed(network(embeddings, positions), rows if len(distinct) > 1 else None)
+        return Routed(network(distinct, positions), rows if len(distinct) > 1 else None)
 
     def _check_training(self, adapter_name: str) -> None:
         """Refuse to train one of several tasks on all rows because their tasks were lost on the way."""

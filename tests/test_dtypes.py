@@ -112,7 +112,7 @@ def test_autocast_around_a_float32_base(normalization: str) -> None:
     assert_close(torch.stack(rows), actual, **close(torch.bfloat16, expected))
     exact = model.base_model.router.factors_of_task("default", "beta")
     for name, one in factors.items():
-        for tensor, other in zip(one.tensors(), exact[name].tensors(), strict=True):
+        for tensor, other in zip(one, exact[name], strict=True):
             assert tensor.dtype == torch.float32
             assert torch.equal(tensor, other), name
 

@@ -48,7 +48,7 @@ def test_apply_and_its_gradients_equal_the_dense_product(
     assert actual.shape == (*shape[:-1], OUT)
     torch.testing.assert_close(actual, expected, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
 
-    inputs = (x, *factors.tensors())
+    inputs = (x, *factors)
     direction = torch.randn_like(actual)
     gradients = torch.autograd.grad(actual, inputs, direction)
     expected_gradients = torch.autograd.grad(expected, inputs, direction)
@@ -59,7 +59,7 @@ def test_float32_stays_float32_and_accurate() -> None:
     factors = make_factors(dtype=torch.float32)
     x = torch.randn(4, IN)
     rows = torch.tensor([2, 0, 2, 1])
-    expected = Factors(*(tensor.double() for tensor in factors.tensors())).apply(x.double(), rows)
+    expected = Factors(*(tensor.double() for tensor in factors)).apply(x.double(), rows)
     actual = factors.apply(x, rows)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
