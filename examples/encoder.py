@@ -111,6 +111,22 @@ def label_offsets(tasks: Sequence[TextTask]) -> list[int]:
     return offsets
 
 
+def predict_own_class(logits: Tensor, labels: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Class ids predicted where each row competes only among its own task's classes.
+
+    Args:
+        logits: Shape ``(batch, classes)``.
+        labels: The true class ids, which tell the tasks, shape ``(batch,)``.
+        offsets: See ``label_offsets``.
+
+    Returns:
+        Shape ``(batch,)``.
+    """
+    task_of_class = torch.repeat_interleave(torch.arange(len(offsets) - 1), torch.tensor(offsets).diff())
+    task_of_class = task_of_class.to(logits.device)
+    return logits.masked_fill(task_of_class != task_of_class[labels][:, None], -torch.inf).argmax(-1)
+
+
 def encode(
     tasks: Sequence[TextTask], split: str, tokenizer: PreTrainedTokenizerBase, *, max_rows: int, max_length: int
 ) -> list[Dataset]:

@@ -40,6 +40,7 @@ from examples.encoder import (
     load_base,
     load_tokenizer,
     predict_logits,
+    predict_own_class,
 )
 from examples.text_tasks import TextTask, load_task
 from hyperadapt import HyperAdapterConfig, export_lora
@@ -146,7 +147,7 @@ def make_metrics(offsets: Sequence[int]) -> tuple[Any, Any]:
     task_of_class = torch.repeat_interleave(torch.arange(len(TASKS)), torch.tensor(offsets).diff())
 
     def predict(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return logits.masked_fill(task_of_class != task_of_class[labels][:, None], -torch.inf).argmax(-1)
+        return predict_own_class(logits, labels, offsets)
 
     def accuracies(prediction: EvalPrediction) -> dict[str, float]:
         right = prediction.predictions == prediction.label_ids

@@ -16,13 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from hyperadapt.layer import HyperAdapterLayer
 from hyperadapt.model import HyperAdapterModel, find_tuner
+from hyperadapt.sharding import whole_network
+from hyperadapt.tasks import resolve_task_ids
 
 
 def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) -> None:
     """Write one task of the active adapter as a LoRA folder that plain PEFT loads, at exactly rank r.
 
     Writes A and B·S, so nothing is approximated; the scaling is inside, with ``lora_alpha == r``. Modules
-    trained in full (``modules_to_save``) are included. The two files appear complete or not at all.
+    trained in full (``modules_to_save``) are included. The two files appear complete or not at all. A model that is
+    sharded over processes must be exported by all of them, to a folder each.
 
     Args:
         model: A ``PeftModel`` with a hyperadapter.
@@ -30,7 +33,8 @@ def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) 
         directory: Folder to write to; made if missing, other files in it are left alone.
 
     Raises:
-        ValueError: If the task is unknown, several adapters are active, or `directory` is a file.
+        ValueError: If the task is unknown, several adapters are active, `directory` is a file, or parameters are
+            partitioned by DeepSpeed's ZeRO-3 and not gathered.
     """
     tuner = find_tuner(model)
     if len(tuner.active_adapters) != 1:
@@ -55,9 +59,11 @@ def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) 
 @torch.no_grad()
 def _lora_state_dict(tuner: HyperAdapterModel, adapter_name: str, task: str) -> dict[str, Tensor]:
     layers = _layers(tuner, adapter_name)
+    network = tuner.router.network(adapter_name)
+    task_ids = resolve_task_ids([task], network.config.task_names)
     return {
         f"base_model.model.{position}.{name}": tensor.cpu().contiguous()
-        for position, factors in tuner.router.factors_of_task(adapter_name, task).items()
+        for position, factors in whole_network(network)(task_ids).items()
         for name, tensor in layers[position].lora_tensors(factors).items()
     }
 

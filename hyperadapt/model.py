@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,8 +30,9 @@ from hyperadapt.layer import (
 from hyperadapt.loading import check_saved_modules, check_size, checked_state_dict, guard_loading, unwrap_saved_modules
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
-from hyperadapt.routing import Request, Router, Tasks
+from hyperadapt.routing import Request, Router, Tasks, main_input
 from hyperadapt.scope import current_scope
+from hyperadapt.sharding import make_whole
 from hyperadapt.tasks import resolve_task_ids
 
 ROUTING_ARGUMENTS = ("tasks", "task_embeddings")
@@ -275,7 +276,7 @@ class HyperAdapterModel(BaseTuner):
                 f"adapter_names={adapter_names!r} is not supported by hyperadapters: one adapter serves many tasks. "
                 "Name the task of each row with tasks= instead."
             )
-        model_input = _main_input(self.model, args, kwargs)
+        model_input = main_input(self.model, args, kwargs)
         request = Request(tasks, task_embeddings)
         with ExitStack() as stack:
             stack.enter_context(self.router.open(request, self.active_adapters, model_input))
@@ -283,7 +284,7 @@ class HyperAdapterModel(BaseTuner):
             yield
 
     def _observe_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        model_input, scope = _main_input(model, args, kwargs), current_scope(self.router)
+        model_input, scope = main_input(model, args, kwargs), current_scope(self.router)
         if model_input is not None and scope is not None:
             scope.observe(model_input)
 
@@ -312,6 +313,11 @@ class HyperAdapterModel(BaseTuner):
     @staticmethod
     def _layers(module: nn.Module) -> list[HyperAdapterLayer]:
         return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLayer)]
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, *, state_dict: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        make_whole(model, state_dict, (cls.prefix, ".modules_to_save."))
+        return super()._get_adapter_state_dict(model, state_dict=state_dict, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -377,12 +383,6 @@ def find_tuner(model: nn.Module) -> HyperAdapterModel:
         f"{type(model).__name__} has no hyperadapter. Make one with get_peft_model(model, HyperAdapterConfig(...)) or "
         "load one with PeftModel.from_pretrained."
     )
-
-
-def _main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    names = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
-    candidates = (*args[:1], *(kwargs.get(name) for name in names))
-    return next((value for value in candidates if isinstance(value, Tensor) and value.ndim), None)
 
 
 def _strip_routing_arguments(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

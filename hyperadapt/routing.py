@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -277,6 +278,22 @@ def _distinct(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
     if task_ids.ndim == 0 or len(task_ids) < num_tasks:
         return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device)
     return torch.arange(num_tasks, device=task_ids.device), task_ids
+
+
+def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a base model is called with, from which the number of rows is told.
+
+    Args:
+        model: The base model.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        The first input that is a tensor with rows; None if there is none.
+    """
+    names = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
+    candidates = (*args[:1], *(kwargs.get(name) for name in names))
+    return next((value for value in candidates if isinstance(value, Tensor) and value.ndim), None)
 
 
 _optimizer_steps = 0

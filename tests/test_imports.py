@@ -29,6 +29,7 @@ ORDER = [
     "normalization",
     "nn",
     "network",
+    "sharding",
     "scope",
     "routing",
     "checkpointing",

@@ -144,3 +144,8 @@ NORM_FLOAT32 = 1e-5
 
 # The same in float16, for entries twice the size of the bias: each is rounded by u of at most 1.5 times its size.
 FLOAT16_WITHOUT_BIAS = EPS_FLOAT16
+
+# Weights of a small model in float32 after three steps of SGD in two processes, whose gradients are averaged, against
+# one process, which sums over all rows at once: gradients below 1 whose sums of some hundred terms are off by √100·u,
+# three times, times a learning rate of 0.1, and the rounding of the weights of size 1: 2e-6, and five times that.
+TWO_PROCESSES = 1e-5

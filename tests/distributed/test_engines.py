@@ -1,0 +1,106 @@
+"""Two processes that see different tasks train the same weights as one process, whatever engine couples them."""
+
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from hyperadapt import export_lora
+from tests.distributed.worker import (
+    CHECKPOINTING,
+    ENGINES,
+    METHODS,
+    PROCESSES,
+    main,
+    make_model,
+    optimizer_of,
+    torch_step,
+    train,
+)
+from tests.helpers import adapted_model, adapter_parameters, base_model
+from tests.tolerances import TWO_PROCESSES
+
+CASES = [
+    *((method, "none") for method in METHODS),
+    *(("soft_frobenius", mode) for mode in CHECKPOINTING if mode != "none"),
+]
+TIMEOUT = 240
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def launch(engine: str, folder: Path) -> list[list[dict[str, Any]]]:
+    context = mp.spawn(main, args=(engine, CASES, free_port(), folder), nprocs=PROCESSES, join=False)
+    for process in context.processes:
+        process.join(TIMEOUT)
+    running = [process for process in context.processes if process.is_alive()]
+    for process in running:
+        process.kill()
+    assert not running, f"still running after {TIMEOUT} s"
+    assert [process.exitcode for process in context.processes] == [0] * PROCESSES
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[dict[str, Tensor]]:
+    """The weights that one process reaches with all rows."""
+    weights = []
+    for case in CASES:
+        model = make_model(*case)
+        train(model, slice(None), torch_step(optimizer_of(model)))
+        weights.append({name: parameter.detach() for name, parameter in adapter_parameters(model).items()})
+    return weights
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_equal_one(engine: str, expected: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+        if shutil.which("g++") is None:
+            pytest.skip("DeepSpeed compiles its communication on CPUs")
+    ranks = launch(engine, tmp_path)
+    for case, single, *results in zip(CASES, expected, *ranks, strict=True):
+        for result in results:
+            assert result["world"] == PROCESSES
+            assert result["kind"] == engine.removesuffix("_network_apart")
+            assert result["weights"].keys() == single.keys()
+            for name, value in single.items():
+                assert torch.equal(result["weights"][name], results[0]["weights"][name]), (case, name)
+                assert_close(result["weights"][name], value, rtol=TWO_PROCESSES, atol=TWO_PROCESSES)
+        if engine.startswith("fsdp2") or engine == "zero3":
+            for name, value in single.items():
+                assert sum(result["sizes"][name] for result in results) == (0 if engine == "zero3" else value.numel())
+    start = adapter_parameters(make_model(*CASES[0]))
+    assert any((expected[0][name] - value).abs().max() > 1000 * TWO_PROCESSES for name, value in start.items())
+    check_files(ranks[0][-1]["weights"], tmp_path)
+
+
+def check_files(weights: dict[str, Tensor], folder: Path) -> None:
+    """What was saved from the last case's sharded model, against a model that was never sharded."""
+    model = adapted_model("llama")
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data = weights[name]
+    saved = PeftModel.from_pretrained(base_model("llama"), folder / "adapter")
+    for name, value in adapter_parameters(saved).items():
+        assert torch.equal(value, weights[name]), name
+    export_lora(model, "beta", folder / "lora")
+    exported = load_file(folder / "lora" / "adapter_model.safetensors")
+    for rank in range(PROCESSES):
+        actual = load_file(folder / f"lora-{rank}" / "adapter_model.safetensors")
+        assert actual.keys() == exported.keys()
+        for name, value in exported.items():
+            assert torch.equal(actual[name], value), name

@@ -1,0 +1,75 @@
+"""A loop of one's own: a resumed run equals a whole one, in one process and in two; launch files say what they name."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+from examples.text_tasks import encoder_path
+from tests.helpers import ROOT
+
+LAUNCH_FILES = ROOT / "examples" / "accelerate"
+# Five batches an epoch, or ten in one process, and an optimiser step every two: the state is saved within an epoch.
+OPTIONS = ("--rows", "5", "--batch-size", "4", "--steps", "6", "--save-every", "4")
+
+
+@pytest.fixture(autouse=True)
+def needs_data() -> None:
+    try:
+        encoder_path()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def run(folder: Path, processes: int, *options: str) -> str:
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
+    launcher += ["--mixed_precision", "no", "--main_process_port", "0"]
+    arguments = ["-m", "examples.train_accelerate", *OPTIONS, "--output", str(folder), *options]
+    command = [sys.executable, *(launcher if processes == 2 else []), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_equals_a_whole_one(processes: int, tmp_path: Path) -> None:
+    output = run(tmp_path / "whole", processes)
+    assert f"{processes} processes, {'MULTI_CPU' if processes == 2 else 'NO'}\n" in output
+    assert re.search(r"mean accuracy [01]\.\d{3} over 8 tasks", output)
+    shutil.copytree(tmp_path / "whole" / "state", tmp_path / "resumed" / "state")
+    assert "resumed at step 4" in run(tmp_path / "resumed", processes, "--resume")
+    whole, resumed = (
+        load_file(tmp_path / name / "hyperadapter" / "adapter_model.safetensors") for name in ("whole", "resumed")
+    )
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "setting"),
+    [
+        ("ddp", "MULTI_GPU", None),
+        ("fsdp2", "FSDP", ("fsdp_config", "fsdp_version", 2)),
+        ("zero2", "DEEPSPEED", ("deepspeed_config", "zero_stage", 2)),
+        ("zero3", "DEEPSPEED", ("deepspeed_config", "zero_stage", 3)),
+    ],
+)
+def test_launch_files(name: str, kind: str, setting: tuple[str, str, int] | None) -> None:
+    config = load_config_from_file(str(LAUNCH_FILES / f"{name}.yaml"))
+    assert config.distributed_type == kind
+    assert config.num_processes == 2
+    if setting is not None:
+        section, key, value = setting
+        assert getattr(config, section)[key] == value
