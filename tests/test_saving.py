@@ -30,11 +30,19 @@ FILES = {
 }
 
 
-def run(folder: Path, *when: object) -> None:
-    command = [sys.executable, "-m", "tests.killed_run", str(folder), *map(str, when)]
+def run(folder: Path, *when: object, processes: int = 1) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.killed_run", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == (0 if when == ("never",) else -signal.SIGKILL), result.stderr
+    result = subprocess.run(
+        [*command, *map(str, when)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    if when == ("never",):
+        assert result.returncode == 0, result.stderr
+    elif processes == 1:
+        assert result.returncode == -signal.SIGKILL, result.stderr
+    else:
+        assert "Signal 9 (SIGKILL)" in result.stderr
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,6 +51,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"))
+
+
+def assert_same_end(whole: Path, killed: Path) -> None:
+    expected, actual = load_file(whole / "final.safetensors"), load_file(killed / "final.safetensors")
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 def assert_resumes(folder: Path, kills: list[tuple[object, ...]]) -> None:
@@ -58,10 +73,7 @@ def assert_resumes(folder: Path, kills: list[tuple[object, ...]]) -> None:
             expected = weights(whole / checkpoint.name)
             assert all(torch.equal(value, expected[name]) for name, value in weights(checkpoint).items()), when
     run(killed, "never")
-    expected, actual = load_file(whole / "final.safetensors"), load_file(killed / "final.safetensors")
-    assert expected.keys() == actual.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same_end(whole, killed)
     # What the killed runs left unfinished is gone.
     assert {path.name for path in killed.iterdir()} == {"checkpoint-99", "checkpoint-102", "final.safetensors"}
 
@@ -69,6 +81,16 @@ def assert_resumes(folder: Path, kills: list[tuple[object, ...]]) -> None:
 @pytest.mark.multi_process
 def test_a_run_that_is_killed_twice(tmp_path: Path) -> None:
     assert_resumes(tmp_path, [("step", 10), ("event", 2, 9)])
+
+
+@pytest.mark.multi_process
+def test_two_processes_that_are_killed(tmp_path: Path) -> None:
+    run(tmp_path / "whole", "never", processes=2)
+    # Its last checkpoint, of step 21, lies within an epoch of two steps.
+    run(tmp_path / "killed", "step", 22, processes=2)
+    assert {path.name for path in checkpoints(tmp_path / "killed")} == {"checkpoint-18", "checkpoint-21"}
+    run(tmp_path / "killed", "never", processes=2)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.slow
