@@ -35,13 +35,13 @@ def main() -> None:
     """Evaluate, train, evaluate again and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fast", action="store_true", help="few rows and steps, short texts")
-    parser.add_argument("--steps", type=int, help="default: 2000, or 160 with --fast")
+    parser.add_argument("--steps", type=int, help="default: 2000, or 120 with --fast")
     parser.add_argument("--rows", type=int, help="training rows per task at most; default: all, or 300 with --fast")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--output", type=Path, default=Path("runs/causal_lm"))
     options = parser.parse_args()
     started = time.monotonic()
-    steps = options.steps or (160 if options.fast else 2000)
+    steps = options.steps or (120 if options.fast else 2000)
     max_rows = options.rows or (300 if options.fast else 1_000_000)
     test_rows, max_tokens = (24, 32) if options.fast else (400, 128)
     device = "cuda" if torch.cuda.is_available() else "cpu"
