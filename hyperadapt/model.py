@@ -316,7 +316,7 @@ class HyperAdapterModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, *, state_dict: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        make_whole(model, state_dict, (cls.prefix, ".modules_to_save."))
+        make_whole(state_dict, (cls.prefix, ".modules_to_save."))
         return super()._get_adapter_state_dict(model, state_dict=state_dict, **kwargs)
 
     @classmethod

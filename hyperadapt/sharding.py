@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hyperadapt.network import HyperAdapterNetwork
 
 
-def make_whole(model: nn.Module, state_dict: dict[str, Tensor], parts: Sequence[str]) -> None:  # noqa: DOC502
+def make_whole(state_dict: dict[str, Tensor], parts: Sequence[str]) -> None:  # noqa: DOC502
     """Replace the sharded tensors in a state dict by whole ones.
 
     Args:
-        model: The model; if FSDP2 has sharded it, all processes must call this.
-        state_dict: Its state, changed in place.
+        state_dict: State of a model, changed in place; if FSDP2 has sharded it, all processes must call this.
         parts: Only tensors with one of these in their names are replaced.
 
     Raises:
-        ValueError: If DeepSpeed has partitioned the parameters.
+        ValueError: If DeepSpeed's ZeRO-3 has left tensors without entries.
     """
-    _check_gathered(model)
     wanted = [name for name in state_dict if any(part in name for part in parts)]
+    for name in wanted:
+        _check_entries(name, state_dict[name])
     state_dict |= {name: _whole(state_dict[name]) for name in wanted}
 
 
@@ -39,7 +39,8 @@ def whole_network(network: HyperAdapterNetwork) -> HyperAdapterNetwork:  # noqa:
     Raises:
         ValueError: If DeepSpeed has partitioned the parameters.
     """
-    _check_gathered(network)
+    for name, parameter in network.named_parameters():
+        _check_entries(name, parameter)
     if not any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in network.parameters()):
         return network
     with torch.device("meta"):
@@ -52,10 +53,9 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _check_gathered(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if hasattr(parameter, "ds_id") and not parameter.numel():
-            raise ValueError(
-                f"Parameter {name!r} is partitioned by DeepSpeed's ZeRO-3, so this process has none of its entries. Do "
-                "this in all processes, inside of deepspeed.zero.GatheredParameters(list(model.parameters()))."
-            )
+def _check_entries(name: str, tensor: Tensor) -> None:
+    if not tensor.numel():
+        raise ValueError(
+            f"Parameter {name!r} is partitioned by DeepSpeed's ZeRO-3, so this process has none of its entries. Do "
+            "this in all processes, inside of deepspeed.zero.GatheredParameters(list(model.parameters()))."
+        )

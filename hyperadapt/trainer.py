@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.data import TASK_COLUMN, TaskCollator, TaskSampler, concatenate_tasks
 from hyperadapt.losses import row_losses
 from hyperadapt.model import find_tuner
@@ -68,8 +69,8 @@ class TaskTrainerMixin(Trainer):
         log_positions: bool = False,
         **kwargs: Any,
     ) -> None:
-        config = kwargs.get("peft_config") or _active_config(model)
-        self.task_names: list[str] = config.task_names
+        config = kwargs.get("peft_config")
+        self.task_names = (config if isinstance(config, HyperAdapterConfig) else _active_config(model)).task_names
         self.temperature = temperature
         self.max_tasks_per_batch = max_tasks_per_batch
         self.log_task_losses = log_task_losses
@@ -237,9 +238,14 @@ class _EpochSetter(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-def _active_config(model: nn.Module) -> Any:
+def _active_config(model: Any) -> HyperAdapterConfig:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"The trainer got model={model!r}, but must know the tasks from the start: pass a model with a "
+            "hyperadapter (not model_init), or to a trainer that takes one, a HyperAdapterConfig as peft_config."
+        )
     tuner = find_tuner(model)
-    return tuner.peft_config[tuner.active_adapters[0]]
+    return tuner.router.network(tuner.active_adapters[0]).config
 
 
 def _check_sampling(args: Any) -> None:

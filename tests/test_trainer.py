@@ -222,6 +222,11 @@ def test_plain_trainer_works_or_refuses(wrapped: bool, tmp_path: Path) -> None:
         ({"train_dataset": {"delta": data("bert")["alpha"]}}, ValueError, "Unknown task 'delta'"),
         ({"eval_dataset": {"mean": data("bert")["alpha"]}}, ValueError, "eval_dataset has a task 'mean'"),
         ({"eval_dataset": {"delta": data("bert")["alpha"]}}, ValueError, "Unknown task 'delta'"),
+        (
+            {"model": None, "model_init": base_model},
+            TypeError,
+            "got model=None, but must know the tasks from the start",
+        ),
         ({"model": base_model("bert")}, TypeError, "BertForSequenceClassification has no hyperadapter"),
     ],
 )

@@ -94,9 +94,10 @@ def check_files(weights: dict[str, Tensor], folder: Path) -> None:
     model = adapted_model("llama")
     for name, parameter in adapter_parameters(model).items():
         parameter.data = weights[name]
-    saved = PeftModel.from_pretrained(base_model("llama"), folder / "adapter")
-    for name, value in adapter_parameters(saved).items():
-        assert torch.equal(value, weights[name]), name
+    for path in (folder / name for name in ("adapter", "given") if (folder / name).exists()):
+        saved = PeftModel.from_pretrained(base_model("llama"), path)
+        for name, value in adapter_parameters(saved).items():
+            assert torch.equal(value, weights[name]), name
     export_lora(model, "beta", folder / "lora")
     exported = load_file(folder / "lora" / "adapter_model.safetensors")
     for rank in range(PROCESSES):

@@ -133,6 +133,10 @@ def run(rank: int, engine: str, cases: list[tuple[str, str]], port: int, folder:
         with pytest.raises(ValueError, match=partitioned):
             export_lora(model, "beta", folder / "none")
         assert not list(folder.glob("none/*.safetensors"))
+        # What Trainer and Accelerate do: the whole state is gathered first, in the first process.
+        with gathered(engine, model):
+            state_dict = {name: value.clone() for name, value in model.state_dict().items()} if rank == 0 else {}
+        model.save_pretrained(folder / "given", state_dict=state_dict, is_main_process=rank == 0)
     with gathered(engine, model):
         model.save_pretrained(folder / "adapter", is_main_process=rank == 0)
         export_lora(model, "beta", folder / f"lora-{rank}")
