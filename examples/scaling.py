@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,9 @@ class Costs:
         training_bytes: Of the trained parameters, their gradients and Adam's moments.
         factor_bytes: Of A, B and S of all positions for the distinct tasks of a batch; training holds as much again
             for their gradients.
+        row_bytes: Of each row's copy of its task's factors, which training keeps for backward where a batch mixes
+            tasks. An upper bound: modules that read what needs no gradient keep no copy of A, and gradient
+            checkpointing keeps one block's copies at a time.
         generation_flops: Of generating them, forward.
         base_flops: Of the base model's forward pass.
     """
@@ -75,6 +79,7 @@ class Costs:
     file_bytes: int
     training_bytes: int
     factor_bytes: int
+    row_bytes: int
     generation_flops: int
     base_flops: int
 
@@ -89,10 +94,11 @@ def adapted(config: PretrainedConfig, adapter: PeftConfig) -> PeftModel:
     Returns:
         The model, on the meta device.
     """
+    # low_cpu_mem_usage alone draws every parameter before it drops the memory.
     with torch.device("meta"):
         base_model = AutoModelForCausalLM.from_config(config)
-    # As an adapter that a file will bring: the norms of the base weights are not read.
-    return get_peft_model(base_model, adapter, low_cpu_mem_usage=True)
+        # As an adapter that a file will bring: the norms of the base weights are not read.
+        return get_peft_model(base_model, adapter, low_cpu_mem_usage=True)
 
 
 def file_bytes(tensors: dict[str, Tensor]) -> int:
@@ -114,6 +120,19 @@ def file_bytes(tensors: dict[str, Tensor]) -> int:
     return 8 + -(-length // 8) * 8 + end
 
 
+def gram_flops(shapes: Sequence[Sequence[int]], *, out_shape: Sequence[int]) -> int:
+    """Operations of the Gram matrices, an operator of this package that PyTorch's counter does not know.
+
+    Args:
+        shapes: Shapes ``(n, r, d)`` of the factors.
+        out_shape: Shape of the output, which the counter passes along.
+
+    Returns:
+        The count.
+    """
+    return sum(2 * n * r * r * d for n, r, d in shapes)
+
+
 def flops(module: nn.Module, *args: Tensor) -> int:
     """Floating-point operations of a call, two for each multiplication and addition.
 
@@ -122,9 +141,10 @@ def flops(module: nn.Module, *args: Tensor) -> int:
         *args: What to call it with.
 
     Returns:
-        The count of all matrix products.
+        The count of all products of matrices; attention counts in full, also where a causal mask hides half of it.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    operators = {torch.ops.hyperadapt.grams: gram_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=operators) as counter:
         module(*args)
     return counter.get_total_flops()
 
@@ -167,12 +187,14 @@ def costs(
     with torch.device("meta"):
         base_model = AutoModelForCausalLM.from_config(config)
     parameters = trainable_parameters(model)
+    factor_bytes = sum(BYTES * tensor.numel() for position in factors.values() for tensor in position)
     return Costs(
         base_parameters=sum(parameter.numel() for parameter in base_model.parameters()),
         parameters=parameters,
         file_bytes=file_bytes(get_peft_model_state_dict(model)),
         training_bytes=COPIES * BYTES * parameters,
-        factor_bytes=sum(BYTES * tensor.numel() for position in factors.values() for tensor in position),
+        factor_bytes=factor_bytes,
+        row_bytes=batch_size * factor_bytes // tasks_per_batch if tasks_per_batch > 1 else 0,
         generation_flops=generation_flops,
         base_flops=flops(base_model, torch.zeros(batch_size, length, dtype=torch.int64, device="meta")),
     )
@@ -186,6 +208,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--head", default="factor", choices=("row", "factor", "pair"))
     parser.add_argument("--hypernetwork-dim", type=int, default=64)
+    parser.add_argument("--task-embedding-dim", type=int, default=64)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8, help="rows per device")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
@@ -202,7 +225,8 @@ def main() -> None:
         )
         print(
             f"{'tasks':>7}{'parameters':>13}{'as LoRAs':>19}{'file':>10}{'as LoRAs':>11}"
-            f"{'base DDP':>11}{'FSDP2':>10}{'training DDP':>14}{'FSDP2':>10}{'factors':>10}{'generation':>12}"
+            f"{'base DDP':>11}{'FSDP2':>10}{'training DDP':>14}{'FSDP2':>10}"
+            f"{'factors':>10}{'rows':>9}{'generation':>12}"
         )
         for tasks in options.tasks:
             adapter = HyperAdapterConfig(
@@ -212,8 +236,9 @@ def main() -> None:
                 tasks=[f"task {index}" for index in range(tasks)],
                 head=options.head,
                 hypernetwork_dim=options.hypernetwork_dim,
+                task_embedding_dim=options.task_embedding_dim,
             )
-            distinct = min(tasks, options.tasks_per_batch)
+            distinct = min(tasks, options.tasks_per_batch, options.batch_size)
             count = costs(
                 config, adapter, batch_size=options.batch_size, length=options.length, tasks_per_batch=distinct
             )
@@ -223,13 +248,15 @@ def main() -> None:
                 f"{size(count.file_bytes):>10}{size(tasks * lora_bytes):>11}"
                 f"{size(base_bytes):>11}{size(base_bytes / options.devices):>10}"
                 f"{size(count.training_bytes):>14}{size(count.training_bytes / options.devices):>10}"
-                f"{size(count.factor_bytes):>10}{count.generation_flops / count.base_flops:>12.3%}"
+                f"{size(count.factor_bytes):>10}{size(count.row_bytes):>9}"
+                f"{count.generation_flops / count.base_flops:>12.3%}"
             )
     print(
         "\nfile: the adapter's weights, float32. base: frozen weights in bfloat16. training: trained parameters,\n"
-        "gradients and Adam's moments, float32; FSDP2 divides both by the devices. factors: A, B and S of a batch's\n"
-        "tasks, on every device; as much again for their gradients. generation: its operations in units of the base\n"
-        "model's, forward."
+        "gradients and Adam's moments, float32; FSDP2 divides both by the devices, but gathers all parameters of the\n"
+        "hypernetwork while it generates. factors: A, B and S of a batch's tasks, on every device; as much again for\n"
+        "their gradients. rows: each row's copy of its task's factors, kept for backward unless gradients are\n"
+        "checkpointed. generation: its operations in units of the base model's, forward."
     )
 
 
