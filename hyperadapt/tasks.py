@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hyperadapt.validation import shown
+
 
 class TaskEmbedding(nn.Module):
     """A learned embedding per task.
@@ -72,7 +74,7 @@ def _task_id(task: object, task_names: Sequence[str]) -> int:
     try:
         return task_names.index(task)
     except ValueError:
-        raise ValueError(f"Unknown task {task!r}. Known tasks: {list(task_names)}.") from None
+        raise ValueError(f"Unknown task {task!r}. Known tasks: {shown(list(task_names))}.") from None
 
 
 def _check_task_ids(task_ids: Tensor, task_names: Sequence[str]) -> Tensor:
@@ -90,6 +92,6 @@ def _check_task_ids(task_ids: Tensor, task_names: Sequence[str]) -> Tensor:
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"Task id {int(task_ids[row])} in row {row} is out of range: there are {len(task_names)} tasks, "
-            f"{list(task_names)}."
+            f"{shown(list(task_names))}."
         )
     return task_ids.long()

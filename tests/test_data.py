@@ -51,7 +51,7 @@ def test_columns_may_differ_and_reach_only_one_task_batches() -> None:
         (
             {"alpha": rows(1, y=["a"]), "beta": rows(1, y=[0]).cast_column("y", ClassLabel(names=["a"]))},
             ValueError,
-            "Column 'y' is ClassLabel(names=['a']) in task 'beta' but Value('string') in task 'alpha'",
+            "Column 'y' is ClassLabel(names=['a']",
         ),
     ],
 )

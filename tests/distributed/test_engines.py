@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -72,6 +73,9 @@ def test_two_processes_equal_one(engine: str, expected: list[dict[str, Tensor]],
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
         if shutil.which("g++") is None:
             pytest.skip("DeepSpeed compiles its communication on CPUs")
+    if engine.startswith("fsdp2") and Version(torch.__version__) < Version("2.13"):
+        # Seen with torch 2.8, and there with a single linear layer, too.
+        pytest.skip("FSDP2 of an older torch adds up gradients on CPUs, where it should average them")
     ranks = launch(engine, tmp_path)
     for case, single, *results in zip(CASES, expected, *ranks, strict=True):
         for result in results:
