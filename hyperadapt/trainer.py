@@ -79,7 +79,8 @@ class TaskTrainerMixin(Trainer):
         train_dataset = self._with_tasks("train_dataset", train_dataset)
         eval_dataset = self._each_with_tasks(eval_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        self.data_collator = TaskCollator(self.data_collator)
+        if not isinstance(self.data_collator, TaskCollator):
+            self.data_collator = TaskCollator(self.data_collator)
         # Found through the model as the other trainer left it.
         tuner = find_tuner(self._model)
         self._is_causal = type(tuner.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -84,6 +84,16 @@ def test_losses_by_task_can_be_left_out(tmp_path: Path) -> None:
     assert any(key.startswith("loss_") for entry in smoothed.state.log_history for key in entry)
 
 
+def test_a_collator_that_carries_tasks_is_taken_as_it_is(tmp_path: Path) -> None:
+    collator = TaskCollator(default_data_collator)
+    model = adapted_model("bert")
+    batches = record(model)
+    trainer = HyperAdapterTrainer(model, arguments(tmp_path), collator, data("bert"))
+    trainer.train()
+    assert trainer.data_collator is collator
+    assert all(len(batch["tasks"]) == 6 for batch in batches)
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_batches_are_drawn_by_task(limit: int, tmp_path: Path) -> None:
     model = adapted_model("bert")
