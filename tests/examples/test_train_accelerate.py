@@ -6,12 +6,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
+from examples import train_accelerate
 from examples.text_tasks import encoder_path
 from tests.helpers import ROOT
 
@@ -55,6 +60,54 @@ def test_a_resumed_run_equals_a_whole_one(processes: int, tmp_path: Path) -> Non
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
+
+
+class Recorder(GeneralTracker):
+    """A tracker that keeps what it is given."""
+
+    name = "recorder"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {}
+        self.values: dict[int, dict[str, float]] = {}
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.settings = values
+
+    def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
+        assert step is not None
+        self.values.setdefault(step, {}).update(values)
+
+
+def test_trackers_and_mixed_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+
+    def accelerator(**options: Any) -> Accelerator:
+        assert options["log_with"] == "recorder"
+        return Accelerator(**options | {"log_with": recorder})
+
+    monkeypatch.setattr(train_accelerate, "Accelerator", accelerator)
+    options = ["--rows", "5", "--batch-size", "2", "--steps", "20", "--accumulate", "1", "--mixed-precision", "bf16"]
+    arguments = ["train_accelerate", *options, "--log-with", "recorder", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    try:
+        train_accelerate.main()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert (recorder.settings["batch_size"], recorder.settings["mixed_precision"]) == (2, "bf16")
+    assert set(recorder.values) == {20}
+    accuracies = {f"accuracy/{name}" for name in train_accelerate.TASKS}
+    assert set(recorder.values[20]) == {"loss", "learning_rate", *accuracies}
+    assert recorder.values[20]["learning_rate"] == 0
+    saved = load_file(tmp_path / "hyperadapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
