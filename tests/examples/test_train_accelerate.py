@@ -97,6 +97,8 @@ def test_trackers_and_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monkey
     options = ["--rows", "5", "--batch-size", "2", "--steps", "20", "--accumulate", "1", "--mixed-precision", "bf16"]
     arguments = ["train_accelerate", *options, "--log-with", "recorder", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
+    # Accelerate keeps one state for each process, also from other tests.
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         train_accelerate.main()
     finally:
