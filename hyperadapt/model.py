@@ -73,9 +73,7 @@ class HyperAdapterModel(BaseTuner):
             config = self.router.network(name).config
             if task is not None:
                 resolve_task_ids(task, config.task_names)
-            if name in self.router.merged and self.router.merged[name] != (
-                task or config.default_task or config.task_names[0]
-            ):
+            if name in self.router.merged and self.router.merged[name] != (task or config.fallback_task):
                 raise ValueError(
                     f"Task {self.router.merged[name]!r} of adapter {name!r} is merged into the base weights, so "
                     f"{task!r} cannot be pinned. Call unmerge_adapter() first."

@@ -132,6 +132,8 @@ class TaskTrainerMixin(Trainer):
         """
         # Label smoothing takes the labels out of the batch.
         tasks, labels = inputs[TASK_COLUMN], inputs.get("labels")
+        if not self.log_task_losses or not model.training or labels is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         seen: list[Any] = []
         # Not through return_outputs, for which TRL's trainers run the model a second time.
         handle = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
@@ -139,9 +141,8 @@ class TaskTrainerMixin(Trainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             handle.remove()
-        if self.log_task_losses and model.training and labels is not None:
-            terms = row_losses(seen[0], labels, shift=self._is_causal)
-            self._task_sums = self._task_sums.to(tasks.device).index_add(1, tasks, torch.stack(terms))
+        terms = row_losses(seen[0], labels, shift=self._is_causal)
+        self._task_sums = self._task_sums.to(tasks.device).index_add(1, tasks, torch.stack(terms))
         return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -257,12 +258,13 @@ def _check_sampling(args: Any) -> None:
         )
 
 
-def _means(metrics: Mapping[str, float], tasks: Sequence[str], prefix: str) -> dict[str, float]:
+def _means(metrics: Mapping[str, Any], tasks: Sequence[str], prefix: str) -> dict[str, float]:
     start = f"{prefix}_{tasks[0]}_"
     means = {}
     for name in [key.removeprefix(start) for key in metrics if key.startswith(start)]:
-        values = [metrics.get(f"{prefix}_{task}_{name}", math.nan) for task in tasks]
-        if name not in _SPEEDS and not math.isnan(sum(values)):
+        values: list[Any] = [metrics.get(f"{prefix}_{task}_{name}") for task in tasks]
+        # A task that diverged makes the mean NaN, which is never the best; a missing mean would end the run.
+        if name not in _SPEEDS and all(isinstance(value, int | float) for value in values):
             means[f"{prefix}_mean_{name}"] = sum(values) / len(values)
     return means
 

@@ -157,6 +157,24 @@ def test_evaluation_by_task_and_the_best_model_on_the_mean(tmp_path: Path) -> No
     assert other["test_mean_loss"] == other["test_beta_loss"] == final["eval_beta_loss"]
 
 
+def test_a_task_that_diverged_makes_no_best_model(tmp_path: Path) -> None:
+    def broken(prediction: Any) -> dict[str, Any]:
+        return {"score": math.nan, "kind": "text"}
+
+    options = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=2, metric_for_best_model="mean_score", greater_is_better=True
+    )
+    trainer = HyperAdapterTrainer(
+        adapted_model("bert"), options, train_dataset=data("bert"), eval_dataset=data("bert"), compute_metrics=broken
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_global_step is None
+    metrics = trainer.evaluate()
+    assert math.isnan(metrics["eval_mean_score"])
+    assert "eval_mean_kind" not in metrics
+
+
 def test_early_stopping_on_the_mean(tmp_path: Path) -> None:
     options = arguments(
         tmp_path,
