@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset, Features, Value
 
+from examples.task_descriptions import DESCRIPTIONS
+
 _INSTALL = "pip install --no-deps -r examples/requirements.txt"
 _FEATURES = Features({"text": Value("string"), "text_pair": Value("string"), "label": Value("int64")})
 
@@ -32,7 +34,7 @@ class TextTask:
 
     Attributes:
         name: One of `TASK_NAMES`.
-        description: One English sentence that says what to decide about a text.
+        descriptions: What to decide about a text, in English, in several wordings.
         labels: Human-readable class names, in the order of the label indices.
         train: Rows to fit on.
         validation: Rows to select on.
@@ -40,11 +42,16 @@ class TextTask:
     """
 
     name: str
-    description: str
+    descriptions: tuple[str, ...]
     labels: tuple[str, ...]
     train: Dataset
     validation: Dataset
     test: Dataset
+
+    @property
+    def description(self) -> str:
+        """The plainest of the descriptions, one sentence."""
+        return self.descriptions[0]
 
 
 class _Example(NamedTuple):
@@ -58,14 +65,12 @@ class _Spec:
     """How to read and split one task.
 
     Attributes:
-        description: One English sentence that says what to decide about a text.
         labels: From the source's label to the human-readable one, in the order of the label indices.
         read: Yields all examples, or those to train and validate on where `read_test` is given.
         read_test: Yields the examples of the official test split, if the source has one.
         split_by: The field whose values are never shared between splits.
     """
 
-    description: str
     labels: dict[str, str]
     read: Callable[[], Iterable[_Example]]
     read_test: Callable[[], Iterable[_Example]] | None = None
@@ -94,7 +99,7 @@ def load_task(name: str) -> TextTask:
         raise ValueError(f"unknown task {name!r}; known tasks are {', '.join(TASK_NAMES)}")
     spec = _SPECS[name]
     splits = {split: _to_dataset(examples, spec) for split, examples in _split(spec).items()}
-    return TextTask(name, spec.description, tuple(spec.labels.values()), **splits)
+    return TextTask(name, DESCRIPTIONS[name], tuple(spec.labels.values()), **splits)
 
 
 def encoder_path() -> Path:
@@ -282,10 +287,8 @@ def _read_election_tweets() -> Iterator[_Example]:
 # Tasks
 
 
-def _sentiment(source: str, texts: str) -> _Spec:
-    description = f"Decide whether the sentiment of {texts} is negative or positive."
-    labels = {"negative": "negative", "positive": "positive"}
-    return _Spec(description, labels, partial(_read_sentiment, source))
+def _sentiment(source: str) -> _Spec:
+    return _Spec({"negative": "negative", "positive": "positive"}, partial(_read_sentiment, source))
 
 
 _QUESTION_TYPES = {
@@ -315,51 +318,34 @@ _NEWSWIRE_TOPICS = {
 }  # fmt: skip
 
 _SPECS = {
-    "trec6": _Spec("Decide what kind of answer a question asks for.", _QUESTION_TYPES, _read_trec),
-    "sms_spam": _Spec("Decide whether a text message is spam.", {"0": "not spam", "1": "spam"}, _read_sms),
-    "tweet_sent": _sentiment("tweets", "a tweet"),
-    "product_sent": _sentiment("amazonReviewSnippets", "a sentence from a product review"),
-    "movie_sent": _sentiment("movieReviewSnippets", "a sentence from a movie review"),
-    "nyt_sent": _sentiment("nytEditorialSnippets", "a sentence from a newspaper editorial"),
-    "stereoset_rel": _Spec(
-        "Decide whether the second sentence is a meaningful continuation of the first.",
-        {"False": "unrelated", "True": "related"},
-        _read_stereoset,
-    ),
-    "privacy_qa": _Spec(
-        "Decide whether a passage of a privacy policy answers the question.",
-        {"False": "does not answer", "True": "answers"},
-        _read_privacy_qa,
-    ),
+    "trec6": _Spec(_QUESTION_TYPES, _read_trec),
+    "sms_spam": _Spec({"0": "not spam", "1": "spam"}, _read_sms),
+    "tweet_sent": _sentiment("tweets"),
+    "product_sent": _sentiment("amazonReviewSnippets"),
+    "movie_sent": _sentiment("movieReviewSnippets"),
+    "nyt_sent": _sentiment("nytEditorialSnippets"),
+    "stereoset_rel": _Spec({"False": "unrelated", "True": "related"}, _read_stereoset),
+    "privacy_qa": _Spec({"False": "does not answer", "True": "answers"}, _read_privacy_qa),
     "boolq": _Spec(
-        "Answer the question with yes or no, according to the passage.",
         {"False": "no", "True": "yes"},
         _read_boolq_labelled,
         read_test=_read_boolq_dev,
         split_by="text_pair",
     ),
-    "medmcqa_subject": _Spec(
-        "Decide which medical subject an exam question belongs to.",
-        {subject: subject.replace("_", " ") for subject in _SUBJECTS},
-        _read_medmcqa,
-    ),
-    "bbc": _Spec("Decide which section of the news an article is from.", _SECTIONS, _read_bbc),
+    "medmcqa_subject": _Spec({subject: subject.replace("_", " ") for subject in _SUBJECTS}, _read_medmcqa),
+    "bbc": _Spec(_SECTIONS, _read_bbc),
     "newsgroups20": _Spec(
-        "Decide which newsgroup a message was posted to.",
         _NEWSGROUPS,
         partial(_read_orange, "20newsgroups-train"),
         read_test=partial(_read_orange, "20newsgroups-test"),
     ),
     "reuters_r8": _Spec(
-        "Decide which topic a financial newswire report is about.",
         _NEWSWIRE_TOPICS,
         partial(_read_orange, "reuters-r8-train"),
         read_test=partial(_read_orange, "reuters-r8-test"),
     ),
     "trump_clinton": _Spec(
-        "Decide whether Donald Trump or Hillary Clinton wrote a tweet during the 2016 election campaign.",
-        {"HillaryClinton": "Hillary Clinton", "realDonaldTrump": "Donald Trump"},
-        _read_election_tweets,
+        {"HillaryClinton": "Hillary Clinton", "realDonaldTrump": "Donald Trump"}, _read_election_tweets
     ),
 }
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import enum
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
+from torch import Tensor
 
+from hyperadapt.conditions import (
+    check_text_fields,
+    checked_sources,
+    checked_tasks,
+    descriptions_of,
+    encoder_name,
+)
 from hyperadapt.validation import (
     MAX_DEPTH,
     MAX_ITERATIONS,
@@ -19,7 +30,7 @@ from hyperadapt.validation import (
     check_number,
     check_pattern,
     check_type,
-    checked_tasks,
+    checked_layers,
     refuses_unknown_fields,
     shown,
 )
@@ -74,11 +85,19 @@ class HyperAdapterConfig(PeftConfig):
         modules_to_save: Modules that are trained in full and saved with the adapter.
         target_parameters: Only None.
         bias: Only ``"none"``.
-        tasks: Task names, or a dict from task name to description; the order gives the task ids. After
-            construction always the list of names.
-        task_descriptions: Description of each task; filled from `tasks` if that is a dict.
+        tasks: Task names, or a dict from task name to a description or a list of them; the order gives the task ids.
+            After construction always the list of names.
+        task_descriptions: The same dict; filled from `tasks` if that is one. Of several descriptions of a task,
+            training draws one each time, and else their mean counts.
         default_task: Task of calls that name none. None takes the first, but then refuses to train several tasks
             without being told which.
+        task_embedding: Where a task's embedding comes from: ``"learned"``, ``"text"`` (a projection of its
+            description's vector) or ``"both"`` (their sum); or a dict from task name to one of these.
+        text_encoder: Makes vectors of descriptions: name or folder of a sentence-transformers model, or a function from
+            a list of texts to a tensor of shape ``(texts, dim)``. Asked once, when the adapter is made; the vectors are
+            saved with it.
+        text_encoder_revision: Revision of a model on the Hub; filled in when the adapter is made.
+        text_embedding_dim: Size of a vector; filled in when the adapter is made.
         task_embedding_dim: Size of a task embedding (and of the layer and module embeddings).
         hypernetwork_dim: Hidden size of the hypernetwork's trunk.
         hypernetwork_depth: Number of residual blocks of the trunk.
@@ -128,11 +147,21 @@ class HyperAdapterConfig(PeftConfig):
     )
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Only None."})
     bias: str = field(default="none", metadata={"help": "Only 'none'."})
-    tasks: list[str] | dict[str, str] = field(
-        default_factory=lambda: ["default"], metadata={"help": "Task names, or task name -> description."}
+    tasks: list[str] | dict[str, str | list[str]] = field(
+        default_factory=lambda: ["default"], metadata={"help": "Task names, or task name -> description(s)."}
     )
-    task_descriptions: dict[str, str] | None = field(default=None, metadata={"help": "Task name -> description."})
+    task_descriptions: dict[str, str | list[str]] | None = field(
+        default=None, metadata={"help": "Task name -> description(s)."}
+    )
     default_task: str | None = field(default=None, metadata={"help": "Task of calls that name none."})
+    task_embedding: str | dict[str, str] = field(
+        default="learned", metadata={"help": "'learned', 'text', 'both', or task name -> one of these."}
+    )
+    text_encoder: str | Callable[[list[str]], Tensor] | None = field(
+        default=None, metadata={"help": "A sentence-transformers model, or a function."}
+    )
+    text_encoder_revision: str | None = field(default=None, metadata={"help": "Revision of the text encoder."})
+    text_embedding_dim: int | None = field(default=None, metadata={"help": "Size of a description's vector."})
     task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task embedding."})
     hypernetwork_dim: int = field(default=64, metadata={"help": "Hidden size of the trunk."})
     hypernetwork_depth: int = field(default=2, metadata={"help": "Residual blocks of the trunk."})
@@ -181,10 +210,53 @@ class HyperAdapterConfig(PeftConfig):
         check_choice("head", self.head, HEADS)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         self._check_modules()
-        self._check_layers()
+        self.layers_to_transform = checked_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
         self._check_normalization_options()
         self._check_start()
-        self.tasks, self.task_descriptions = checked_tasks(self.tasks, self.task_descriptions, self.default_task)
+        if isinstance(self.text_encoder, os.PathLike):
+            self.text_encoder = os.fspath(self.text_encoder)
+        self._check_tasks()
+
+    def replaced(self, **changes: Any) -> HyperAdapterConfig:  # noqa: DOC502
+        """A copy with other tasks, or another state of their text vectors.
+
+        Args:
+            **changes: Fields among those of the tasks and the text encoder.
+
+        Returns:
+            The copy; this object stays as it is, since others may hold it.
+
+        Raises:
+            TypeError: If a field has the wrong type.
+            ValueError: If a value, or a combination of values, is impossible.
+        """
+        config = copy.copy(self)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config._check_tasks()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved: a function as text encoder by its name.
+
+        Returns:
+            Values that JSON can hold, sets aside.
+        """
+        return {**super().to_dict(), "text_encoder": encoder_name(self.text_encoder)}
+
+    @property
+    def task_sources(self) -> list[str]:
+        """Where each task's embedding comes from, by task id."""
+        sources = self.task_embedding
+        return [sources if isinstance(sources, str) else sources[name] for name in self.tasks]
+
+    @property
+    def embedded_descriptions(self) -> list[list[str]]:
+        """The descriptions that take part in each task's embedding, by task id; empty for a learned one."""
+        return [
+            [] if source == "learned" else descriptions_of(self.task_descriptions, name)
+            for name, source in zip(self.tasks, self.task_sources, strict=True)
+        ]
 
     @property
     def task_names(self) -> list[str]:
@@ -245,6 +317,12 @@ class HyperAdapterConfig(PeftConfig):
             )
         return set(matching.values())
 
+    def _check_tasks(self) -> None:
+        self.tasks, self.task_descriptions = checked_tasks(self.tasks, self.task_descriptions, self.default_task)
+        self.task_embedding = checked_sources(self.task_embedding, self.tasks, self.task_descriptions)
+        has_text = any(source != "learned" for source in self.task_sources)
+        check_text_fields(has_text, self.text_encoder, self.text_encoder_revision, self.text_embedding_dim)
+
     def _check_modules(self) -> None:
         if self.bias != "none":
             raise ValueError(
@@ -269,32 +347,6 @@ class HyperAdapterConfig(PeftConfig):
             self.modules_to_save = check_names("modules_to_save", self.modules_to_save)
             for value in self.modules_to_save:
                 check_expression("modules_to_save entry", value, r"(^|.*\.)", r"($|\..*)")
-
-    def _check_layers(self) -> None:
-        layers, pattern = self.layers_to_transform, self.layers_pattern
-        if layers is not None:
-            if isinstance(layers, tuple | set | range):
-                self.layers_to_transform = list(layers)
-            indices: list[Any] = list(layers) if isinstance(layers, list | tuple | set | range) else [layers]
-            if any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
-                raise TypeError(f"layers_to_transform={shown(layers)} must be a layer index or a list of them.")
-            if any(index < 0 for index in indices):
-                raise ValueError(f"layers_to_transform={shown(layers)} holds a negative index; count from 0.")
-            if isinstance(self.target_modules, str):
-                raise ValueError(
-                    f"layers_to_transform={shown(layers)} cannot be used with "
-                    f"target_modules={shown(self.target_modules)}: indices select among listed names. Pass "
-                    "target_modules as a list, or put the layers into the regular expression."
-                )
-        if pattern is None or pattern == "":
-            return
-        for value in [pattern] if isinstance(pattern, str) else check_names("layers_pattern", pattern):
-            check_expression("layers_pattern", value, r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.")
-        if pattern and layers is None:
-            raise ValueError(
-                f"layers_pattern={shown(pattern)} has no effect without layers_to_transform. Pass the layer indices as "
-                "layers_to_transform, or drop layers_pattern."
-            )
 
     def _check_normalization_options(self) -> None:
         defaults = NORMALIZATION_OPTIONS[self.normalization]

@@ -1,10 +1,11 @@
-"""Export of one task as an ordinary PEFT LoRA folder."""
+"""Export of one task, or of a description, as an ordinary PEFT LoRA folder."""
 
 from __future__ import annotations
 
 import os
 import re
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,15 +38,50 @@ def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) 
             partitioned by DeepSpeed's ZeRO-3 and not gathered.
     """
     tuner = find_tuner(model)
+    network = tuner.router.network(_exported_adapter(tuner))
+    _write_lora(model, resolve_task_ids([task], network.config.task_names), directory)
+
+
+def generate_lora(  # noqa: DOC502
+    model: nn.Module,
+    description: str | Sequence[str],
+    directory: str | os.PathLike[str],
+    *,
+    text_encoder: str | Callable[[list[str]], Tensor] | None = None,
+) -> None:
+    """Write the adapter that a description asks for as a LoRA folder that plain PEFT loads; the model stays as it is.
+
+    Args:
+        model: A ``PeftModel`` with a hyperadapter that was trained with descriptions.
+        description: A text that describes the task, or several.
+        directory: As in ``export_lora``.
+        text_encoder: The encoder that the adapter was made with, where its name does not find it (a function, or a
+            folder that has moved).
+
+    Raises:
+        ValueError: If the adapter knows no text, the description is empty, the encoder is another one, several adapters
+            are active, or `directory` is a file.
+    """
+    embedding = find_tuner(model).embed_description(description, text_encoder=text_encoder)
+    _write_lora(model, embedding[None], directory)
+
+
+def _exported_adapter(tuner: HyperAdapterModel) -> str:
     if len(tuner.active_adapters) != 1:
         raise ValueError(
-            f"export_lora writes one adapter, but {tuner.active_adapters} are active. Set one with set_adapter."
+            f"Only one adapter is exported, but {tuner.active_adapters} are active. Set one with set_adapter."
         )
-    adapter_name = tuner.active_adapters[0]
+    return tuner.active_adapters[0]
+
+
+def _write_lora(model: nn.Module, tasks: Tensor, directory: str | os.PathLike[str]) -> None:
+    """Write the adapter of one task, given by id, shape (1,), or embedding, shape (1, task_embedding_dim)."""
+    tuner = find_tuner(model)
+    adapter_name = _exported_adapter(tuner)
     folder = Path(directory)
     if folder.is_file():
         raise ValueError(f"directory={str(directory)!r} is a file; pass a folder.")
-    state_dict = _lora_state_dict(tuner, adapter_name, task)
+    state_dict = _lora_state_dict(tuner, adapter_name, tasks)
     state_dict.update(_fully_trained_state_dict(model, adapter_name))
     config = _lora_config(tuner, adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,13 +93,12 @@ def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) 
 
 
 @torch.no_grad()
-def _lora_state_dict(tuner: HyperAdapterModel, adapter_name: str, task: str) -> dict[str, Tensor]:
+def _lora_state_dict(tuner: HyperAdapterModel, adapter_name: str, tasks: Tensor) -> dict[str, Tensor]:
     layers = _layers(tuner, adapter_name)
     network = tuner.router.network(adapter_name)
-    task_ids = resolve_task_ids([task], network.config.task_names)
     return {
         f"base_model.model.{position}.{name}": tensor.cpu().contiguous()
-        for position, factors in whole_network(network)(task_ids).items()
+        for position, factors in whole_network(network)(tasks).items()
         for name, tensor in layers[position].lora_tensors(factors).items()
     }
 

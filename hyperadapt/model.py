@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from hyperadapt.base_norms import base_norm, is_made_empty
 from hyperadapt.checkpointing import CheckpointFunction
 from hyperadapt.config import HyperAdapterConfig
+from hyperadapt.encoders import with_text_vectors
 from hyperadapt.layer import (
     HyperAdapterConvolution,
     HyperAdapterEmbedding,
@@ -33,12 +34,13 @@ from hyperadapt.positions import Position
 from hyperadapt.routing import Request, Router, Tasks, main_input
 from hyperadapt.scope import current_scope
 from hyperadapt.sharding import make_whole
+from hyperadapt.task_editing import TaskEditing
 from hyperadapt.tasks import resolve_task_ids
 
 ROUTING_ARGUMENTS = ("tasks", "task_embeddings")
 
 
-class HyperAdapterModel(BaseTuner):
+class HyperAdapterModel(TaskEditing):
     """PEFT tuner for hyperadapters; made by ``get_peft_model`` with a ``HyperAdapterConfig``.
 
     Args:
@@ -53,33 +55,6 @@ class HyperAdapterModel(BaseTuner):
     tuner_layer_cls = HyperAdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     uses_shared_state = True
-
-    def set_task(self, task: str | None) -> None:
-        """Pin a task: calls that name no task use it, until changed.
-
-        Its factors are generated once and kept while no parameter changes and gradients are off. A write
-        through ``parameter.data`` outside of training goes unnoticed; pin the task again after it.
-
-        Args:
-            task: Name of a task of every active adapter; None goes back to the default task.
-
-        Raises:
-            TypeError: If `task` is not a name.
-            ValueError: If the task is unknown, or another one is merged.
-        """
-        if task is not None and not isinstance(task, str):
-            raise TypeError(f"set_task got {task!r} ({type(task).__name__}); pass one task name, or None to unpin.")
-        for name in self.active_adapters:
-            config = self.router.network(name).config
-            if task is not None:
-                resolve_task_ids(task, config.task_names)
-            if name in self.router.merged and self.router.merged[name] != (task or config.fallback_task):
-                raise ValueError(
-                    f"Task {self.router.merged[name]!r} of adapter {name!r} is merged into the base weights, so "
-                    f"{task!r} cannot be pinned. Call unmerge_adapter() first."
-                )
-        for name in self.active_adapters:
-            self.router.pin(name, task)
 
     def inject_adapter(
         self,
@@ -229,6 +204,9 @@ class HyperAdapterModel(BaseTuner):
         unread = torch.tensor(math.nan)
         norms = torch.stack([self._base_norms.get(position.name, unread) for position in positions])
         check_saved_modules(self.model, adapter_name)
+        config, text_vectors = with_text_vectors(config)
+        # Not written into the caller's configuration, which may serve for another model.
+        self.peft_config[adapter_name] = config
         check_size(config, positions, self.model)
         network = HyperAdapterNetwork(config, positions, norms)
         # Offloaded weights show the meta device until they are needed.
@@ -237,16 +215,20 @@ class HyperAdapterModel(BaseTuner):
         dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.get_default_dtype()
         # Trainability follows PEFT: the active adapters train, unless loaded for inference.
         network.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
-        device = None if network.task_embedding.weight.is_meta else weight.device
+        device = None if next(network.parameters()).is_meta else weight.device
         network.to(device, dtype)
-        # Only the parameters take the base's dtype: norms rounded to it would stay rounded.
+        # Only the parameters take the base's dtype: norms and text vectors rounded to it would stay rounded.
         network.base_norms = norms.to(device)
+        if not network.task_embedding.is_all_learned:
+            network.task_embedding.text_vectors = network.task_embedding.text_vectors.float()
+        if text_vectors is not None:
+            network.task_embedding.set_text_vectors(text_vectors)
         return network
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         network = self.router.network(adapter_name)
-        if autocast_adapter_dtype and network.task_embedding.weight.element_size() < 4:
+        if autocast_adapter_dtype and next(network.parameters()).element_size() < 4:
             network.float()
 
     def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
@@ -340,7 +322,8 @@ def use_tasks(model: nn.Module, tasks: Tasks | None = None, *, task_embeddings: 
     Args:
         model: A model with a hyperadapter, wrapped or not.
         tasks: One name for all rows, one name per row, or integer ids ``(batch,)``.
-        task_embeddings: Shape ``(batch, task_embedding_dim)``, for conditions that have no id.
+        task_embeddings: Shape ``(batch, task_embedding_dim)``, or ``(task_embedding_dim,)`` for all rows: for
+            conditions that have no id.
 
     Yields:
         None.

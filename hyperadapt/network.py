@@ -34,7 +34,12 @@ class HyperAdapterNetwork(nn.Module):
         self.config = config
         self.positions = list(positions)
         self._index = {position.name: index for index, position in enumerate(self.positions)}
-        self.task_embedding = TaskEmbedding(len(config.tasks), config.task_embedding_dim)
+        self.task_embedding = TaskEmbedding(
+            config.task_sources,
+            [len(descriptions) for descriptions in config.embedded_descriptions],
+            config.task_embedding_dim,
+            config.text_embedding_dim,
+        )
         self.hypernetwork = Hypernetwork(
             self.positions,
             task_embedding_dim=config.task_embedding_dim,
@@ -87,7 +92,7 @@ class HyperAdapterNetwork(nn.Module):
         """
         positions = self.positions if positions is None else positions
         # Looked up in here, where sharded training has gathered the parameters.
-        tasks = tasks.to(self.task_embedding.weight.device)
+        tasks = tasks.to(self.hypernetwork.layer_embedding.device)
         task_embeddings = tasks if tasks.is_floating_point() else self.task_embedding(tasks)
         with torch.autocast(task_embeddings.device.type, enabled=False):
             by_rank: dict[int, list[Generated]] = {}

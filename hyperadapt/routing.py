@@ -31,7 +31,8 @@ class Request:
 
     Args:
         tasks: One name for all rows, one name per row, or integer ids ``(batch,)``.
-        task_embeddings: Shape ``(batch, task_embedding_dim)``, for conditions that have no id.
+        task_embeddings: Shape ``(batch, task_embedding_dim)``, or ``(task_embedding_dim,)`` for all rows: for
+            conditions that have no id.
 
     Raises:
         ValueError: If both are given.
@@ -56,7 +57,7 @@ class Request:
     def num_rows(self) -> int | None:
         """Number of rows asked for; None if one task is meant for all."""
         if self.task_embeddings is not None:
-            return len(self.task_embeddings)
+            return None if self.task_embeddings.ndim == 1 else len(self.task_embeddings)
         return None if self.tasks is None or isinstance(self.tasks, str) else len(self.tasks)
 
 
@@ -317,14 +318,17 @@ def _versions(network: nn.Module) -> tuple[object, ...]:
 
 
 def _check_embeddings(task_embeddings: Tensor, task_embedding_dim: int) -> Tensor:
+    """Embeddings in two dimensions."""
     if not task_embeddings.is_floating_point():
         raise TypeError(
             f"task_embeddings has dtype {task_embeddings.dtype}, but embeddings are floating point. Task ids go into "
             "tasks=."
         )
+    if task_embeddings.shape == (task_embedding_dim,):
+        return task_embeddings[None]
     if task_embeddings.ndim != 2 or not len(task_embeddings) or task_embeddings.shape[1] != task_embedding_dim:
         raise ValueError(
             f"task_embeddings has shape {tuple(task_embeddings.shape)}, but must have shape "
-            f"(batch, {task_embedding_dim})."
+            f"(batch, {task_embedding_dim}), or ({task_embedding_dim},) for all rows."
         )
     return task_embeddings

@@ -8,7 +8,6 @@ import math
 import re
 import reprlib
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -195,65 +194,43 @@ def check_pattern(name: str, value: Any, check: Callable[[str, Any], None]) -> N
         check(f"{name}[{shown(key)}]", entry)
 
 
-def checked_tasks(tasks: Any, descriptions: Any, default: Any) -> tuple[list[str], dict[str, str] | None]:
-    """Check the tasks of an adapter.
+def checked_layers(layers: Any, pattern: Any, target_modules: Any) -> list[int] | int | None:
+    """Check which layers are adapted.
 
     Args:
-        tasks: A list of names, or a dict from name to description.
-        descriptions: A dict from name to description, or None.
-        default: The default task, or None.
+        layers: The field `layers_to_transform`.
+        pattern: The field `layers_pattern`.
+        target_modules: The field of that name.
 
     Returns:
-        Names and descriptions; new objects.
+        The layers; a list if there are several.
 
     Raises:
-        TypeError: If one has the wrong type.
-        ValueError: If a name or a description is empty or wrong, or both arguments describe the tasks.
+        TypeError: If the layers are no integers.
+        ValueError: If a value, or their combination, is impossible.
     """
-    if isinstance(tasks, dict):
-        if descriptions is not None:
+    if layers is not None:
+        indices: list[Any] = list(layers) if isinstance(layers, list | tuple | set | range) else [layers]
+        if any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+            raise TypeError(f"layers_to_transform={shown(layers)} must be a layer index or a list of them.")
+        if any(index < 0 for index in indices):
+            raise ValueError(f"layers_to_transform={shown(layers)} holds a negative index; count from 0.")
+        if isinstance(target_modules, str):
             raise ValueError(
-                f"tasks={shown(tasks)} already gives descriptions, and so does task_descriptions. Pass one of the two."
+                f"layers_to_transform={shown(layers)} cannot be used with target_modules={shown(target_modules)}: "
+                "indices select among listed names. Pass target_modules as a list, or put the layers into the regular "
+                "expression."
             )
-        # A list keeps its order in JSON; PEFT saves dicts sorted by key, which would renumber the tasks.
-        tasks, descriptions = list(tasks), tasks
-    if not isinstance(tasks, list | tuple):
-        raise TypeError(
-            f"tasks={shown(tasks)} must be a list of names or a dict from name to description, not "
-            f"{type(tasks).__name__}."
-        )
-    names = list(tasks)
-    if not names:
-        raise ValueError("tasks=[] names no task. Name at least one, or leave the field out for one task 'default'.")
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"tasks={shown(names)} holds {shown(name)}; every task needs a non-empty name.")
-    duplicates = [name for name, count in Counter(names).items() if count > 1]
-    if duplicates:
-        raise ValueError(f"tasks={shown(names)} names {shown(duplicates)} more than once; task names must be unique.")
-    if descriptions is not None:
-        _check_task_descriptions(descriptions, names)
-        descriptions = dict(descriptions)
-    if default is not None and default not in names:
-        raise ValueError(f"default_task={shown(default)} is not among the tasks {shown(names)}. Name one of them.")
-    return names, descriptions
-
-
-def _check_task_descriptions(descriptions: Any, names: list[str]) -> None:
-    if not isinstance(descriptions, dict):
-        raise TypeError(
-            f"task_descriptions={shown(descriptions)} must be a dict from task name to description, not "
-            f"{type(descriptions).__name__}."
-        )
-    known = set(names)
-    for name, description in descriptions.items():
-        if name not in known:
+    if pattern is not None and pattern != "":
+        for value in [pattern] if isinstance(pattern, str) else check_names("layers_pattern", pattern):
+            check_expression("layers_pattern", value, r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.")
+        if pattern and layers is None:
             raise ValueError(
-                f"task_descriptions describes {shown(name)}, which is not among the tasks {shown(names)}. Add it to "
-                "tasks, or drop its description."
+                f"layers_pattern={shown(pattern)} has no effect without layers_to_transform. Pass the layer indices as "
+                "layers_to_transform, or drop layers_pattern."
             )
-        if not isinstance(description, str) or not description.strip():
-            raise ValueError(f"The description of task {shown(name)} is {shown(description)}; write a non-empty text.")
+    result: list[int] | int | None = list(layers) if isinstance(layers, tuple | set | range) else layers
+    return result
 
 
 def refuses_unknown_fields(config_class: Class) -> Class:

@@ -1,4 +1,4 @@
-"""Tests of task names and ids, and of the learned task embedding."""
+"""Tests of task names and ids, and of the task embeddings."""
 
 import math
 import re
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hyperadapt.tasks import TaskEmbedding, resolve_task_ids
-from tests.tolerances import STANDARD_DEVIATIONS
+from tests.tolerances import FLOAT32_FORMULA, STANDARD_DEVIATIONS
 
 NAMES = ["trec", "boolq", "bbc"]
 
@@ -55,7 +55,7 @@ def test_wrong_tasks_are_refused(tasks: object, error: type[Exception], message:
 
 
 def test_task_embedding_looks_up_one_row_per_id() -> None:
-    embedding = TaskEmbedding(num_tasks=3, task_embedding_dim=5)
+    embedding = TaskEmbedding(3 * ["learned"], [0, 0, 0], 5)
     looked_up = embedding(torch.tensor([2, 0, 2]))
     assert embedding.weight.shape == (3, 5)
     assert torch.equal(looked_up, embedding.weight[[2, 0, 2]])
@@ -65,7 +65,73 @@ def test_task_embedding_looks_up_one_row_per_id() -> None:
 
 def test_task_embeddings_start_as_different_directions() -> None:
     torch.manual_seed(0)
-    directions = torch.nn.functional.normalize(TaskEmbedding(20, 64).weight.detach(), dim=1)
+    directions = torch.nn.functional.normalize(TaskEmbedding(20 * ["learned"], 20 * [0], 64).weight.detach(), dim=1)
     cosines = directions @ directions.T - torch.eye(20)
     # The cosine of independent directions has standard deviation √(1/64).
     assert cosines.abs().max() < STANDARD_DEVIATIONS / math.sqrt(64)
+
+
+def mixed_table() -> TaskEmbedding:
+    """Tasks with one, no, three and two descriptions, of size 6, each vector of another direction."""
+    torch.manual_seed(0)
+    table = TaskEmbedding(["text", "learned", "both", "text"], [1, 0, 3, 2], 5, 6)
+    table.set_text_vectors(torch.eye(6))
+    return table
+
+
+def test_text_embeddings_are_projections_of_the_mean_direction() -> None:
+    table = mixed_table().eval()
+    embeddings = table(torch.tensor([3, 0, 2, 1, 0]))
+    columns = table.text_projection.weight.T * math.sqrt(6)
+    assert torch.allclose(embeddings[[1, 4]], columns[[0, 0]], rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+    mean = (columns[4] + columns[5]) / math.sqrt(2)
+    assert torch.allclose(embeddings[0], mean, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+    # A task with both starts at its text alone; learned ones have no text.
+    assert torch.allclose(embeddings[2], columns[1:4].sum(0) / math.sqrt(3), rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+    assert torch.equal(embeddings[3], table.weight[0])
+    assert table.weight.shape == (2, 5)
+    assert not table.weight[1].any()
+
+
+def test_the_size_of_a_vector_does_not_count() -> None:
+    table, larger = mixed_table().eval(), mixed_table().eval()
+    larger.set_text_vectors(torch.eye(6) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    ids = torch.arange(4)
+    assert torch.allclose(table(ids), larger(ids), rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+
+
+def test_training_draws_descriptions_and_leaves_out_the_learned_part() -> None:
+    table = mixed_table()
+    with torch.no_grad():
+        table.weight[1] = 1000.0
+    columns = table.text_projection.weight.T * math.sqrt(6)
+    drawn: set[tuple[int, bool]] = set()
+    for _ in range(200):
+        embedding = table(torch.tensor([2]))[0]
+        has_learned = bool(embedding.mean() > 500)
+        [description] = (
+            torch.isclose(embedding - 1000.0 * has_learned, columns, atol=1e-3).all(1).nonzero().flatten().tolist()
+        )
+        drawn.add((description, has_learned))
+    assert drawn == {(description, has_learned) for description in (1, 2, 3) for has_learned in (False, True)}
+    # Without gradients there is no chance.
+    with torch.no_grad():
+        assert torch.equal(table(torch.tensor([2])), table(torch.tensor([2])))
+
+
+def test_every_parameter_gets_a_gradient_whatever_the_tasks() -> None:
+    for ids in ([0], [1], [3, 2]):
+        table = mixed_table()
+        table(torch.tensor(ids)).sum().backward()
+        assert all(parameter.grad is not None for parameter in table.parameters())
+    assert TaskEmbedding(["text"], [1], 5, 6).weight is None
+
+
+def test_vectors_that_were_never_loaded() -> None:
+    table = TaskEmbedding(["text", "learned"], [1, 0], 5, 6)
+    with pytest.raises(RuntimeError, match="has no vectors of its descriptions"):
+        table(torch.tensor([1]))
+    table.load_state_dict(
+        TaskEmbedding(["text", "learned"], [1, 0], 5, 6).state_dict() | {"text_vectors": torch.ones(1, 6)}
+    )
+    assert table(torch.tensor([0])).isfinite().all()

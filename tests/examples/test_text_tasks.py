@@ -1,5 +1,6 @@
 """Tests of the example tasks: what they contain, and that nothing leaks from one split into another."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from examples import text_tasks
+from examples.task_descriptions import DESCRIPTIONS
 from examples.text_tasks import TASK_NAMES, TextTask, encoder_path, load_task
 
 SPLITS = ("train", "validation", "test")
@@ -78,8 +80,26 @@ def test_task_has_its_columns_and_sizes(name: str) -> None:
 def test_task_describes_itself(name: str) -> None:
     task = _load(name)
     assert task.name == name
+    assert task.description == task.descriptions[0] == DESCRIPTIONS[name][0]
     assert task.description.endswith(".")
     assert len(set(task.labels)) == len(task.labels)
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_task_has_enough_different_descriptions(name: str) -> None:
+    assert len(DESCRIPTIONS[name]) >= 12
+    lengths = {len(description.split()) for description in DESCRIPTIONS[name]}
+    assert min(lengths) <= 8 < 16 <= max(lengths)
+    for description in DESCRIPTIONS[name]:
+        assert description.strip() == description != ""
+
+
+def test_no_description_is_shared() -> None:
+    assert set(DESCRIPTIONS) == set(TASK_NAMES)
+    # What differs in case and punctuation alone counts as the same.
+    words = [" ".join(re.findall(r"\w+", text.casefold())) for texts in DESCRIPTIONS.values() for text in texts]
+    assert all(words)
+    assert len(set(words)) == len(words)
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
