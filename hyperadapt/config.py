@@ -35,6 +35,7 @@ from hyperadapt.validation import (
     shown,
 )
 
+CONDITIONINGS = ("additive", "gated")
 HEADS = ("row", "factor", "pair")
 # PEFT stops with a bare KeyError where the package is not imported: this stands beside `peft_type` in the file.
 PLUGIN = "pip install hyperadapt, then import hyperadapt before loading this adapter"
@@ -101,6 +102,9 @@ class HyperAdapterConfig(PeftConfig):
         task_embedding_dim: Size of a task embedding (and of the layer and module embeddings).
         hypernetwork_dim: Hidden size of the hypernetwork's trunk.
         hypernetwork_depth: Number of residual blocks of the trunk.
+        conditioning: How the task embedding enters: ``"additive"`` (beside those of layer and module, before the
+            trunk) or ``"gated"`` (it also multiplies the trunk's output: tasks differ more, and new ones can be fitted
+            more closely, but less is shared between them).
         head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
@@ -165,6 +169,9 @@ class HyperAdapterConfig(PeftConfig):
     task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task embedding."})
     hypernetwork_dim: int = field(default=64, metadata={"help": "Hidden size of the trunk."})
     hypernetwork_depth: int = field(default=2, metadata={"help": "Residual blocks of the trunk."})
+    conditioning: str = field(
+        default="additive", metadata={"help": "How the task embedding enters: 'additive' or 'gated'."}
+    )
     head: str = field(default="factor", metadata={"help": "What one head emits: 'row', 'factor' or 'pair'."})
     normalization: str = field(default="soft_frobenius", metadata={"help": f"One of {', '.join(NORMALIZATIONS)}."})
     normalization_bound: float | None = field(
@@ -207,6 +214,7 @@ class HyperAdapterConfig(PeftConfig):
         check_number("lora_dropout", self.lora_dropout, "in [0, 1)", lambda value: 0 <= value < 1)
         check_pattern("rank_pattern", self.rank_pattern, check_integer)
         check_pattern("alpha_pattern", self.alpha_pattern, check_number)
+        check_choice("conditioning", self.conditioning, CONDITIONINGS)
         check_choice("head", self.head, HEADS)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         self._check_modules()

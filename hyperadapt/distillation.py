@@ -108,7 +108,7 @@ def distill(  # noqa: DOC503
             back, with errors near 1.
         tasks_per_step: How many tasks, drawn at random, a step fits; None for all. Bounds the memory that a large
             library takes on the accelerator.
-        seed: Seed of the draws. PyTorch's global random state is neither used nor changed.
+        seed: Seed of the draws, those of tasks' descriptions included. PyTorch's random state stays as it was.
 
     Returns:
         The errors left, and the sizes.
@@ -172,12 +172,12 @@ class _Problem(NamedTuple):
 
 def _fit(problem: _Problem, steps: int, learning_rate: float, tasks_per_step: int, seed: int) -> list[float]:
     """Train; returns the loss of every step."""
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     optimizer = torch.optim.Adam(problem.network.parameters(), lr=learning_rate)
     warmup = max(1, round(_WARMUP_SHARE * steps))
     losses = []
     for step in range(steps):
-        rows = torch.randperm(len(problem.task_ids), generator=generator)[:tasks_per_step]
+        rows = torch.randperm(len(problem.task_ids))[:tasks_per_step]
         optimizer.param_groups[0]["lr"] = learning_rate * _schedule(step, steps, warmup)
         loss = _squared_errors(problem, rows, torch.float32).mean()
         optimizer.zero_grad()
@@ -273,11 +273,16 @@ def _active_network(model: nn.Module) -> HyperAdapterNetwork:
 
 @contextmanager
 def _trainable(network: HyperAdapterNetwork) -> Iterator[None]:
-    """Let all parameters be trained; put back requires_grad and gradients, and after an error the weights."""
+    """Train all parameters, then put back what that takes: modes, random state, and after an error the weights."""
+    # In training, a task with descriptions learns each of them, and to be known by them alone.
+    modes = [(module, module.training) for module in network.modules()]
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in network.parameters()]
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     try:
-        with torch.enable_grad():
+        # Seeding seeds every device.
+        devices = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            network.train()
             for parameter, _, _ in before:
                 parameter.requires_grad_(True)
                 parameter.grad = None
@@ -289,3 +294,5 @@ def _trainable(network: HyperAdapterNetwork) -> Iterator[None]:
         for parameter, requires_grad, grad in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+        for module, training in modes:
+            module.training = training

@@ -84,7 +84,7 @@ def default_arguments(folder: str, num_examples: int, device: torch.device) -> T
         output_dir=folder,
         max_steps=40,
         per_device_train_batch_size=min(num_examples, BATCH_SIZE),
-        learning_rate=0.1,
+        learning_rate=0.2,
         weight_decay=0.0,
         lr_scheduler_type="cosine",
         optim="adamw_torch",

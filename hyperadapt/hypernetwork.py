@@ -41,9 +41,15 @@ class Hypernetwork(nn.Module):
     an embedding. A trunk of pre-normalised residual blocks follows, and one linear head per size of
     output, shared by all positions with that size.
 
+    What the heads learn first is what all tasks share: the trunk's output for one task is close to that for another, so
+    an embedding hardly changes the update. With ``conditioning="gated"`` the trunk's output is multiplied by another
+    projection of the task embedding, whose entries have a sign of their own for each task. Tasks are then nearly
+    orthogonal to the heads, and only the heads' biases are shared.
+
     Source: Text-to-LoRA (arXiv 2506.06105) for the inputs and the three kinds of head;
     magnitude-invariant inputs after "Magnitude Invariant Parametrizations Improve Hypernetwork
-    Learning" (ICLR 2024), here by normalising instead of encoding; initial scale see ``Head``.
+    Learning" (ICLR 2024), here by normalising instead of encoding; the gate is a diagonal form of the multiplicative
+    interactions of Jayakumar et al. (ICLR 2020); initial scale see ``Head``.
 
     Args:
         positions: The adapted modules.
@@ -53,6 +59,7 @@ class Hypernetwork(nn.Module):
         head: ``"row"``, ``"factor"`` or ``"pair"``.
         zero_head: Whether B starts at exactly zero.
         mixing: Whether to generate mixing logits too.
+        conditioning: ``"additive"``, or ``"gated"`` to multiply as well.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Hypernetwork(nn.Module):
         head: str,
         zero_head: bool,
         mixing: bool = False,
+        conditioning: str = "additive",
     ) -> None:
         super().__init__()
         self.head = head
@@ -82,6 +90,9 @@ class Hypernetwork(nn.Module):
         if self.slots > 1:
             self.row_embedding = nn.Parameter(torch.randn(self.slots, task_embedding_dim))
             names.append("row")
+        self.is_gated = conditioning == "gated"
+        if self.is_gated:
+            names.append("gate")
         # A sum of projections is one projection of the concatenation, without repeating each
         # embedding for every combination of task, layer, module and row.
         self.inputs = nn.ModuleDict(
@@ -153,7 +164,11 @@ class Hypernetwork(nn.Module):
             hidden = hidden + self._project("row", self.row_embedding)
         for block in self.trunk:
             hidden = block(hidden)
-        return rms_norm(hidden, hidden.shape[-1:])
+        hidden = rms_norm(hidden, hidden.shape[-1:])
+        if self.is_gated:
+            gate = self._project("gate", task_embeddings.to(self.layer_embedding.dtype))
+            hidden = rms_norm(hidden * gate[:, None, None], hidden.shape[-1:])
+        return hidden
 
     def _project(self, name: str, embedding: Tensor) -> Tensor:
         projected: Tensor = self.inputs[name](rms_norm(embedding, embedding.shape[-1:]))

@@ -48,6 +48,7 @@ class HyperAdapterNetwork(nn.Module):
             head=config.head,
             zero_head=config.has_zero_heads,
             mixing=config.normalization == "sinkhorn",
+            conditioning=config.conditioning,
         )
         self.register_buffer("base_norms", base_norms)
         if config.has_gain:

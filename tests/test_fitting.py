@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -154,7 +154,5 @@ def test_merged_tasks_are_in_the_way() -> None:
 
 def test_many_tasks_give_few_starts() -> None:
     config = adapter_config(tasks=[str(index) for index in range(150)], target_modules="all-linear")
-    from peft import get_peft_model
-
     model = make_active(get_peft_model(base_model("bert"), config))
     assert len(model._starts(model.base_model.router.network("default"), None, None)) == 51

@@ -8,8 +8,7 @@ training batches and the same examples, and the trained ones have about as many 
 - lora: one LoRA for all tasks. poly: PEFT's Poly, with the mean of the trained tasks' routing for new ones.
 - hyperadapt true, shuffled, random, blank: a task is added by its own description, by that of another task, by an
   unrelated text, or by a dash.
-- hyperadapt, examples: only a new task embedding is fitted. lora r=8, examples: a new LoRA. multi-task lora tuned on
-  examples: training of the one LoRA goes on.
+- hyperadapt, examples: only a new task embedding is fitted. lora r=8, examples: a new LoRA.
 
 The baselines' settings were chosen on the trained tasks alone; see ``transfer_baselines``.
 A row is (arm, task, seed, n examples, accuracy, seconds). Each seed and part has its own file, and is skipped if that
@@ -45,9 +44,9 @@ PORTALLIB = (
 def main() -> None:
     """Run what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rows", type=int, default=4000, help="training rows per task at most")
-    parser.add_argument("--test-rows", type=int, default=400, help="test rows per task at most")
+    parser.add_argument("--test-rows", type=int, default=200, help="test rows per task at most")
     parser.add_argument("--examples", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

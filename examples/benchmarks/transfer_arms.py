@@ -23,7 +23,6 @@ from examples.benchmarks.transfer_baselines import (
     FRESH_LORA,
     FRESH_RANK,
     TEMPERATURE,
-    TUNED_LORA,
     Row,
     add_lora,
     fit_examples,
@@ -42,7 +41,7 @@ from hyperadapt.trainer import HyperAdapterTrainer
 
 # Everything of the hyperadapter that one may tune: its configuration, its training, and fitting examples, the last two
 # as changes of the training arguments below and of the library's own.
-HYPERADAPT: dict[str, Any] = {"r": 8, "task_embedding": "text"}
+HYPERADAPT: dict[str, Any] = {"r": 8, "task_embedding": "text", "conditioning": "gated"}
 HYPERADAPT_TRAINING: dict[str, Any] = {"learning_rate": 5e-3}
 HYPERADAPT_EXAMPLES: dict[str, Any] = {}
 
@@ -67,7 +66,7 @@ def base_rows(data: TransferData, options: argparse.Namespace, seed: int) -> Ite
 
 
 def lora_rows(data: TransferData, options: argparse.Namespace, seed: int) -> Iterator[Row]:
-    """Train one LoRA on all tasks, test it, and tune it further on examples.
+    """Train one LoRA on all tasks and test it.
 
     Args:
         data: The data.
@@ -79,7 +78,6 @@ def lora_rows(data: TransferData, options: argparse.Namespace, seed: int) -> Ite
     """
     model, extra = train_lora(data, options.parameters, seed, options.steps)
     yield from _rows("lora", data, lambda name: accuracy(model, data.test[name]), **extra)
-    yield from _few_shot("multi-task lora tuned on examples", model, TUNED_LORA, data, options, seed)
 
 
 def fresh_rows(data: TransferData, options: argparse.Namespace, seed: int) -> Iterator[Row]:

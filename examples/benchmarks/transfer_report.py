@@ -27,7 +27,6 @@ COLORS = {
     "hyperadapt blank": "#F0E442",
     "hyperadapt, examples": "#0072B2",
     "lora r=8, examples": "#D55E00",
-    "multi-task lora tuned on examples": "#E69F00",
 }
 REFERENCES = ("hyperadapt true", "hyperadapt, examples")
 """Arms whose differences to the others, with as many examples, are printed."""

@@ -1,9 +1,8 @@
 """Settings of the transfer benchmark: `python -m examples.benchmarks.transfer_search`.
 
 Held-out tasks have no part in it. Learning rates of the multi-task LoRA and of Poly are compared on the trained tasks'
-validation rows. Learning rates and steps on few examples are compared on two of the trained tasks, for which the
-multi-task LoRA is trained on the others alone; so is the hyperadapter of the part ``hyperadapt``, which tests the
-settings in ``transfer_arms``.
+validation rows. Learning rates and steps of a new LoRA on few examples are compared on two of the trained tasks; so are
+the ways of conditioning the hyperadapter, which is trained on the other tasks alone.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from peft import PeftModel
 
 from examples.benchmarks.rows import save_rows
 from examples.benchmarks.transfer import TRAINED_TASKS
-from examples.benchmarks.transfer_arms import hyperadapt_rows
+from examples.benchmarks.transfer_arms import HYPERADAPT, hyperadapt_rows
 from examples.benchmarks.transfer_baselines import (
     FRESH_RANK,
     Row,
@@ -32,8 +31,9 @@ from examples.benchmarks.transfer_baselines import (
 )
 from examples.benchmarks.transfer_data import TransferData, load_data
 from examples.matching import accuracy
+from hyperadapt.config import CONDITIONINGS
 
-PARTS = ("lora", "poly", "fresh", "tuned", "hyperadapt")
+PARTS = ("lora", "poly", "fresh", "hyperadapt")
 PROBES = ("tweet_sent", "reuters_r8")
 
 
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=(5e-4, 1e-3, 2e-3))
+    parser.add_argument("--conditionings", nargs="+", choices=CONDITIONINGS, default=CONDITIONINGS)
     parser.add_argument("--few-shot-steps", type=int, nargs="+", default=(20, 60))
     parser.add_argument("--examples", type=int, nargs="+", default=(8, 64))
     parser.add_argument("--steps", type=int, default=150)
@@ -55,7 +56,7 @@ def main() -> None:
         if part == "hyperadapt":
             rows = _hyperadapt(options)
         else:
-            rows = _multi_task(part, options) if part in ("lora", "poly") else _few_shot(part, options)
+            rows = _multi_task(part, options) if part in ("lora", "poly") else _few_shot(options)
         save_rows(options.output / f"{part}.json", rows)
 
 
@@ -73,20 +74,20 @@ def _multi_task(part: str, options: argparse.Namespace) -> list[Row]:
 
 def _hyperadapt(options: argparse.Namespace) -> list[Row]:
     rows = []
-    for row in hyperadapt_rows(_probe_data(options), options, options.seed):
-        rows.append({"part": "hyperadapt", **row})
-        print(rows[-1], flush=True)
+    data = _probe_data(options)
+    for conditioning in options.conditionings:
+        HYPERADAPT["conditioning"] = conditioning
+        for row in hyperadapt_rows(data, options, options.seed):
+            rows.append({"part": "hyperadapt", "conditioning": conditioning, **row})
+            print(rows[-1], flush=True)
     return rows
 
 
-def _few_shot(part: str, options: argparse.Namespace) -> list[Row]:
+def _few_shot(options: argparse.Namespace) -> list[Row]:
     data = _probe_data(options)
-    if part == "fresh":
-        model = add_lora(data, FRESH_RANK, options.seed)
-    else:
-        model, _ = train_lora(data, options.parameters, options.seed, options.steps)
+    model = add_lora(data, FRESH_RANK, options.seed)
     start = trainable_state(model)
-    rows = [{"part": part, "examples": 0, **_scores(data, lambda name: _accuracy(model, data, name))}]
+    rows = [{"part": "fresh", "examples": 0, **_scores(data, lambda name: _accuracy(model, data, name))}]
     print(rows[-1], flush=True)
     grid = itertools.product(options.learning_rates, options.few_shot_steps, options.examples)
     for rate, steps, count in grid:
@@ -98,7 +99,7 @@ def _few_shot(part: str, options: argparse.Namespace) -> list[Row]:
             fit_examples(model, examples, data, options.seed, learning_rate=rate, steps=steps)
             return _accuracy(model, data, name)
 
-        row = {"part": part, "learning_rate": rate, "steps": steps, "examples": count, **_scores(data, score)}
+        row = {"part": "fresh", "learning_rate": rate, "steps": steps, "examples": count, **_scores(data, score)}
         rows.append(row | {"seconds": time.monotonic() - started})
         print(rows[-1], flush=True)
     return rows

@@ -56,7 +56,7 @@ def test_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     transfer.main()
     rows = [row for path in tmp_path.glob("rows_0_*.json") for row in json.loads(path.read_text())]
     zero_shot = {"majority", "base", "lora", "poly", *(f"hyperadapt {kind}" for kind in KINDS)}
-    few_shot = {"hyperadapt, examples", "lora r=8, examples", "multi-task lora tuned on examples"}
+    few_shot = {"hyperadapt, examples", "lora r=8, examples"}
     cells = {(row["arm"], row["task"], row["n"]) for row in rows}
     assert len(cells) == len(rows)
     assert cells == {
