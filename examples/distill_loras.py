@@ -20,9 +20,8 @@ from examples.benchmarks.rows import save_rows
 from examples.encoder import batches, encode, load_tokenizer
 from examples.matching import LabelMatcher, accuracy, load_matcher
 from examples.text_tasks import load_task
-from hyperadapt import HyperAdapterConfig
+from hyperadapt import HyperAdapterConfig, distill
 from hyperadapt.config import HEADS
-from hyperadapt.distillation import distill
 
 TASKS = (
     *("trec6", "sms_spam", "tweet_sent", "product_sent"),

@@ -2,12 +2,26 @@
 
 from hyperadapt import nn
 from hyperadapt.config import HyperAdapterConfig
+from hyperadapt.diagnosis import Diagnosis, diagnose
+from hyperadapt.distillation import Distillation, distill
 from hyperadapt.export import export_lora, generate_lora
 from hyperadapt.model import HyperAdapterModel, use_tasks
 from hyperadapt.normalization import normalize
 from hyperadapt.registration import register as _register
 
 __version__ = "0.1.0"
-__all__ = ["HyperAdapterConfig", "HyperAdapterModel", "export_lora", "generate_lora", "nn", "normalize", "use_tasks"]
+__all__ = [
+    "Diagnosis",
+    "Distillation",
+    "HyperAdapterConfig",
+    "HyperAdapterModel",
+    "diagnose",
+    "distill",
+    "export_lora",
+    "generate_lora",
+    "nn",
+    "normalize",
+    "use_tasks",
+]
 
 _register()

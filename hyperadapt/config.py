@@ -88,8 +88,8 @@ class HyperAdapterConfig(PeftConfig):
         bias: Only ``"none"``.
         tasks: Task names, or a dict from task name to a description or a list of them; the order gives the task ids.
             After construction always the list of names.
-        task_descriptions: The same dict; filled from `tasks` if that is one. Of several descriptions of a task,
-            training draws one each time, and else their mean counts.
+        task_descriptions: The same dict; filled from `tasks` if that is one. Of several descriptions of a task
+            training draws one each time; else their mean counts.
         default_task: Task of calls that name none. None takes the first, but then refuses to train several tasks
             without being told which.
         task_embedding: Where a task's embedding comes from: ``"learned"``, ``"text"`` (a projection of its
@@ -102,9 +102,8 @@ class HyperAdapterConfig(PeftConfig):
         task_embedding_dim: Size of a task embedding (and of the layer and module embeddings).
         hypernetwork_dim: Hidden size of the hypernetwork's trunk.
         hypernetwork_depth: Number of residual blocks of the trunk.
-        conditioning: How the task embedding enters: ``"additive"`` (beside those of layer and module, before the
-            trunk) or ``"gated"`` (it also multiplies the trunk's output: tasks differ more, and new ones can be fitted
-            more closely, but less is shared between them).
+        conditioning: How the task embedding enters: ``"additive"`` (beside those of layer and module) or ``"gated"``
+            (it also multiplies the trunk's output: tasks differ more, new ones are fitted better, less is shared).
         head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
@@ -194,6 +193,8 @@ class HyperAdapterConfig(PeftConfig):
         metadata={"help": "True, 'zero_head' or 'zero_gain' (start at the base model) or False."},
     )
 
+    # Not a field, so that it is never saved; set where a file is told from a call.
+    is_from_file = False
     plugin: str = field(default=PLUGIN, metadata={"help": "What loading the adapter needs."})
 
     def __post_init__(self) -> None:
@@ -241,6 +242,7 @@ class HyperAdapterConfig(PeftConfig):
         config = copy.copy(self)
         for name, value in changes.items():
             setattr(config, name, value)
+        config.is_from_file = self.is_from_file and "text_encoder" not in changes
         config._check_tasks()
         return config
 

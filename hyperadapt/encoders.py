@@ -30,12 +30,18 @@ def with_text_vectors(config: HyperAdapterConfig) -> tuple[HyperAdapterConfig, T
 
     Raises:
         ModuleNotFoundError: If the encoder needs sentence-transformers, which is not installed.
-        ValueError: If the encoder is unknown, or gives no vectors.
+        ValueError: If the encoder is unknown, or gives no vectors; or if only a file names it.
     """
     texts = [text for descriptions in config.embedded_descriptions for text in descriptions]
     if not texts or config.text_embedding_dim is not None:
         return config, None
     assert config.text_encoder is not None
+    if config.is_from_file:
+        raise ValueError(
+            f"The configuration comes from a file, which names text_encoder={shown(config.text_encoder)} but holds no "
+            "vectors of its descriptions. A model that a file names is not loaded unasked: pass "
+            "config.replaced(text_encoder=...) with the encoder."
+        )
     vectors, revision = encode_texts(config.text_encoder, texts, config.text_encoder_revision)
     pinned = config.replaced(
         text_encoder=encoder_name(config.text_encoder),
@@ -45,7 +51,7 @@ def with_text_vectors(config: HyperAdapterConfig) -> tuple[HyperAdapterConfig, T
     return pinned, vectors
 
 
-def encode_like(
+def encode_like(  # noqa: DOC503
     config: HyperAdapterConfig,
     texts: Sequence[str],
     known_vector: Tensor,
@@ -91,9 +97,9 @@ def encode_like(
     return vectors[1:]
 
 
-def encode_texts(
+def encode_texts(  # noqa: DOC503
     encoder: str | Callable[[list[str]], Any], texts: Sequence[str], revision: str | None = None
-) -> tuple[Tensor, str | None]:  # noqa: DOC503
+) -> tuple[Tensor, str | None]:
     """Make a vector of each text.
 
     Args:

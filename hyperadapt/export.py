@@ -21,7 +21,7 @@ from hyperadapt.sharding import whole_network
 from hyperadapt.tasks import resolve_task_ids
 
 
-def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) -> None:
+def export_lora(model: nn.Module, task: str, directory: str | os.PathLike[str]) -> None:  # noqa: DOC502
     """Write one task of the active adapter as a LoRA folder that plain PEFT loads, at exactly rank r.
 
     Writes A and B·S, so nothing is approximated; the scaling is inside, with ``lora_alpha == r``. Modules

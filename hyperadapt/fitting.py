@@ -19,7 +19,7 @@ Call: TypeAlias = Callable[[Tensor, Mapping[str, Any]], Any]
 BATCH_SIZE = 32
 
 
-def fit_task_embedding(  # noqa: DOC502
+def fit_task_embedding(  # noqa: DOC503
     model: nn.Module,
     call: Call,
     starts: Tensor,

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
-from transformers import TrainingArguments
 
 from hyperadapt.conditions import check_description
 from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.encoders import encode_like
-from hyperadapt.fitting import Examples, fit_task_embedding
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.routing import Router
 from hyperadapt.sharding import whole_network
 from hyperadapt.tasks import TaskEmbedding, resolve_task_ids
 from hyperadapt.validation import check_number, shown
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from hyperadapt.fitting import Examples
 
 # Of the known tasks, how many are tried as starting points for a new one.
 MAX_STARTS = 64
@@ -70,7 +73,7 @@ class TaskEditing(BaseTuner):
         for name in self.active_adapters:
             self.router.pin(name, task)
 
-    def add_task(  # noqa: DOC502
+    def add_task(  # noqa: DOC503
         self,
         name: str,
         *,
@@ -115,6 +118,9 @@ class TaskEditing(BaseTuner):
             learned = _checked_embedding(embedding, network.config.task_embedding_dim)
             task = _Task(name, "learned", description, learned)
         elif examples is not None:
+            # Trainer and datasets take longer to import than all of this package.
+            from hyperadapt.fitting import fit_task_embedding
+
             starts = self._starts(network, description, text_encoder)
             learned = fit_task_embedding(
                 self,
@@ -177,7 +183,7 @@ class TaskEditing(BaseTuner):
             if kept.get(adapter_name) == name:
                 kept[adapter_name] = new_name
 
-    def interpolate_tasks(self, name: str, weights: Mapping[str, float]) -> None:  # noqa: DOC502
+    def interpolate_tasks(self, name: str, weights: Mapping[str, float]) -> None:  # noqa: DOC503
         """Add a task between others: its embedding is the weighted sum of their embeddings' directions.
 
         Args:

@@ -236,7 +236,8 @@ def checked_layers(layers: Any, pattern: Any, target_modules: Any) -> list[int] 
 def refuses_unknown_fields(config_class: Class) -> Class:
     """Have a dataclass refuse the unknown fields of a file, which PEFT would drop with a warning.
 
-    A field that a newer version added may change what the adapter computes.
+    A field that a newer version added may change what the adapter computes. Objects know by `is_from_file` whether they
+    come from one.
 
     Args:
         config_class: A subclass of ``PeftConfig``.
@@ -256,6 +257,7 @@ def refuses_unknown_fields(config_class: Class) -> Class:
                 f"{config_class.__name__} has no field {', '.join(map(shown, unknown[:8]))}. The file was saved by a "
                 "newer hyperadapt or peft: upgrade them, or remove the field from adapter_config.json."
             )
+        self.is_from_file = "peft_type" in kwargs
         construct(self, *args, **kwargs)
 
     config_class.__init__ = checked  # type: ignore[misc]

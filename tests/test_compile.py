@@ -21,6 +21,7 @@ from tests.helpers import (
     double,
     enable_checkpointing,
     example_batch,
+    letters,
     logits,
     two_adapters,
 )
@@ -83,6 +84,24 @@ def test_training_is_one_graph_for_any_mix(name: str, normalization: str, num_ta
         assert_close(actual.logits, expected.logits, **CLOSE)
         assert_close(gradients(model), expected_gradients, **CLOSE)
     assert counter.frame_count == 1
+
+
+def test_descriptions_are_part_of_the_graph() -> None:
+    sources = {"alpha": "text", "beta": "both", "gamma": "learned"}
+    descriptions = {"alpha": ["one", "two"], "beta": "three", "gamma": "four"}
+    model = adapted_model(
+        "llama", tasks=descriptions, task_embedding=sources, text_encoder=letters, conditioning="gated"
+    ).double()
+    graph, counter = compiled(model)
+    batch = double(example_batch("llama"))
+    for mix in MIXES:
+        expected, actual = (module(**batch, tasks=torch.tensor(mix) % 3) for module in (model, graph))
+        assert_close(actual.logits, expected.logits, **CLOSE)
+    assert counter.frame_count == 1
+    # In training the graph draws descriptions.
+    graph.train()
+    graph(**batch, tasks=torch.tensor([0, 1, 2, 1])).loss.backward()
+    assert all(value.isfinite().all() for value in gradients(model).values())
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])

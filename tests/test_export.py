@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from hyperadapt import export, export_lora
+from hyperadapt import export, export_lora, generate_lora
 from hyperadapt.config import NORMALIZATIONS
 from tests.helpers import (
     TASK_TYPES,
@@ -19,6 +20,7 @@ from tests.helpers import (
     adapted_model,
     base_model,
     example_batch,
+    letters,
     logits,
     run_python,
     snapshot,
@@ -205,3 +207,24 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
         export_lora(adapted_model("llama"), "alpha", path)
     assert path.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_description_becomes_a_lora_folder(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"task_embedding": "text", "text_encoder": letters}
+    model = adapted_model("llama", tasks={"alpha": "find the topic", "beta": "is it spam"}, **settings)
+    description = "which language is it"
+    generate_lora(model, description, tmp_path / "generated", text_encoder=letters)
+    assert model.peft_config["default"].tasks == ["alpha", "beta"]
+    batch = example_batch("llama", labels=False)
+    plain = PeftModel.from_pretrained(base_model("llama"), tmp_path / "generated")
+    assert isinstance(plain.peft_config["default"], LoraConfig)
+    model.add_task("new", description=description, text_encoder=letters)
+    expected = logits(model, batch, tasks="new")
+    assert torch.allclose(logits(plain, batch), expected, rtol=EXPORT_FLOAT32, atol=EXPORT_FLOAT32)
+    assert not torch.allclose(logits(model, batch, tasks="alpha"), expected, atol=1e-2)
+    export_lora(model, "new", tmp_path / "exported")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("generated", "exported"))
+    assert all(torch.equal(first[key], second[key]) for key in second)
+    with pytest.raises(ValueError, match="was trained without descriptions"):
+        generate_lora(adapted_model("llama"), description, tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hyperadapt import HyperAdapterConfig, loading
+from hyperadapt import HyperAdapterConfig, encoders, loading
 from hyperadapt.config import NORMALIZATIONS
 from hyperadapt.layer import HyperAdapterLayer
 from tests.helpers import WRITES_COMPLEX
@@ -102,6 +103,12 @@ NEAR: dict[str, st.SearchStrategy[Any]] = {
     "tasks": TASKS | st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=3),
     "task_descriptions": st.none() | st.dictionaries(st.sampled_from(["a", "b"]), st.text(max_size=3), max_size=2),
     "default_task": st.sampled_from([None, "a", "b", "c"]),
+    "task_embedding": st.sampled_from(["learned", "text", "both"])
+    | st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from(["learned", "text", "both"]), max_size=2),
+    "text_encoder": st.none() | st.text(max_size=3),
+    "text_encoder_revision": st.none() | st.text(max_size=3),
+    "text_embedding_dim": st.none() | st.integers(1, 70) | st.just(2**16),
+    "conditioning": st.sampled_from(["additive", "gated"]),
     "task_embedding_dim": st.integers(1, 70) | st.just(2**16),
     "hypernetwork_dim": st.integers(1, 70) | st.just(2**16),
     "hypernetwork_depth": st.integers(1, 4) | st.just(256),
@@ -141,6 +148,7 @@ def small_limit() -> Iterator[None]:
     """A network above a limit that fits the tiny model must not be built."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "MAX_PARAMETERS", 20_000)
+        patch.setattr(encoders, "encode_texts", lambda encoder, texts, revision: (torch.ones(len(texts), 3), revision))
         yield
 
 
@@ -170,7 +178,9 @@ def test_configurations(fields: dict[str, Any]) -> None:
     else:
         network = model.base_model.hyperadapter_networks["default"]
         assert sum(parameter.numel() for parameter in network.parameters()) <= loading.MAX_PARAMETERS
-        model(INPUT, tasks=config.task_names[-1])
+        has_vectors = network.task_embedding.has_vectors
+        with nullcontext() if has_vectors else pytest.raises(RuntimeError, match="has no vectors of its descriptions"):
+            model(INPUT, tasks=config.task_names[-1])
 
 
 @cases(0.2)

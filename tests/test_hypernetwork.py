@@ -7,12 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyperadapt.config import HEADS
+from hyperadapt.config import CONDITIONINGS, HEADS
 from hyperadapt.hypernetwork import Generated, Head, Hypernetwork
 from hyperadapt.positions import Position
-from tests.tolerances import ADAM_FIRST_STEP, FLOAT32_DIFFERENCE, FLOAT32_FORWARD, sample_variance_error
+from tests.tolerances import (
+    ADAM_FIRST_STEP,
+    FLOAT32_DIFFERENCE,
+    FLOAT32_FORMULA,
+    FLOAT32_FORWARD,
+    sample_variance_error,
+)
 
 DIM = 8
 # Two layers of four modules with three shapes, and one module outside of layers; 6 and 10 are sizes of both
@@ -236,3 +243,34 @@ def test_the_number_of_matrix_products_does_not_grow_with_layers_or_tasks(head: 
     # One per input, two per residual block, and two per shape.
     inputs = 4 if head == "row" else 3
     assert counts == [inputs + 2 * 2 + 2 * len(set(SHAPES.values()))] * 3
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_gate_tells_tasks_apart(head: str) -> None:
+    torch.manual_seed(0)
+    embeddings = torch.randn(10, DIM)
+    cosines = {}
+    for conditioning in CONDITIONINGS:
+        hypernetwork = make_hypernetwork(head=head, hypernetwork_dim=64, conditioning=conditioning)
+        hidden = hypernetwork._hidden(embeddings, POSITIONS).detach()
+        assert_close(
+            hidden.square().mean(-1), torch.ones(hidden.shape[:-1]), rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA
+        )
+        directions = torch.nn.functional.normalize(hidden.flatten(1), dim=1)
+        products = directions @ directions.T
+        cosines[conditioning] = float(products[~torch.eye(10, dtype=torch.bool)].mean())
+    # Tasks share layers, modules and the trunk; a gate has independent entries, with a mean cosine near zero.
+    assert cosines["additive"] > 0.4
+    assert abs(cosines["gated"]) < 0.2
+
+
+def test_a_gate_is_the_only_difference() -> None:
+    torch.manual_seed(0)
+    hypernetwork = make_hypernetwork(conditioning="gated")
+    embeddings = torch.randn(3, DIM)
+    gated = hypernetwork._hidden(embeddings, POSITIONS)
+    gate = hypernetwork._project("gate", embeddings)
+    hypernetwork.is_gated = False
+    expected = hypernetwork._hidden(embeddings, POSITIONS) * gate[:, None, None]
+    expected = expected / expected.square().mean(-1, keepdim=True).sqrt()
+    assert_close(gated, expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hyperadapt import HyperAdapterConfig
 from tests.helpers import (
     MIXED,
     WRITES_COMPLEX,
@@ -23,6 +24,7 @@ from tests.helpers import (
     adapter_config,
     base_model,
     example_batch,
+    letters,
     logits,
     make_active,
     snapshot,
@@ -324,3 +326,27 @@ def test_a_pickle_executes_nothing(folder: Path) -> None:
 
 def test_our_files_hold_no_pickle(model: PeftModel, folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"README.md", "adapter_config.json", WEIGHTS}
+
+
+def test_text_vectors_that_are_not_finite(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"tasks": {"a": "first"}, "task_embedding": "text", "text_encoder": letters}
+    adapted_model("llama", **settings).save_pretrained(tmp_path)
+    name = f"{NETWORK}task_embedding.text_vectors"
+    change_weights(tmp_path, put(name, torch.full((1, 26), torch.nan)))
+    with pytest.raises(ValueError, match=re.escape(f"{name!r} holds a vector that is not finite")):
+        PeftModel.from_pretrained(base_model("llama"), tmp_path)
+
+
+def test_a_file_alone_has_no_encoder_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"tasks": {"a": "first"}, "task_embedding": "text", "target_modules": "all-linear"}
+    adapter_config(**fields, text_encoder="some/model").save_pretrained(tmp_path)
+    monkeypatch.setattr("hyperadapt.encoders.encode_texts", None)
+    config = HyperAdapterConfig.from_pretrained(tmp_path)
+    for change in (config, config.replaced(tasks=["a"])):
+        with pytest.raises(
+            ValueError, match=r"names text_encoder='some/model' but holds no vectors of its descriptions"
+        ):
+            get_peft_model(base_model("llama"), change)
+    monkeypatch.undo()
+    model = get_peft_model(base_model("llama"), config.replaced(text_encoder=letters))
+    assert model.peft_config["default"].text_embedding_dim == 26

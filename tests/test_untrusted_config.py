@@ -161,6 +161,15 @@ HUGE = {
         {"task_embedding_dim": 65536, "tasks": [str(task) for task in range(20_000)]},
         r"in task_embedding\. Reduce task_embedding_dim or the number of tasks\.",
     ),
+    "descriptions": (
+        {
+            "tasks": {"a": [str(index) for index in range(20_000)]},
+            "task_embedding": "text",
+            "text_encoder": "encoder",
+            "text_embedding_dim": 65536,
+        },
+        r"in descriptions\. Reduce text_embedding_dim or the number of descriptions\.",
+    ),
     "inputs": (
         {"task_embedding_dim": 65536, "hypernetwork_dim": 8192},
         r"in inputs\. Reduce task_embedding_dim or hypernetwork_dim\.",
