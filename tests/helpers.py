@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors
 import torch
 from packaging.version import Version
@@ -27,6 +28,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from examples.text_tasks import encoder_path
 from hyperadapt import HyperAdapterConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,3 +232,12 @@ def letters(texts: list[str]) -> Tensor:
             if "a" <= letter <= "z":
                 vectors[row, ord(letter) - ord("a")] += 1 / (1 + place)
     return vectors
+
+
+def minilm() -> str:
+    """Folder of a sentence-transformers model; skips the test where it or its library is not installed."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    try:
+        return str(encoder_path())
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from examples.text_tasks import encoder_path
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.encoders import encode_like, encode_texts, with_text_vectors
-from tests.helpers import letters
+from tests.helpers import letters, minilm
 
 TEXTS = ["Tell spam from genuine messages.", "Is this SMS spam?", "Name the topic of a news article."]
 
 
 def test_sentence_transformers_model() -> None:
-    vectors, revision = encode_texts(str(encoder_path()), TEXTS)
+    vectors, revision = encode_texts(minilm(), TEXTS)
     assert revision is None
     assert (vectors.shape, vectors.dtype) == ((3, 384), torch.float32)
     cosines = torch.nn.functional.cosine_similarity(vectors[:1], vectors[1:])
@@ -80,6 +79,7 @@ def test_what_encoders_may_not_return(encoder: Any, message: str) -> None:
 
 
 def test_unknown_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = re.escape(f"text_encoder={str(tmp_path / 'none')!r} could not be loaded (revision None):")
     with pytest.raises(ValueError, match=message):

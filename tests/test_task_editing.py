@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from examples.text_tasks import encoder_path
 from hyperadapt import HyperAdapterConfig
 from tests.helpers import (
     TASKS,
@@ -22,6 +21,7 @@ from tests.helpers import (
     letters,
     logits,
     make_active,
+    minilm,
     run_python,
     trainable,
     two_adapters,
@@ -180,9 +180,9 @@ def test_a_description_alone_is_what_training_would_have_seen() -> None:
 
 
 def test_sentence_transformers_model_end_to_end(tmp_path: Path) -> None:
-    model = text_model(text_encoder=str(encoder_path()))
+    model = text_model(text_encoder=minilm())
     config = model.peft_config["default"]
-    assert (config.text_encoder, config.text_embedding_dim) == (str(encoder_path()), 384)
+    assert (config.text_encoder, config.text_embedding_dim) == (minilm(), 384)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path)
     loaded.add_task("new", description="Decide whether a text message is spam.")

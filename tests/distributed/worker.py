@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperadapt import export_lora
-from tests.helpers import adapted_model, adapter_parameters, enable_checkpointing, example_batch
+from tests.helpers import adapted_model, adapter_parameters, enable_checkpointing, example_batch, letters
 
 PROCESSES = 2
 STEPS = 3
@@ -32,6 +32,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "spectral, rows": {"normalization": "spectral", "head": "row"},
     "adaptive": {"normalization": "adaptive"},
     "sinkhorn": {"normalization": "sinkhorn"},
+    "text, gated": {
+        "tasks": {"alpha": "find the topic", "beta": "is it spam", "gamma": "who wrote it"},
+        "task_embedding": "text",
+        "text_encoder": letters,
+        "conditioning": "gated",
+    },
 }
 ENGINES = ("ddp", "fsdp2", "fsdp2_network_apart", "zero2", "zero3")
 
