@@ -88,7 +88,7 @@ BAD_CALLS = {
     "embedding size": (
         forward(task_embeddings=torch.ones(4, 7)),
         ValueError,
-        "task_embeddings has shape (4, 7), but must have shape (batch, 8).",
+        "task_embeddings has shape (4, 7), but must have shape (batch, 8), or",
     ),
     "integer embeddings": (
         forward(task_embeddings=torch.ones(4, 8, dtype=torch.long)),
