@@ -17,7 +17,7 @@ from hyperadapt.validation import shown
 SAME_DIRECTION = 0.999
 
 
-def with_text_vectors(config: HyperAdapterConfig) -> tuple[HyperAdapterConfig, Tensor | None]:  # noqa: DOC502
+def with_text_vectors(config: HyperAdapterConfig) -> tuple[HyperAdapterConfig, Tensor | None]:  # noqa: DOC503
     """Encode the descriptions of a new adapter.
 
     Args:
