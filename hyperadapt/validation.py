@@ -250,6 +250,8 @@ def refuses_unknown_fields(config_class: Class) -> Class:
 
     @functools.wraps(construct)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        # It comes along where the attributes of one object make another.
+        kwargs.pop("is_from_file", None)
         unknown = [name for name in kwargs if name not in known]
         # A file names its method. Without that it is a call, and the usual TypeError tells best.
         if unknown and "peft_type" in kwargs:

@@ -95,6 +95,11 @@ def test_bad_conditions_are_refused(arguments: dict[str, Any], error: type[Excep
         HyperAdapterConfig(**arguments)
 
 
+def test_attributes_make_an_equal_configuration() -> None:
+    config = HyperAdapterConfig(tasks=TASKS, task_embedding="text", text_encoder="encoder")
+    assert HyperAdapterConfig(**vars(config)) == config
+
+
 def test_the_test_encoder_tells_texts_apart() -> None:
     vectors = letters(["ab", "ba", "cd"])
     assert vectors.shape == (3, 26)
