@@ -91,8 +91,8 @@ def distill(  # noqa: DOC503
     where a LoRA adapts nothing, its update is zero. Adam with a cosine schedule; only the adapter's network is trained.
     Tasks of the adapter that are not in `adapters` change along with what all tasks share.
 
-    For a given size of the file, ``head="pair"`` leaves the smallest error, and r below the LoRAs' rank with a wider
-    network a smaller one than their rank: the last singular values of a LoRA are small.
+    For a given size of the file, ``head="pair"`` left the smallest error, and half of the LoRAs' rank with a wider
+    network a smaller one than their rank (see ``examples/distill_loras.py`` and ``DECISIONS.md``).
 
     The default normalisation bounds an update by half of the base weight's norm; a LoRA that exceeds it needs a larger
     ``normalization_bound``, or ``normalization="none"``.

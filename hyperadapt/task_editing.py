@@ -203,8 +203,8 @@ class TaskEditing(BaseTuner):
         directions = _directions(network, resolve_task_ids(list(weights), network.config.task_names))
         factors = torch.tensor(list(weights.values()), dtype=directions.dtype, device=directions.device)
         embedding = factors @ directions
-        # Rounding leaves about this much of directions, of root mean square 1, that cancel.
-        if float(embedding.abs().max()) <= 1e-6 * float(factors.abs().sum()):
+        # Entries of directions are of order 1; a few roundings of each term are left of those that cancel.
+        if float(embedding.abs().max()) <= 8 * torch.finfo(embedding.dtype).eps * float(factors.abs().sum()):
             raise ValueError(f"weights={shown(dict(weights))} cancel, so that no direction is left. Change them.")
         self._write(adapter_name, [*_tasks(network), _Task(name, "learned", None, embedding)])
 

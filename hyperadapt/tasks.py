@@ -97,7 +97,7 @@ class TaskEmbedding(nn.Module):
             raise RuntimeError(
                 "This adapter has no vectors of its descriptions: its configuration, with text_embedding_dim given, is "
                 "that of a saved adapter, whose weights were not loaded. Load it with PeftModel.from_pretrained; or "
-                "set text_embedding_dim=None to compute them anew."
+                "compute them anew: config.replaced(text_embedding_dim=None, text_encoder=...)."
             )
         training = self.training and torch.is_grad_enabled()
         has_text = _look_up(self._count, task_ids) > 0

@@ -199,6 +199,16 @@ def test_only_the_direction_of_an_embedding_counts() -> None:
         assert torch.allclose(logits(model, BATCH, tasks=task), expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directions_that_cancel_leave_none(dtype: torch.dtype) -> None:
+    model = text_model("learned", text_encoder=None)
+    network(model).to(dtype)
+    model.add_task("longer", embedding=table(model).weight[0] * 3)
+    with pytest.raises(ValueError, match=re.escape("weights={'alpha': 1, 'longer': -1} cancel")):
+        model.interpolate_tasks("none", {"alpha": 1, "longer": -1})
+    model.interpolate_tasks("between", {"alpha": 1, "beta": -1})
+
+
 def test_one_embedding_for_all_rows() -> None:
     model = text_model("learned", text_encoder=None)
     embedding = table(model).weight[1].detach()
