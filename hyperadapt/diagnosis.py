@@ -74,7 +74,7 @@ class Diagnosis:
         stable_ranks = torch.stack([_stable_rank(values) for values in self.singular_values.values()]).nanmean(0)
         for index, task in enumerate(self.tasks[:_SHOWN_TASKS]):
             norm, rank = float(self.task_norms[index]), float(stable_ranks[index])
-            lines.append(f"{task:<24}{norm:>12.2e}{rank:>12.1f}  {self._nearest(index)}")
+            lines.append(f"{task:<24}{norm:>12.2e}{rank:>12.1f}  {self.nearest(index)}")
         if len(self.tasks) > _SHOWN_TASKS:
             lines.append(f"and {len(self.tasks) - _SHOWN_TASKS} more tasks")
         if len(self.tasks) > 1 and not self.is_zero:
@@ -83,7 +83,15 @@ class Diagnosis:
             lines += [f"  {self.positions[index]}: {float(self.position_shares[index]):.1%}" for index in order]
         return "\n".join(line.rstrip() for line in lines)
 
-    def _nearest(self, index: int) -> str:
+    def nearest(self, index: int) -> str:
+        """The task whose update points in the most similar direction.
+
+        Args:
+            index: A task's place in `tasks`.
+
+        Returns:
+            Its name and the cosine in words; empty if there is no other.
+        """
         cosines = self.cosines[index].nan_to_num(-torch.inf)
         cosines[index] = -torch.inf
         other = int(cosines.argmax())

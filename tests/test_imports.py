@@ -42,9 +42,13 @@ ORDER = [
     "task_editing",
     "model",
     "registration",
-    "export",
     "updates",
     "diagnosis",
+    "usage",
+    "card_text",
+    "cards",
+    "formats",
+    "export",
     "lora_folders",
     "distillation",
     "data",
@@ -52,8 +56,13 @@ ORDER = [
     "monitor",
     "saving",
     "trainer",
+    "plots",
     "hub",
+    "recipes",
+    "task_data",
+    "runs",
     "cli",
+    "__main__",
 ]
 
 # Reports imports of Triton that the package named by the argument makes while it is itself imported. Watching

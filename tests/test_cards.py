@@ -1,0 +1,203 @@
+"""Model cards: their metadata, what they say, and that their code runs as it is written."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from hyperadapt import HyperAdapterConfig, diagnose, export_lora
+from hyperadapt.cards import addressed, template, write_card, write_lora_card
+from tests.card_schema import check_card
+from tests.helpers import TASK_TYPES, VOCABULARY, adapter_config, base_model, make_active, run_python
+
+ROOT = Path(__file__).resolve().parents[1]
+DESCRIPTIONS = {"alpha": "Find the topic.", "beta": ["Is it spam?", "Spam or not?"]}
+RESULTS = {"alpha": {"accuracy": 0.9, "loss": 0.25}, "beta": {"accuracy": 0.75, "loss": 0.5}}
+
+
+def saved_base(name: str, folder: Path) -> str:
+    """A base model in a folder, with a tokenizer that splits at spaces."""
+    base_model(name).save_pretrained(folder)
+    words = {f"word{index}": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="word0", eos_token="word1")
+    wrapped.save_pretrained(folder)
+    return str(folder)
+
+
+def named(name: str, path: str | None, **changes: Any) -> PeftModel:
+    """An adapted model that says where its base model was loaded from."""
+    base = base_model(name)
+    base.config._name_or_path = base.name_or_path = path or ""
+    config = adapter_config(target_modules="all-linear", task_type=TASK_TYPES[name], tasks=DESCRIPTIONS, **changes)
+    return make_active(get_peft_model(base, config))
+
+
+def blocks(text: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_a_complete_card(tmp_path: Path) -> None:
+    model = named("llama", "Qwen/Qwen2.5-0.5B")
+    write_card(
+        model,
+        tmp_path,
+        results=RESULTS,
+        training={"steps": 400, "learning_rate": 5e-3, "versions": {"torch": "2.13"}},
+        diagnosis=diagnose(model),
+        figures={"Cosines of the updates": "figures/cosines.png"},
+        datasets=["stanfordnlp/imdb"],
+        benchmarks={"alpha": ("cais/hle", "hle")},
+        license="apache-2.0",
+        language="en",
+        tags=["mine"],
+        limits=["English only."],
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    check_card(card)
+    data = card.data
+    assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen2.5-0.5B", "adapter")
+    assert (data.library_name, data.pipeline_tag, data.license) == ("hyperadapt", "text-generation", "apache-2.0")
+    assert data.tags == ["hyperadapt", "hypernetwork", "multi-task", "peft", "mine"]
+    assert {(one.dataset_name, one.metric_type): one.metric_value for one in data.eval_results} == {
+        (task, metric): value for task, metrics in RESULTS.items() for metric, value in metrics.items()
+    }
+    for text in (
+        "| `beta` | Is it spam? | 0.750 | 0.500 |",
+        "`soft_frobenius` (bound 0.5)",
+        "- learning rate: 0.005",
+        "- versions: torch 2.13",
+        "![Cosines of the updates](figures/cosines.png)",
+        "- English only.",
+        "@software{hyperadapt",
+    ):
+        assert text in card.text, text
+    norms = diagnose(model).task_norms
+    assert f"| `alpha` | {float(norms[0]):.3g} | beta (" in card.text
+    assert yaml.safe_load((tmp_path / ".eval_results" / "alpha.yaml").read_text()) == [
+        {"dataset": {"id": "cais/hle", "task_id": "hle"}, "value": 0.9}
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", ".eval_results"}
+
+
+def test_the_code_of_a_card_runs_as_written(tmp_path: Path) -> None:
+    plain, native = [], []
+    for name in ("bert", "gpt2", "llama", "t5"):
+        model = named(name, saved_base(name, tmp_path / name))
+        adapter, lora = tmp_path / f"{name}-adapter", tmp_path / f"{name}-lora"
+        model.save_pretrained(adapter)
+        write_card(model, adapter, overwrite=True)
+        export_lora(model, "beta", lora)
+        write_lora_card(model, "beta", "Is it spam?", lora)
+        for codes, folder, method in ((plain, lora, "LORA"), (native, adapter, "HYPERADAPTER")):
+            [code] = blocks((folder / "README.md").read_text())
+            codes.append(f"{code}\nassert model.peft_config['default'].peft_type.value == {method!r}\n")
+    without_plugin = "import sys\nassert not any(name.startswith('hyperadapt') for name in sys.modules)\n"
+    run_python("\n".join([*plain, without_plugin, *native]))
+
+
+def test_a_folder_is_no_name_of_a_base_model(tmp_path: Path) -> None:
+    write_card(named("bert", saved_base("bert", tmp_path / "base")), tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert "base_model" not in data
+    assert "base_model_relation" not in data
+    write_card(named("bert", str(tmp_path / "base")), tmp_path, overwrite=True, base_model="org/base")
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "org/base"
+
+
+def test_a_card_that_is_there_keeps_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: mit\ntags:\n- mine\n---\n\n# My own words\n")
+    write_card(named("llama", "Qwen/Qwen2.5-0.5B"), tmp_path)
+    card = ModelCard.load(path)
+    assert card.text.strip() == "# My own words"
+    assert (card.data.license, card.data.base_model) == ("mit", "Qwen/Qwen2.5-0.5B")
+    assert card.data.tags == ["mine", "hyperadapt", "hypernetwork", "multi-task", "peft"]
+    before = path.read_bytes()
+    write_card(named("llama", "Qwen/Qwen2.5-0.5B"), tmp_path)
+    assert path.read_bytes() == before
+    write_card(named("llama", "Qwen/Qwen2.5-0.5B"), tmp_path, overwrite=True)
+    assert "My own words" not in path.read_text()
+
+
+def test_text_cannot_break_out_of_its_place(tmp_path: Path) -> None:
+    tasks = {"a|b`c": "x | y\n\n# no heading <script>"}
+    base = base_model("llama")
+    config = HyperAdapterConfig(target_modules="all-linear", tasks=tasks, task_type="CAUSAL_LM")
+    write_card(get_peft_model(base, config), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| `a\\|b'c` | x \\| y # no heading &lt;script> |" in text
+    assert "\n# no heading" not in text
+
+
+def test_many_tasks_are_abbreviated(tmp_path: Path) -> None:
+    config = HyperAdapterConfig(target_modules="all-linear", tasks=[f"task{index}" for index in range(130)])
+    write_card(get_peft_model(base_model("llama"), config), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "`task99`" in text
+    assert "`task100`" not in text
+    assert "and 30 more tasks." in text
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), HyperAdapterConfig(target_modules=["0"]))
+    write_card(model, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert blocks(text) == []
+    assert "base_model = ...  # made as for training" in text
+    write_card(model, tmp_path, overwrite=True, usage="print('mine')")
+    assert blocks((tmp_path / "README.md").read_text()) == ["print('mine')\n"]
+
+
+def test_half_precision_is_kept_in_the_code(tmp_path: Path) -> None:
+    base = base_model("llama").to(torch.bfloat16)
+    base.config._name_or_path = base.name_or_path = "org/base"
+    write_card(get_peft_model(base, adapter_config(target_modules="all-linear", task_type="CAUSAL_LM")), tmp_path)
+    assert 'from_pretrained("org/base", dtype="bfloat16")' in (tmp_path / "README.md").read_text()
+
+
+def test_errors_write_nothing(tmp_path: Path) -> None:
+    model = named("llama", "org/base")
+    with pytest.raises(ValueError, match=re.escape("results names ['gamma'], which are no tasks of the adapter.")):
+        write_card(model, tmp_path, results={"gamma": {"accuracy": 1.0}})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        write_card(model, tmp_path, colour="red")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "library", "text"),
+    [
+        ("peft", "peft", "PeftModel.from_pretrained(base_model,"),
+        ("gguf-ready", "peft", "convert_lora_to_gguf.py --base org/base"),
+        ("mlx", "mlx", "mlx_lm.generate --model org/base --adapter-path"),
+        ("diffusers", "diffusers", "pipeline.load_lora_weights("),
+    ],
+)
+def test_cards_of_exports(tmp_path: Path, format: str, library: str, text: str) -> None:
+    write_lora_card(named("llama", "org/base"), "beta", ["Is it spam?"], tmp_path, format=format)
+    card = ModelCard.load(tmp_path / "README.md")
+    check_card(card)
+    assert (card.data.library_name, card.data.base_model) == (library, "org/base")
+    assert text in card.text
+    assert "import hyperadapt" not in card.text
+
+
+def test_the_code_can_be_given_another_address(tmp_path: Path) -> None:
+    write_card(named("llama", "org/base"), tmp_path)
+    text = addressed((tmp_path / "README.md").read_text(), "me/adapter")
+    assert 'PeftModel.from_pretrained(base_model, "me/adapter")' in text
+    assert str(tmp_path) not in text
+
+
+def test_templates_are_found() -> None:
+    assert template("template.md").read_text().startswith("---\n{{ card_data }}\n---\n")
