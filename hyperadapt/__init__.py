@@ -5,6 +5,7 @@ from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis, diagnose
 from hyperadapt.distillation import Distillation, distill
 from hyperadapt.export import export_lora, generate_lora
+from hyperadapt.hub import push
 from hyperadapt.model import HyperAdapterModel, use_tasks
 from hyperadapt.normalization import normalize
 from hyperadapt.registration import register as _register
@@ -21,6 +22,7 @@ __all__ = [
     "generate_lora",
     "nn",
     "normalize",
+    "push",
     "use_tasks",
 ]
 

@@ -24,6 +24,7 @@ from hyperadapt.usage import base_model_of, lora_usage, usage
 from hyperadapt.validation import shown
 
 CARD = "README.md"
+MARKER = "<!-- Written by hyperadapt, which may write it anew. Delete this line to keep your own words. -->"
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
@@ -147,6 +148,7 @@ def make_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
         figures=list(facts.figures.items()),
         training=facts_list(facts.training) or "Not recorded.",
         limits=[*_LIMITS, *facts.limits],
+        marker=MARKER,
         version=metadata.version("hyperadapt"),
     )
     return card
@@ -171,6 +173,19 @@ def completed_card(model: PeftModel, path: Path, facts: CardFacts) -> ModelCard:
             known[name] = value
     known["tags"] = list(dict.fromkeys([*(known["tags"] or []), *(new.tags or [])]))
     return card
+
+
+def may_be_written_anew(directory: str | os.PathLike[str]) -> bool:
+    """Whether a folder has no card, or one that says that it may be rewritten.
+
+    Args:
+        directory: The folder.
+
+    Returns:
+        Whether replacing the card loses nobody's words.
+    """
+    path = Path(directory, CARD)
+    return not path.exists() or MARKER in path.read_text(encoding="utf-8")
 
 
 def write_lora_card(

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from hyperadapt.cards import may_be_written_anew, write_card
 from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.data import TASK_COLUMN, TaskCollator, TaskSampler, concatenate_tasks
 from hyperadapt.losses import row_losses
@@ -163,6 +164,44 @@ class TaskTrainerMixin(Trainer):
                 logs |= _position_logs(self._monitor, self.state.global_step)
         super().log(logs, *args, **kwargs)
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapter's card into the output folder, with what the last evaluation of each task gave.
+
+        Args:
+            language: ISO 639 code.
+            license: As the Hub spells it.
+            tags: Further tags.
+            model_name: The heading.
+            **kwargs: What else ``Trainer`` takes. The adapter itself knows its base model; the rest is not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = str(self.args.output_dir)
+        write_card(
+            self.accelerator.unwrap_model(self._model),
+            folder,
+            overwrite=may_be_written_anew(folder),
+            title=model_name,
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else list(tags or ()),
+            results=_last_results(self.state.log_history, self.task_names),
+            split="validation",
+            training={
+                "steps": self.state.global_step,
+                "batch_size": self.args.train_batch_size * self.args.world_size,
+                "learning_rate": self.args.learning_rate,
+                "seed": self.args.seed,
+            },
+        )
+
     @property
     def _model(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
@@ -267,6 +306,19 @@ def _means(metrics: Mapping[str, Any], tasks: Sequence[str], prefix: str) -> dic
         if name not in _SPEEDS and all(isinstance(value, int | float) for value in values):
             means[f"{prefix}_mean_{name}"] = sum(values) / len(values)
     return means
+
+
+def _last_results(log_history: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value, as last logged."""
+    results: dict[str, dict[str, float]] = {}
+    for entry in log_history:
+        for task in tasks:
+            start = f"eval_{task}_"
+            values = {key.removeprefix(start): value for key, value in entry.items() if key.startswith(start)}
+            found = {name: value for name, value in values.items() if name in ("accuracy", "loss")}
+            if found:
+                results[task] = found
+    return results
 
 
 def _position_logs(monitor: PositionMonitor, step: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch.testing import assert_close
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from hyperadapt.data import TaskCollator, concatenate_tasks
 from hyperadapt.trainer import HyperAdapterTrainer
+from tests.card_schema import check_card
 from tests.helpers import TASKS, adapted_model, base_model, example_batch
 from tests.tolerances import FLOAT32_FORWARD
 
@@ -155,6 +157,36 @@ def test_evaluation_by_task_and_the_best_model_on_the_mean(tmp_path: Path) -> No
     # Also for data that the trainer was not made with.
     other = trainer.evaluate({"beta": data("bert")["beta"]}, metric_key_prefix="test")
     assert other["test_mean_loss"] == other["test_beta_loss"] == final["eval_beta_loss"]
+
+
+def test_the_card_tells_the_last_results_and_the_training(tmp_path: Path) -> None:
+    model = adapted_model("bert", task_type="SEQ_CLS")
+    data_of_tasks = data("bert")
+    trainer = HyperAdapterTrainer(
+        model,
+        arguments(tmp_path, eval_strategy="steps", eval_steps=2, seed=7),
+        train_dataset=data_of_tasks,
+        eval_dataset=data_of_tasks,
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(language="en", tags="mine", model_name="my-adapter", dataset="not used")
+    card = ModelCard.load(tmp_path / "README.md")
+    check_card(card)
+    assert card.data.model_name == "my-adapter"
+    assert card.data.tags[-1] == "mine"
+    last = trainer.state.log_history
+    expected = {}
+    for task in TASKS:
+        [entry] = [entry for entry in last if f"eval_{task}_loss" in entry and entry["step"] == 4]
+        expected |= {(task, name): entry[f"eval_{task}_{name}"] for name in ("accuracy", "loss")}
+    assert {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results} == expected
+    for text in ("- steps: 4", "- batch size: 6", "- learning rate: 0.01", "- seed: 7"):
+        assert text in card.text
+    (tmp_path / "README.md").write_text("# My own words")
+    trainer.create_model_card()
+    assert "# My own words" in (tmp_path / "README.md").read_text()
 
 
 def test_a_task_that_diverged_makes_no_best_model(tmp_path: Path) -> None:
