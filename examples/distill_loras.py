@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from examples.benchmarks.rows import save_rows
+from examples.cards import save_card
 from examples.encoder import batches, encode, load_tokenizer
 from examples.matching import LabelMatcher, accuracy, load_matcher
 from examples.text_tasks import load_task
@@ -29,6 +30,19 @@ TASKS = (
 )
 MAX_LENGTH = 32
 WEIGHTS = "adapter_model.safetensors"
+USAGE = """\
+import hyperadapt  # registers the method with PEFT
+from examples.encoder import load_tokenizer
+from examples.matching import load_matcher
+from examples.text_tasks import load_task
+from peft import PeftModel
+
+tokenizer = load_tokenizer()
+task = load_task("sms_spam")
+model = PeftModel.from_pretrained(load_matcher([task], tokenizer), "{folder}").eval()
+scores = model(**tokenizer("You have won a prize", return_tensors="pt"), tasks="sms_spam").logits
+print(task.labels[scores.argmax()])
+"""
 
 
 def train_lora(
@@ -137,6 +151,24 @@ def main() -> None:
     loaded = PeftModel.from_pretrained(model.unload(), str(options.output / "hyperadapter")).eval()
     distilled = {name: accuracy(loaded, test[name], tasks=name) for name in names}
 
+    save_card(
+        loaded,
+        options.output / "hyperadapter",
+        module="examples.distill_loras",
+        title="Eight LoRAs of rank 16 in one hyperadapter",
+        usage=USAGE.format(folder=(options.output / "hyperadapter").as_posix()),
+        results={
+            name: {"accuracy": distilled[name], "accuracy with its LoRA": with_lora[name], "base model": before[name]}
+            for name in names
+        },
+        training={
+            "steps of the fit": options.steps,
+            "learning_rate": options.learning_rate,
+            "steps of each LoRA": options.lora_steps,
+            "relative error of the updates": {name: round(fit.error[name], 3) for name in names},
+            "seconds of the fit": round(seconds),
+        },
+    )
     print(f"\n{'task':<16}{'base':>8}{'LoRA':>8}{'distilled':>11}{'relative error':>16}")
     for name in names:
         row = f"{before[name]:>8.3f}{with_lora[name]:>8.3f}{distilled[name]:>11.3f}{fit.error[name]:>16.3f}"

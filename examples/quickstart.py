@@ -32,6 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from examples.cards import classifier_usage, save_card
 from examples.encoder import (
     MeanPoolingClassifier,
     batches,
@@ -275,10 +276,32 @@ def main() -> None:
         raise RuntimeError(f"The exported LoRA predicts differently: its logits are off by {difference:.1e}.")
     print(f"exported {EXPORTED} to {exported}, loaded by plain peft: logits differ by {difference:.1e}")
 
+    trainable, total = model.get_nb_trainable_parameters()
+    save_card(
+        model,
+        folder,
+        module="examples.quickstart",
+        title="Quickstart: seven text tasks in one hyperadapter",
+        usage=classifier_usage(label_offsets(tasks)[-1], folder),
+        results={
+            task.name: {"accuracy": scores[task.name], "accuracy of a linear probe": accuracy}
+            for task, accuracy in zip(tasks, probe, strict=True)
+        },
+        training={
+            "steps": options.steps,
+            "batch_size": BATCH_SIZE,
+            "learning_rate": options.learning_rate,
+            "rows per task": options.rows,
+            "tokens per row": MAX_LENGTH,
+            "seed": 0,
+            "trainable parameters": trainable,
+            "seconds": round(time.monotonic() - started),
+        },
+        log_history=trainer.state.log_history,
+    )
     print(f"\n{'task':<16}{'classes':>8}{'linear probe':>14}{'hyperadapter':>14}")
     for task, accuracy in zip(tasks, probe, strict=True):
         print(f"{task.name:<16}{len(task.labels):>8}{accuracy:>14.3f}{scores[task.name]:>14.3f}")
-    trainable, total = model.get_nb_trainable_parameters()
     print(f"\ntrainable parameters: {trainable:,} of {total:,}; seconds: {time.monotonic() - started:.0f}")
     print(
         f"mean accuracy: linear probe {np.mean(probe):.3f}, hyperadapter {scores['mean']:.3f} over {len(TASKS)} tasks"

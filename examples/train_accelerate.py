@@ -15,10 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
+from examples.cards import classifier_usage, save_card
 from examples.encoder import encode, label_offsets, load_base, load_tokenizer, predict_own_class
 from examples.text_tasks import load_task
 from hyperadapt import HyperAdapterConfig
@@ -197,11 +198,31 @@ def main() -> None:
     for name, value in scores.items():
         accelerator.print(f"{name:<16}{value:>8.3f}")
     accelerator.print(f"mean accuracy {sum(scores.values()) / len(scores):.3f} over {len(scores)} tasks")
+    folder = options.output / "hyperadapter"
     accelerator.unwrap_model(model).save_pretrained(
-        options.output / "hyperadapter",
+        folder,
         state_dict=accelerator.get_state_dict(model),
         is_main_process=accelerator.is_main_process,
     )
+    if accelerator.is_main_process:
+        # Of the file, since the model may be spread over processes.
+        save_card(
+            PeftModel.from_pretrained(load_base(offsets[-1], seed=0), folder).eval(),
+            folder,
+            module="examples.train_accelerate",
+            title="Eight text tasks in one hyperadapter, in a loop with Accelerate",
+            usage=classifier_usage(offsets[-1], folder),
+            results={name: {"accuracy": value} for name, value in scores.items()},
+            training={
+                "steps": options.steps,
+                "batch_size": options.batch_size * options.accumulate * accelerator.num_processes,
+                "learning_rate": options.learning_rate,
+                "rows per task at most": options.rows,
+                "tokens per row": MAX_LENGTH,
+                "seed": 0,
+                "processes": accelerator.num_processes,
+            },
+        )
     accelerator.end_training()
 
 

@@ -16,6 +16,7 @@ import torch
 from datasets import concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
+from examples.cards import save_card
 from examples.causal_lm import answers, chats, exact_matches, load_base, load_tokenizer
 from examples.text_tasks import load_task
 from hyperadapt import HyperAdapterConfig
@@ -25,6 +26,23 @@ TASKS = (
     *("trec6", "sms_spam", "tweet_sent", "product_sent", "movie_sent"),
     *("reuters_r8", "stereoset_rel", "trump_clinton", "bbc"),
 )
+
+USAGE = """\
+import hyperadapt  # registers the method with PEFT
+import torch
+from examples.causal_lm import load_base, load_tokenizer
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(load_base(torch.bfloat16), "{folder}").eval()
+tokenizer = load_tokenizer()
+messages = [
+    {{"role": "system", "content": "Tell spam from genuine text messages. Answer only with one of: not spam, spam."}},
+    {{"role": "user", "content": "WINNER!! You have been selected for a prize. Call now."}},
+]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, tasks="sms_spam", max_new_tokens=8, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
 
 
 class MultiTaskSFTTrainer(TaskTrainerMixin, SFTTrainer):
@@ -85,7 +103,8 @@ def main() -> None:
     trainer.train()
     model = trainer.model.eval()
     after = exact_matches(answers(model, tokenizer, test_all, test_tasks), test_all)
-    model.save_pretrained(options.output / "hyperadapter")
+    folder = options.output / "hyperadapter"
+    model.save_pretrained(folder)
 
     print(f"\n{'task':<16}{'classes':>8}{'majority':>10}{'base model':>12}{'hyperadapter':>14}")
     scores = []
@@ -98,10 +117,33 @@ def main() -> None:
         row = [sum(matches) / len(mine) for matches in (majority, [before[i] for i in mine], [after[i] for i in mine])]
         scores.append(row)
         print(f"{task.name:<16}{len(task.labels):>8}{row[0]:>10.3f}{row[1]:>12.3f}{row[2]:>14.3f}")
-    means = [sum(column) / len(column) for column in zip(*scores, strict=True)]
-    print(f"{'mean':<16}{'':>8}{means[0]:>10.3f}{means[1]:>12.3f}{means[2]:>14.3f}")
     trainable, total = model.get_nb_trainable_parameters()
     seconds = time.monotonic() - started
+    save_card(
+        model,
+        folder,
+        module="examples.train_causal_lm" + " --fast" * options.fast,
+        title="Nine text tasks as chats in one hyperadapter",
+        usage=USAGE.format(folder=folder.as_posix()),
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        results={
+            task.name: {"exact match": row[2], "exact match of the base model": row[1]}
+            for task, row in zip(tasks, scores, strict=True)
+        },
+        training={
+            "steps": steps,
+            "batch_size": 8 if options.fast else 32,
+            "learning_rate": options.learning_rate,
+            "rows per task at most": max_rows,
+            "tokens per text": max_tokens,
+            "seed": 0,
+            "trainable parameters": trainable,
+            "seconds": round(seconds),
+        },
+        log_history=trainer.state.log_history,
+    )
+    means = [sum(column) / len(column) for column in zip(*scores, strict=True)]
+    print(f"{'mean':<16}{'':>8}{means[0]:>10.3f}{means[1]:>12.3f}{means[2]:>14.3f}")
     print(f"\ntrainable parameters: {trainable:,} of {total:,}; {steps} steps; {seconds:.0f} seconds on {device}")
 
 

@@ -14,6 +14,7 @@ import torch
 from peft import get_peft_model
 from transformers import DataCollatorWithPadding, EvalPrediction, TrainingArguments
 
+from examples.cards import classifier_usage, save_card
 from examples.encoder import encode, label_offsets, load_base, load_tokenizer, predict_own_class
 from examples.text_tasks import TextTask, load_task
 from hyperadapt import HyperAdapterConfig
@@ -118,13 +119,38 @@ def main() -> None:
     trainer.train()
     metrics = trainer.evaluate(data["test"], metric_key_prefix="test")
 
+    trainable, total = model.get_nb_trainable_parameters()
+    folder = options.output / "hyperadapter"
+    model.eval().save_pretrained(folder)
+    save_card(
+        model,
+        folder,
+        module="examples.train_multitask",
+        title="Ten text tasks in one hyperadapter",
+        usage=classifier_usage(offsets[-1], folder),
+        results={
+            task.name: {name: metrics[f"test_{task.name}_{name}"] for name in ("accuracy", "loss")} for task in tasks
+        },
+        training={
+            "steps": options.steps,
+            "best checkpoint": Path(trainer.state.best_model_checkpoint).name,
+            "batch_size": options.batch_size,
+            "learning_rate": options.learning_rate,
+            "temperature of sampling": options.temperature,
+            "rows per task at most": options.rows,
+            "tokens per row": MAX_LENGTH,
+            "seed": 0,
+            "trainable parameters": trainable,
+            "seconds": round(time.monotonic() - started),
+        },
+        log_history=trainer.state.log_history,
+    )
     print(f"\n{'task':<16}{'classes':>8}{'rows':>8}{'majority':>10}{'accuracy':>10}{'loss':>8}")
     for task in tasks:
         baseline = majority(task, sizes["test"])
         scores = [metrics[f"test_{task.name}_{name}"] for name in ("accuracy", "loss")]
         rows = len(data["train"][task.name])
         print(f"{task.name:<16}{len(task.labels):>8}{rows:>8}{baseline:>10.3f}{scores[0]:>10.3f}{scores[1]:>8.3f}")
-    trainable, total = model.get_nb_trainable_parameters()
     print(f"\nbest checkpoint: {Path(trainer.state.best_model_checkpoint).name} of {options.steps} steps")
     print(f"trainable parameters: {trainable:,} of {total:,}; seconds: {time.monotonic() - started:.0f}")
     print(f"mean test accuracy: {metrics['test_mean_accuracy']:.3f} over {len(TASKS)} tasks")

@@ -164,7 +164,7 @@ class TaskTrainerMixin(Trainer):
                 logs |= _position_logs(self._monitor, self.state.global_step)
         super().log(logs, *args, **kwargs)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         language: str | None = None,
         license: str | None = None,

@@ -5,11 +5,14 @@ The rules are those of the Hub's documentation of model cards and of its metadat
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _is_repo_id(value: Any) -> bool:
@@ -59,3 +62,24 @@ def check_card(card: ModelCard) -> None:
             for metric in result["metrics"]:
                 assert metric["type"]
                 assert isinstance(metric["value"], int | float)
+
+
+def python_code(text: str) -> list[str]:
+    """The blocks of Python in a Markdown text."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def check_example_card(folder: Path, name: str) -> None:
+    """Assert that an example's card is valid, and that its code runs as it is written and is that of the kept card.
+
+    Args:
+        folder: The adapter's folder, relative to the working directory as the example's own default is.
+        name: Name of the kept card.
+    """
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    check_card(ModelCard(text))
+    [code] = python_code(text)
+    exec(compile(code, str(folder / "README.md"), "exec"), {})
+    kept = (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8")
+    assert python_code(kept) == [code]
+    assert re.findall(r"^#.*", kept, re.MULTILINE) == re.findall(r"^#.*", text, re.MULTILINE)

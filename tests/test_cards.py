@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from hyperadapt import HyperAdapterConfig, diagnose, export_lora
 from hyperadapt.cards import addressed, template, write_card, write_lora_card
-from tests.card_schema import check_card
+from tests.card_schema import check_card, python_code
 from tests.helpers import TASK_TYPES, VOCABULARY, adapter_config, base_model, make_active, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTIONS = {"alpha": "Find the topic.", "beta": ["Is it spam?", "Spam or not?"]}
+KEPT = [path for path in (ROOT / "model_cards").glob("*.md") if not path.stem.endswith("template")]
 RESULTS = {"alpha": {"accuracy": 0.9, "loss": 0.25}, "beta": {"accuracy": 0.75, "loss": 0.5}}
 
 
@@ -40,10 +41,6 @@ def named(name: str, path: str | None, **changes: Any) -> PeftModel:
     base.config._name_or_path = base.name_or_path = path or ""
     config = adapter_config(target_modules="all-linear", task_type=TASK_TYPES[name], tasks=DESCRIPTIONS, **changes)
     return make_active(get_peft_model(base, config))
-
-
-def blocks(text: str, language: str = "python") -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_a_complete_card(tmp_path: Path) -> None:
@@ -99,7 +96,7 @@ def test_the_code_of_a_card_runs_as_written(tmp_path: Path) -> None:
         export_lora(model, "beta", lora)
         write_lora_card(model, "beta", "Is it spam?", lora)
         for codes, folder, method in ((plain, lora, "LORA"), (native, adapter, "HYPERADAPTER")):
-            [code] = blocks((folder / "README.md").read_text())
+            [code] = python_code((folder / "README.md").read_text())
             codes.append(f"{code}\nassert model.peft_config['default'].peft_type.value == {method!r}\n")
     without_plugin = "import sys\nassert not any(name.startswith('hyperadapt') for name in sys.modules)\n"
     run_python("\n".join([*plain, without_plugin, *native]))
@@ -152,10 +149,10 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), HyperAdapterConfig(target_modules=["0"]))
     write_card(model, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert blocks(text) == []
+    assert python_code(text) == []
     assert "base_model = ...  # made as for training" in text
     write_card(model, tmp_path, overwrite=True, usage="print('mine')")
-    assert blocks((tmp_path / "README.md").read_text()) == ["print('mine')\n"]
+    assert python_code((tmp_path / "README.md").read_text()) == ["print('mine')\n"]
 
 
 def test_half_precision_is_kept_in_the_code(tmp_path: Path) -> None:
@@ -201,3 +198,23 @@ def test_the_code_can_be_given_another_address(tmp_path: Path) -> None:
 
 def test_templates_are_found() -> None:
     assert template("template.md").read_text().startswith("---\n{{ card_data }}\n---\n")
+
+
+@pytest.mark.parametrize("path", sorted(KEPT), ids=lambda path: path.stem)
+def test_the_cards_that_are_kept(path: Path) -> None:
+    card = ModelCard.load(path)
+    check_card(card)
+    assert card.data.base_model
+    assert card.data.eval_results
+    assert re.search(r"^- command: python -m examples\.\w+", card.text, re.MULTILINE)
+    assert "- seed: " in card.text
+    assert "- versions: python " in card.text
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", card.text)
+    assert pictures
+    assert all((path.parent / picture).exists() for picture in pictures)
+
+
+def test_every_example_that_saves_an_adapter_has_a_card() -> None:
+    sources = {path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    saving = {name for name, source in sources.items() if "save_card(" in source and name != "cards"}
+    assert {path.stem for path in KEPT} == saving | {"recipe"}

@@ -58,9 +58,18 @@ ORDER = [
     "trainer",
     "plots",
     "hub",
+    "yaml_fields",
+    "recipe_fields",
     "recipes",
+    "task_files",
     "task_data",
+    "run_files",
+    "scoring",
+    "base_models",
+    "run_training",
     "runs",
+    "publishing",
+    "doctor",
     "cli",
     "__main__",
 ]
@@ -135,8 +144,8 @@ def order_violations(graph: Graph, package: str, order: list[str]) -> list[str]:
             violations.append(f"{module} is not in the order list: add it to ORDER in {Path(__file__).name}")
             continue
         for target in sorted(graph[module] - {package}):
-            inside = "." in module.removeprefix(f"{package}.") and place(target) == place(module)
-            if not inside and rank.get(place(target), len(order)) >= rank[place(module)]:
+            # Among the modules of a subpackage only cycles are refused.
+            if place(target) != place(module) and rank.get(place(target), len(order)) >= rank[place(module)]:
                 violations.append(f"{module} imports {target}, which does not stand before it in ORDER")
     return violations
 

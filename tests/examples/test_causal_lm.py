@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from examples import causal_lm, train_causal_lm
 from examples.text_tasks import encoder_path, load_task
+from tests.card_schema import check_example_card
 from tests.helpers import adapter_config, make_active
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -85,8 +86,10 @@ def test_train_causal_lm(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train_causal_lm, "load_base", lambda dtype: small_model())
-    options = ["--fast", "--steps", "3", "--rows", "20", "--output", str(tmp_path)]
+    monkeypatch.chdir(tmp_path)
+    for module in (train_causal_lm, causal_lm):
+        monkeypatch.setattr(module, "load_base", lambda dtype: small_model())
+    options = ["--fast", "--steps", "3", "--rows", "20"]
     monkeypatch.setattr("sys.argv", ["train_causal_lm", *options])
     train_causal_lm.main()
     lines = capfd.readouterr().out.strip().splitlines()
@@ -95,7 +98,7 @@ def test_train_causal_lm(
     assert set(table) == {*train_causal_lm.TASKS, "mean"}
     means = [sum(float(table[name][column]) for name in train_causal_lm.TASKS) / 9 for column in (1, 2, 3)]
     assert all(abs(mean - float(shown)) < 1e-3 for mean, shown in zip(means, table["mean"], strict=True))
-    assert (tmp_path / "hyperadapter" / "adapter_model.safetensors").exists()
+    check_example_card(Path("runs/causal_lm/hyperadapter"), "train_causal_lm")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 
 from examples import quickstart
 from examples.text_tasks import encoder_path
+from tests.card_schema import ROOT, check_example_card
 
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -14,13 +15,15 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
         encoder_path()
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
-    arguments = ["quickstart", "--rows", "100", "--steps", "4", "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.chdir(tmp_path)
+    # For the process that predicts.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("sys.argv", ["quickstart", "--rows", "100", "--steps", "4"])
     quickstart.main()
     output = capfd.readouterr().out
     assert "reloaded in a fresh process: predictions identical" in output
     assert "loaded by plain peft: logits differ by" in output
     last = output.strip().splitlines()[-1]
     assert re.fullmatch(r"mean accuracy: linear probe 0\.\d{3}, hyperadapter 0\.\d{3} over 7 tasks", last)
-    assert (tmp_path / "hyperadapter" / "adapter_model.safetensors").exists()
-    assert (tmp_path / "lora-trec6" / "adapter_config.json").exists()
+    assert Path("runs/quickstart/lora-trec6/adapter_config.json").exists()
+    check_example_card(Path("runs/quickstart/hyperadapter"), "quickstart")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from examples import train_accelerate
 from examples.text_tasks import encoder_path
+from tests.card_schema import check_example_card
 from tests.helpers import ROOT
 
 LAUNCH_FILES = ROOT / "examples" / "accelerate"
@@ -95,7 +96,8 @@ def test_trackers_and_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(train_accelerate, "Accelerator", accelerator)
     options = ["--rows", "5", "--batch-size", "2", "--steps", "20", "--accumulate", "1", "--mixed-precision", "bf16"]
-    arguments = ["train_accelerate", *options, "--log-with", "recorder", "--output", str(tmp_path)]
+    arguments = ["train_accelerate", *options, "--log-with", "recorder"]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", arguments)
     # Accelerate keeps one state for each process, also from other tests.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -108,6 +110,7 @@ def test_trackers_and_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monkey
     accuracies = {f"accuracy/{name}" for name in train_accelerate.TASKS}
     assert set(recorder.values[20]) == {"loss", "learning_rate", *accuracies}
     assert recorder.values[20]["learning_rate"] == 0
+    check_example_card(Path("runs/accelerate/hyperadapter"), "train_accelerate")
     saved = load_file(tmp_path / "hyperadapter" / "adapter_model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
 

@@ -7,6 +7,7 @@ import pytest
 
 from examples import train_multitask
 from examples.text_tasks import encoder_path
+from tests.card_schema import check_example_card
 
 
 def test_train_multitask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -14,7 +15,8 @@ def test_train_multitask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
         encoder_path()
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
-    options = ["--rows", "40", "--steps", "5", "--batch-size", "10", "--output", str(tmp_path)]
+    monkeypatch.chdir(tmp_path)
+    options = ["--rows", "40", "--steps", "5", "--batch-size", "10"]
     monkeypatch.setattr("sys.argv", ["train_multitask", *options])
     train_multitask.main()
     lines = capfd.readouterr().out.strip().splitlines()
@@ -24,3 +26,4 @@ def test_train_multitask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert set(table) == set(train_multitask.TASKS)
     mean = sum(float(columns[3]) for columns in table.values()) / 10
     assert abs(mean - float(lines[-1].split()[3])) < 1e-3
+    check_example_card(next(Path("runs").glob("*/hyperadapter")), "train_multitask")

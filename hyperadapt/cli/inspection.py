@@ -1,0 +1,72 @@
+"""Commands that look at an adapter, or at the installation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hyperadapt.cli.output import Json, quiet_output, show, table
+from hyperadapt.cli.training import Adapter, Revision
+
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
+
+
+def diagnose(adapter: Adapter, task: Tasks = None, revision: Revision = None, as_json: Json = False) -> None:
+    """Tell whether the tasks' adapters differ, or the hypernetwork ignores which task it is told."""
+    from hyperadapt.diagnosis import diagnose as diagnose_model
+    from hyperadapt.runs import load_model
+
+    with quiet_output():
+        diagnosis = diagnose_model(load_model(adapter, revision=revision), task)
+    result = {
+        "tasks": list(diagnosis.tasks),
+        "share": diagnosis.share,
+        "is_collapsed": diagnosis.is_collapsed,
+        "is_zero": diagnosis.is_zero,
+        "task_norms": diagnosis.task_norms.tolist(),
+        "cosines": diagnosis.cosines.tolist(),
+        "position_shares": dict(zip(diagnosis.positions, diagnosis.position_shares.tolist(), strict=True)),
+    }
+    show(result, str(diagnosis), as_json)
+
+
+def plot(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    task: Tasks = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the tasks' map, singular values, norms, cosines and the course of training, as PNG and SVG."""
+    from hyperadapt.plots import plot as plot_model
+    from hyperadapt.runs import load_model, load_record
+
+    with quiet_output():
+        record = load_record(adapter, revision=revision)
+        history = record.log_history if record else None
+        paths = plot_model(load_model(adapter, revision=revision), output, tasks=task, log_history=history)
+    show({"files": [str(path) for path in paths]}, "\n".join(map(str, paths)), as_json)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices, the kernels in use, and what is missing."""
+    from hyperadapt.doctor import report
+
+    result = report()
+    show(result, _doctor_text(result), as_json)
+
+
+def _doctor_text(result: dict[str, Any]) -> str:
+    devices = [f"{device['device']}: {device['name']}" for device in result["devices"]]
+    hub = result["hub"]
+    lines = [
+        table([["package", "version"], *([name, value or "-"] for name, value in result["versions"].items())]),
+        "",
+        *devices,
+        f"Gram matrices by {result['kernels']['used']}: {result['kernels']['reason']}",
+        f"Hub: {hub['endpoint']}, {'with' if hub['token'] else 'without'} a token{', offline' * hub['offline']}",
+        *(f"without {name}: no {entry['without']} ({entry['remedy']})" for name, entry in result["missing"].items()),
+    ]
+    return "\n".join(lines)

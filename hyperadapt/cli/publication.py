@@ -1,0 +1,100 @@
+"""Commands that export and publish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyperadapt.cli.output import Json, quiet_output, show
+from hyperadapt.cli.training import Adapter, Revision
+
+Output = Annotated[Path, typer.Argument(help="Folder to write to.")]
+Format = Annotated[str, typer.Option(help="peft, gguf-ready, mlx or diffusers.")]
+
+
+def generate(
+    adapter: Adapter,
+    output: Output,
+    description: Annotated[list[str], typer.Option(help="What the task is; may be repeated.")],
+    text_encoder: Annotated[
+        str | None, typer.Option(help="The adapter's text encoder, if its folder has moved.")
+    ] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Write the LoRA that a description asks for; the adapter was trained with descriptions."""
+    from hyperadapt.export import generate_lora
+    from hyperadapt.runs import load_model
+
+    with quiet_output():
+        generate_lora(load_model(adapter, revision=revision), description, output, text_encoder=text_encoder)
+    show({"folder": str(output)}, f"LoRA saved to {output}", as_json)
+
+
+def export(
+    adapter: Adapter,
+    output: Output,
+    task: Annotated[list[str] | None, typer.Option(help="The task to export; may be repeated.")] = None,
+    all_tasks: Annotated[bool, typer.Option("--all", help="Export all tasks, to a folder each.")] = False,
+    format: Format = "peft",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Write tasks as ordinary LoRA folders: for plain PEFT and servers, llama.cpp's converter, MLX or diffusers."""
+    from hyperadapt.export import export_lora, export_loras
+    from hyperadapt.runs import load_model
+
+    if bool(task) == all_tasks:
+        raise typer.BadParameter("Give the tasks with --task NAME, or all of them with --all.")
+    with quiet_output():
+        model = load_model(adapter, revision=revision)
+        if task and len(task) == 1:
+            export_lora(model, task[0], output, format=format)
+            folders = {task[0]: output}
+        else:
+            folders = export_loras(model, output, task, format=format)
+    text = "\n".join(f"{name}: {folder}" for name, folder in folders.items())
+    show({"format": format, "folders": {name: str(folder) for name, folder in folders.items()}}, text, as_json)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter or of an exported LoRA.", exists=True)],
+    repo_id: Annotated[str, typer.Argument(help="Name on the Hub, user/name.")],
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Folder in the repository.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead of committing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a folder on the Hub in one commit: weights, configuration and card, or nothing."""
+    from hyperadapt.hub import push as push_folder
+
+    with quiet_output():
+        commit = push_folder(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            subfolder=subfolder,
+            create_pr=create_pr,
+            commit_message=message,
+        )
+    url = commit.pr_url or commit.commit_url
+    show({"url": url, "commit": commit.oid}, f"published: {url}", as_json)
+
+
+def card(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.", exists=True, file_okay=False)],
+    as_json: Json = False,
+) -> None:
+    """Write the model card of an adapter anew, README.md, with its tasks, results and diagnostics."""
+    from hyperadapt.publishing import publish_files
+    from hyperadapt.runs import load_run
+
+    with quiet_output():
+        publish_files(load_run(str(adapter)), adapter)
+    path = adapter / "README.md"
+    show({"card": str(path)}, f"card written to {path}", as_json)

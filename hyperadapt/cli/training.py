@@ -1,0 +1,100 @@
+"""Commands that train and evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hyperadapt.cli.output import Json, quiet_output, show, table
+
+Adapter = Annotated[str, typer.Argument(help="Folder of a trained adapter, or its name on the Hub.", metavar="ADAPTER")]
+Revision = Annotated[str | None, typer.Option(help="Revision of an adapter on the Hub.")]
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", exists=True, dir_okay=False)],
+    output: Annotated[Path | None, typer.Option(help="Folder to write to, instead of the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a finished run in the folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter on all tasks of a recipe, test it, and write its card and pictures."""
+    from hyperadapt.publishing import publish_files
+    from hyperadapt.recipes import load_recipe
+    from hyperadapt.runs import load_run
+    from hyperadapt.runs import train as train_run
+
+    with quiet_output():
+        folder = train_run(load_recipe(recipe, output_dir=output), resume=resume, overwrite=overwrite)
+        run = load_run(folder)
+        publish_files(run, folder)
+    result = {"folder": str(folder), **run.record.results}
+    show(result, f"{_results_table(run.record.results)}\n\nsaved to {folder}", as_json)
+
+
+def evaluate(
+    adapter: Adapter,
+    split: Annotated[str, typer.Option(help="Which data: train, validation or test.")] = "test",
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 64,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy and loss of every task. Results of all tasks go into the folder's record and card."""
+    from hyperadapt.publishing import publish_files
+    from hyperadapt.runs import evaluate as evaluate_run
+    from hyperadapt.runs import load_run, save_record
+
+    with quiet_output():
+        run = load_run(adapter, revision=revision)
+        results = evaluate_run(run, split, task, batch_size)
+        if not task and Path(adapter).is_dir():
+            run = save_record(run, results)
+            publish_files(run, Path(adapter), figures=False)
+    show(results, _results_table(results), as_json)
+
+
+def add_task(
+    adapter: Adapter,
+    name: Annotated[str, typer.Argument(help="Name of the new task.")],
+    description: Annotated[
+        list[str] | None, typer.Option(help="What the task is; may be repeated. Alone it needs no training.")
+    ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="8 to 64 labelled rows, as a file like those of a recipe.", exists=True)
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows to evaluate the task on later.", exists=True)] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="A label that the task's rows may get; may be repeated. [from the examples]"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write to, instead of changing the adapter's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Add a task to a trained adapter, from a description or from examples; the other tasks keep every bit."""
+    from hyperadapt.publishing import publish_files
+    from hyperadapt.runs import add_task as add_task_to_run
+    from hyperadapt.runs import load_run, save_run
+
+    folder = output or Path(adapter)
+    if output is None and not folder.is_dir():
+        raise typer.BadParameter(f"{adapter!r} is no folder. Name a folder to write to with --output.")
+    with quiet_output():
+        run = load_run(adapter)
+        add_task_to_run(run, name, description=description, examples=examples, test=test, labels=label)
+        save_run(run, folder)
+        publish_files(run, folder, figures=False)
+    tasks = run.recipe.adapter_config.task_names
+    show({"folder": str(folder), "tasks": tasks}, f"{len(tasks)} tasks, with {name!r}, saved to {folder}", as_json)
+
+
+def _results_table(results: Mapping[str, Any]) -> str:
+    names = ("rows", "majority", "accuracy", "loss")
+    rows: list[list[object]] = [["task", *names]]
+    rows += [[task, *(values[name] for name in names)] for task, values in results["tasks"].items()]
+    mean = results["mean"]
+    rows.append(["mean", "", *(mean[name] for name in names[1:])])
+    return f"{results['split']} split\n{table(rows)}"
