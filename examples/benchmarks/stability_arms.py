@@ -1,0 +1,134 @@
+"""The arms of the stability study: what is trained, and how its hypernetwork's heads start.
+
+The heads that emit B start at zero in every arm but one, so that training starts at the base model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from examples.matching import LabelMatcher
+from hyperadapt import HyperAdapterConfig
+from hyperadapt.config import NORMALIZATIONS
+from hyperadapt.hypernetwork import Head
+
+RANK = 8
+TARGET_MODULES = ["query", "value"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        clip: Whether the gradient's norm is clipped at 1.
+        heads: Changes the start or the form of a head, given its name and itself; applied in order.
+        config: Fields of the ``HyperAdapterConfig``; None is plain LoRA.
+    """
+
+    clip: bool = False
+    heads: tuple[Callable[[str, Head], None], ...] = ()
+    config: dict[str, Any] | None = field(default_factory=lambda: {"normalization": "none"})
+
+
+def plain(name: str, head: Head) -> None:
+    """Make a head an ordinary linear layer: torch's own start, and no factor 1/dim before it.
+
+    Args:
+        name: The head's name; those of B keep their zero start.
+        head: The head.
+    """
+    head.dim = 1
+    if not name.startswith("B"):
+        bound = 1 / math.sqrt(head.weight.shape[1])
+        nn.init.uniform_(head.weight, -bound, bound)
+        nn.init.uniform_(head.bias, -bound, bound)
+
+
+def start_in_bias(name: str, head: Head) -> None:
+    """Give the bias all the variance that a head's output has at the start: it is the same for all tasks.
+
+    Args:
+        name: The head's name.
+        head: The head, whose bias carries half of it.
+    """
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.mul_(math.sqrt(2))
+
+
+def normalize_weight(name: str, head: Head) -> None:
+    """Split a head's weight into a direction and a length for each row.
+
+    Args:
+        name: The head's name.
+        head: The head.
+    """
+    # The direction of a zero row would be undefined; a length of zero is the same start.
+    is_zero = not head.weight.any()
+    weight_norm(head)
+    if is_zero:
+        nn.init.normal_(head.parametrizations.weight.original1)
+
+
+def _at_size(size: str, **fields: Any) -> dict[str, Arm]:
+    """The smaller set of arms, for a hypernetwork of another size."""
+    return {
+        f"{size}: none": Arm(config={"normalization": "none", **fields}),
+        f"{size}: none + clipping": Arm(clip=True, config={"normalization": "none", **fields}),
+        **{
+            f"{size}: {name}": Arm(config={"normalization": name, **fields})
+            for name in ("soft_frobenius", "spectral", "frobenius_clip")
+        },
+    }
+
+
+ARMS: dict[str, Arm] = {
+    "lora": Arm(config=None),
+    "lora + clipping": Arm(clip=True, config=None),
+    "none": Arm(),
+    "none + clipping": Arm(clip=True),
+    "none, plain heads": Arm(heads=(plain,)),
+    "none, hyperfan for B too": Arm(config={"normalization": "none", "init_weights": False}),
+    "none, bias start": Arm(heads=(start_in_bias,)),
+    "none + weight norm": Arm(heads=(normalize_weight,)),
+    "none, bias start + weight norm + clipping": Arm(clip=True, heads=(start_in_bias, normalize_weight)),
+    **{name: Arm(config={"normalization": name}) for name in NORMALIZATIONS if name != "none"},
+    "soft_frobenius + clipping": Arm(clip=True, config={"normalization": "soft_frobenius"}),
+    **_at_size("deep", hypernetwork_depth=8),
+    **_at_size("wide", hypernetwork_dim=512),
+}
+
+
+def build(arm: Arm, base: LabelMatcher, tasks: Sequence[str], seed: int) -> PeftModel:
+    """The base model with an arm's adapter.
+
+    Args:
+        arm: The arm.
+        base: The base model, which stays as it is.
+        tasks: Names of the tasks.
+        seed: Of the adapter's weights.
+
+    Returns:
+        The model.
+    """
+    torch.manual_seed(seed)
+    base = copy.deepcopy(base)
+    if arm.config is None:
+        return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGET_MODULES))
+    config = HyperAdapterConfig(r=RANK, lora_alpha=RANK, target_modules=TARGET_MODULES, tasks=list(tasks), **arm.config)
+    model = get_peft_model(base, config)
+    heads = model.base_model.hyperadapter_networks["default"].hypernetwork.heads
+    for change in arm.heads:
+        for name, head in heads.items():
+            change(name, head)
+    return model
