@@ -166,7 +166,6 @@ def main() -> None:
             "learning_rate": options.learning_rate,
             "steps of each LoRA": options.lora_steps,
             "relative error of the updates": {name: round(fit.error[name], 3) for name in names},
-            "seconds of the fit": round(seconds),
         },
     )
     print(f"\n{'task':<16}{'base':>8}{'LoRA':>8}{'distilled':>11}{'relative error':>16}")

@@ -138,7 +138,6 @@ def main() -> None:
             "tokens per text": max_tokens,
             "seed": 0,
             "trainable parameters": trainable,
-            "seconds": round(seconds),
         },
         log_history=trainer.state.log_history,
     )

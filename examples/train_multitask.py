@@ -141,7 +141,6 @@ def main() -> None:
             "tokens per row": MAX_LENGTH,
             "seed": 0,
             "trainable parameters": trainable,
-            "seconds": round(time.monotonic() - started),
         },
         log_history=trainer.state.log_history,
     )
