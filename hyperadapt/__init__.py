@@ -4,7 +4,7 @@ from hyperadapt import nn
 from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis, diagnose
 from hyperadapt.distillation import Distillation, distill
-from hyperadapt.export import export_lora, generate_lora
+from hyperadapt.export import export_lora, export_loras, generate_lora
 from hyperadapt.hub import push
 from hyperadapt.model import HyperAdapterModel, use_tasks
 from hyperadapt.normalization import normalize
@@ -19,6 +19,7 @@ __all__ = [
     "diagnose",
     "distill",
     "export_lora",
+    "export_loras",
     "generate_lora",
     "nn",
     "normalize",
