@@ -185,7 +185,7 @@ def may_be_written_anew(directory: str | os.PathLike[str]) -> bool:
         Whether replacing the card loses nobody's words.
     """
     path = Path(directory, CARD)
-    return not path.exists() or MARKER in path.read_text(encoding="utf-8")
+    return not path.exists() or MARKER.encode() in path.read_bytes()
 
 
 def write_lora_card(
@@ -221,6 +221,7 @@ def write_lora_card(
     card = ModelCard.from_template(
         data,
         template_path=str(template("lora_template.md")),
+        marker=MARKER,
         title=title,
         summary=" ".join([f"A LoRA adapter for {base.link}.", *(plain(text) for text in texts)]),
         usage=lora_usage(model, base, address or str(directory), format),

@@ -98,7 +98,7 @@ def lora_usage(model: nn.Module, base: BaseModel, address: str, format: str) -> 
     if format == "diffusers":
         return f"```text\npipeline.load_lora_weights({json.dumps(address)})\n```"
     if format == "gguf-ready":
-        return f"llama.cpp converts it:\n\n```text\npython convert_lora_to_gguf.py --base {path} {address}\n```"
+        return f"llama.cpp converts it:\n\n```text\npython convert_lora_to_gguf.py --base {address} {address}\n```"
     return _snippet(model, base, address, [], "")
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from hyperadapt import HyperAdapterConfig, diagnose, export_lora
 from hyperadapt.cards import addressed, template, write_card, write_lora_card
 from tests.card_schema import check_card, python_code
-from tests.helpers import TASK_TYPES, VOCABULARY, adapter_config, base_model, make_active, run_python
+from tests.helpers import TASK_TYPES, VOCABULARY, adapted_model, adapter_config, base_model, make_active, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTIONS = {"alpha": "Find the topic.", "beta": ["Is it spam?", "Spam or not?"]}
@@ -175,7 +175,7 @@ def test_errors_write_nothing(tmp_path: Path) -> None:
     ("format", "library", "text"),
     [
         ("peft", "peft", "PeftModel.from_pretrained(base_model,"),
-        ("gguf-ready", "peft", "convert_lora_to_gguf.py --base org/base"),
+        ("gguf-ready", "peft", "convert_lora_to_gguf.py --base "),
         ("mlx", "mlx", "mlx_lm.generate --model org/base --adapter-path"),
         ("diffusers", "diffusers", "pipeline.load_lora_weights("),
     ],
@@ -187,6 +187,16 @@ def test_cards_of_exports(tmp_path: Path, format: str, library: str, text: str) 
     assert (card.data.library_name, card.data.base_model) == (library, "org/base")
     assert text in card.text
     assert "import hyperadapt" not in card.text
+
+
+def test_the_card_of_an_export_follows_its_task(tmp_path: Path) -> None:
+    model = adapted_model("llama", tasks=["alpha", "beta"])
+    for task in ("alpha", "beta"):
+        export_lora(model, task, tmp_path)
+        assert f"Exported from task `{task}`" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_bytes(b"mine \xff")
+    export_lora(model, "alpha", tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"mine \xff"
 
 
 def test_the_code_can_be_given_another_address(tmp_path: Path) -> None:
