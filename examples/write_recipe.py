@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from datasets import Dataset, disable_progress_bars
 
+from examples.cards import LIMITS, MINILM
 from examples.text_tasks import TextTask, encoder_path, load_task
 
 TASKS = (
@@ -105,6 +106,12 @@ def recipe(tasks: list[TextTask], base_model: str, steps: int) -> dict[str, Any]
         "max_length": 40,
         "trainer": {"temperature": 2.0},
         "training": {"max_steps": steps},
+        "card": {
+            "title": f"{len(tasks)} text tasks, trained from a recipe",
+            "base_model": MINILM,
+            "language": "en",
+            "limits": list(LIMITS[:1]),
+        },
     }
 
 

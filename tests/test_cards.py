@@ -216,8 +216,8 @@ def test_the_cards_that_are_kept(path: Path) -> None:
     check_card(card)
     assert card.data.base_model
     assert card.data.eval_results
-    assert re.search(r"^- command: python -m examples\.\w+", card.text, re.MULTILINE)
-    assert "- seed: " in card.text
+    assert re.search(r"^- (command: python -m examples\.\w+|hardware: )", card.text, re.MULTILINE)
+    assert "steps" in card.text
     assert "- versions: python " in card.text
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", card.text)
     assert pictures

@@ -187,7 +187,11 @@ def test_a_card_of_ones_own_is_kept(hyperadapt: CommandLine, adapter: Path) -> N
         (["export", "ADAPTER", "OUT", "--task", "mail", "--format", "zip"], 1, "format='zip'"),
         (["export", "ADAPTER", "OUT"], 2, "Give the tasks with --task NAME, or all of them with --all."),
         (["add-task", "user/repo", "new", "--description", "x"], 2, "is no folder. Name a folder to write to"),
-        (["add-task", "ADAPTER", "mail", "--description", "x", "--label", "mail"], 1, "There already is a task 'mail'."),
+        (
+            ["add-task", "ADAPTER", "mail", "--description", "x", "--label", "mail"],
+            1,
+            "There already is a task 'mail'.",
+        ),
         (["diagnose", "ADAPTER", "--task", "unknown"], 1, "Unknown task 'unknown'."),
         (["push", "EMPTY", "user/repo"], 1, "holds no adapter"),
         (["train", "RECIPE"], 2, "RECIPE:2: "),

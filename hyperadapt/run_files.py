@@ -1,0 +1,139 @@
+"""The files of a run: its record, and how several files of a folder are replaced at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECIPE, RECORD = "recipe.yaml", "record.json"
+UNFINISHED = ".unfinished-"
+_PACKAGES = ("hyperadapt", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run did and how well: ``record.json``.
+
+    Args:
+        training: Facts: steps, epochs, batch size, rows, seconds, hardware, versions and the like.
+        results: ``split``; ``tasks``, task -> ``accuracy``, ``loss``, ``rows``, ``majority``; and ``mean`` over tasks.
+        log_history: What ``Trainer`` logged.
+    """
+
+    training: Mapping[str, Any]
+    results: Mapping[str, Any]
+    log_history: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Record:
+        """Read the record of a run.
+
+        Args:
+            folder: The run's folder.
+
+        Returns:
+            The record; numbers that were not finite are None.
+
+        Raises:
+            ValueError: If there is none, or the file holds something else.
+        """
+        path = Path(folder, RECORD)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls(dict(fields["training"]), dict(fields["results"]), list(fields["log_history"]))
+        except FileNotFoundError:
+            raise ValueError(f"{folder} has no {RECORD}. Name the folder that a training run wrote.") from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} is no record of a run ({error!r}). Train anew, or restore the file.") from error
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the record, complete or not at all.
+
+        Args:
+            folder: The run's folder, which exists.
+        """
+        text = json.dumps(_finite(vars(self)), indent=2, ensure_ascii=False, allow_nan=False)
+        temporary = Path(folder, f".{RECORD}.tmp")
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+        os.replace(temporary, Path(folder, RECORD))
+
+
+def hardware(device: torch.device) -> str:
+    """What a model was trained on.
+
+    Args:
+        device: Where it was.
+
+    Returns:
+        Number and name of the GPUs, or of the CPU's threads.
+    """
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    return f"{torch.get_num_threads()} threads of {_processor()}" if device.type == "cpu" else str(device)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter for a run.
+
+    Returns:
+        Name -> version.
+    """
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+@contextmanager
+def replaced_together(folder: Path) -> Iterator[Path]:
+    """Write files that take their places in a folder together when all are written, or not at all.
+
+    Args:
+        folder: The folder; made if missing, other files in it are left alone.
+
+    Yields:
+        An empty folder to write to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        old.mkdir()
+        yield new
+        names = sorted(os.listdir(new))
+        # The record, which says that the run is finished, comes last.
+        names.sort(key=RECORD.__eq__)
+        with ExitStack() as undo:
+            for name in names:
+                if (folder / name).exists():
+                    os.rename(folder / name, old / name)
+                    undo.callback(os.rename, old / name, folder / name)
+                os.rename(new / name, folder / name)
+                undo.callback(os.rename, folder / name, new / name)
+            undo.pop_all()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _finite(value: Any) -> Any:
+    """With None in place of numbers that JSON lacks."""
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
