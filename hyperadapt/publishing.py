@@ -11,6 +11,7 @@ from typing import Any
 from hyperadapt.cards import may_be_written_anew, write_card
 from hyperadapt.diagnosis import diagnose
 from hyperadapt.runs import Run
+from hyperadapt.usage import is_on_the_hub
 
 # Of each picture, what a card calls it.
 FIGURES = {
@@ -48,7 +49,7 @@ def publish_files(run: Run, folder: Path, *, figures: bool = True) -> None:
         overwrite=may_be_written_anew(folder),
         results=_results(run.record.results),
         split=run.record.results["split"],
-        datasets=sorted({task.dataset for task in run.recipe.tasks.values() if task.dataset}),
+        datasets=sorted({task.dataset for task in run.recipe.tasks.values() if is_on_the_hub(task.dataset)}),
         training=run.record.training,
         diagnosis=diagnosis,
         figures={

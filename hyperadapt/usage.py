@@ -59,7 +59,25 @@ def base_model_of(model: nn.Module, hub_id: str | None = None) -> BaseModel:
     """
     tuner = find_tuner(model)
     path = tuner.router.network(tuner.active_adapters[0]).config.base_model_name_or_path
-    return BaseModel(hub_id or path or None, hub_id or (path if _is_on_the_hub(path) else None))
+    return BaseModel(hub_id or path or None, hub_id or (path if is_on_the_hub(path) else None))
+
+
+def is_on_the_hub(path: str | None) -> bool:
+    """Whether a model or data set is loaded from the Hub.
+
+    Args:
+        path: What it is loaded from.
+
+    Returns:
+        Whether that is a name on the Hub, and no folder.
+    """
+    if not path or os.path.exists(path):
+        return False
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
 
 
 def usage(model: nn.Module, base: BaseModel, address: str) -> str:
@@ -133,13 +151,3 @@ def _snippet(model: nn.Module, base: BaseModel, address: str, imports: list[str]
         else:
             lines += [f"outputs = model(**inputs{routing})"]
     return "\n".join(["```python", *lines, "```"])
-
-
-def _is_on_the_hub(path: str | None) -> bool:
-    if not path or os.path.exists(path):
-        return False
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return True

@@ -75,7 +75,7 @@ def test_the_whole_way(
     try:
         minilm = encoder_path()
         base = "sentence-transformers/all-MiniLM-L6-v2"
-        hub.add_repo(base, {path.name: path for path in minilm.iterdir() if path.is_file()})
+        hub.add_repo(base, {str(path.relative_to(minilm)): path for path in minilm.rglob("*") if path.is_file()})
         options = ["--tasks", "trec6", "movie_sent", "--rows", "60", "--steps", "4", "--base-model", base]
         monkeypatch.setattr("sys.argv", ["write_recipe", str(tmp_path / "data"), *options])
         write_recipe.main()
@@ -181,7 +181,7 @@ def test_a_card_of_ones_own_is_kept(hyperadapt: CommandLine, adapter: Path) -> N
     ("arguments", "code", "message"),
     [
         (["evaluate", "nowhere/at/all"], 1, "error: "),
-        (["evaluate", "ADAPTER", "--split", "other"], 1, "split='other' is not given for the tasks"),
+        (["evaluate", "ADAPTER", "--split", "other"], 1, "split='other' is unknown."),
         (["evaluate", "ADAPTER", "--task", "unknown"], 1, "tasks names ['unknown'], which are no tasks of the run."),
         (["export", "ADAPTER", "OUT", "--task", "unknown"], 1, "Unknown task 'unknown'."),
         (["export", "ADAPTER", "OUT", "--task", "mail", "--format", "zip"], 1, "format='zip'"),
