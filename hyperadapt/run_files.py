@@ -63,10 +63,26 @@ class Record:
         Args:
             folder: The run's folder, which exists.
         """
-        text = json.dumps(_finite(vars(self)), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(vars(self)), indent=2, ensure_ascii=False, allow_nan=False)
         temporary = Path(folder, f".{RECORD}.tmp")
         temporary.write_text(f"{text}\n", encoding="utf-8")
         os.replace(temporary, Path(folder, RECORD))
+
+
+def finite(value: Any) -> Any:
+    """Numbers as JSON can hold them.
+
+    Args:
+        value: A number, text, None, or lists and mappings of them.
+
+    Returns:
+        The same with None in place of numbers that are not finite.
+    """
+    if isinstance(value, Mapping):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def hardware(device: torch.device) -> str:
@@ -128,12 +144,3 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _finite(value: Any) -> Any:
-    """With None in place of numbers that JSON lacks."""
-    if isinstance(value, Mapping):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

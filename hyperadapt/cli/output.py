@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import warnings
@@ -12,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+
+from hyperadapt.run_files import finite
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text, for machines.")]
 # What a user can mend. Anything else is a fault of the program and shows where it happened.
@@ -38,7 +39,7 @@ def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
         text: For people.
         as_json: Which of the two.
     """
-    print(json.dumps(_finite(result), indent=2, ensure_ascii=False) if as_json else text, flush=True)
+    print(json.dumps(finite(result), indent=2, ensure_ascii=False) if as_json else text, flush=True)
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
@@ -85,13 +86,3 @@ def install_warnings() -> None:
 
     if not sys.warnoptions and not os.environ.get("PYTHONWARNINGS"):
         warnings.showwarning = showwarning
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
