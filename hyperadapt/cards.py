@@ -308,10 +308,6 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_benchmark(folder: Path, task: str, dataset_id: str, task_id: str, metrics: Mapping[str, float]) -> None:
-    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-
     folder.mkdir(exist_ok=True)
-    entry = EvalResultEntry(dataset_id=dataset_id, task_id=task_id, value=metrics["accuracy"])
-    _write(
-        folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', task)}.yaml", yaml.safe_dump(eval_result_entries_to_yaml([entry]))
-    )
+    entry = {"dataset": {"id": dataset_id, "task_id": task_id}, "value": metrics["accuracy"]}
+    _write(folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', task)}.yaml", yaml.safe_dump([entry]))

@@ -80,9 +80,8 @@ def test_a_complete_card(tmp_path: Path) -> None:
         assert text in card.text, text
     norms = diagnose(model).task_norms
     assert f"| `alpha` | {float(norms[0]):.3g} | beta (" in card.text
-    assert yaml.safe_load((tmp_path / ".eval_results" / "alpha.yaml").read_text()) == [
-        {"dataset": {"id": "cais/hle", "task_id": "hle"}, "value": 0.9}
-    ]
+    benchmark = yaml.safe_load((tmp_path / ".eval_results" / "alpha.yaml").read_text())
+    assert benchmark == [{"dataset": {"id": "cais/hle", "task_id": "hle"}, "value": 0.9}]
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", ".eval_results"}
 
 
