@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,8 @@ def test_the_module_is_the_command() -> None:
         [sys.executable, "-m", "hyperadapt", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert json.loads(result.stdout)["versions"]["hyperadapt"]
+
+
+def test_the_installed_command_is_the_same() -> None:
+    [script] = entry_points(group="console_scripts", name="hyperadapt")
+    assert script.load() is cli.main
