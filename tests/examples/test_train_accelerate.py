@@ -110,8 +110,9 @@ def test_trackers_and_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monkey
     accuracies = {f"accuracy/{name}" for name in train_accelerate.TASKS}
     assert set(recorder.values[20]) == {"loss", "learning_rate", *accuracies}
     assert recorder.values[20]["learning_rate"] == 0
-    check_example_card(Path("runs/accelerate/hyperadapter"), "train_accelerate")
-    saved = load_file(tmp_path / "hyperadapter" / "adapter_model.safetensors")
+    folder = Path("runs/accelerate/hyperadapter")
+    check_example_card(folder, "train_accelerate")
+    saved = load_file(folder / "adapter_model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
