@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -302,7 +303,8 @@ def _card_data(model: PeftModel, facts: CardFacts, title: str) -> ModelCardData:
 
 def _write(path: Path, text: str) -> None:
     """Write a file that is complete or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Several processes may save to one folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

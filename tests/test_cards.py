@@ -1,5 +1,6 @@
 """Model cards: their metadata, what they say, and that their code runs as it is written."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ def test_a_card_that_is_there_keeps_its_text(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     write_card(named("llama", "Qwen/Qwen2.5-0.5B"), tmp_path, overwrite=True)
     assert "My own words" not in path.read_text()
+
+
+def test_several_processes_may_write_one_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, replace, written = named("llama", "org/base"), os.replace, []
+
+    def replace_after_another(source: Path, target: Path) -> None:
+        if not written:
+            written.append(source)
+            write_card(model, tmp_path)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_after_another)
+    write_card(model, tmp_path)
+    assert written
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_text_cannot_break_out_of_its_place(tmp_path: Path) -> None:
