@@ -84,7 +84,7 @@ class CardFacts:
     limits: Sequence[str] = ()
 
 
-def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite: bool = False, **facts: Any) -> None:  # noqa: DOC502
+def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite: bool = False, **facts: Any) -> None:  # noqa: DOC503
     """Write the model card of the active adapter, README.md.
 
     A card that is there already keeps its text, and its metadata are only completed, unless `overwrite` is set.
@@ -97,16 +97,19 @@ def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite
 
     Raises:
         TypeError: If a fact is unknown.
-        ValueError: If results are given for an unknown task.
+        ValueError: If results are given for an unknown task, or a benchmark has no accuracy among them.
     """
-    path = Path(directory, CARD)
+    path, told = Path(directory, CARD), CardFacts(**facts)
+    unmeasured = [task for task in told.benchmarks if "accuracy" not in told.results.get(task, {})]
+    if unmeasured:
+        raise ValueError(f"benchmarks names {shown(unmeasured)}, whose accuracy is not in results. Give it there.")
     if path.exists() and not overwrite:
-        card = completed_card(model, path, CardFacts(**facts))
+        card = completed_card(model, path, told)
     else:
-        card = make_card(model, CardFacts(**facts), str(directory))
+        card = make_card(model, told, str(directory))
     _write(path, str(card))
-    for task, (dataset_id, task_id) in CardFacts(**facts).benchmarks.items():
-        _write_benchmark(path.parent / ".eval_results", task, dataset_id, task_id, facts["results"][task])
+    for task, (dataset_id, task_id) in told.benchmarks.items():
+        _write_benchmark(path.parent / ".eval_results", task, dataset_id, task_id, told.results[task]["accuracy"])
 
 
 def make_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
@@ -309,7 +312,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _write_benchmark(folder: Path, task: str, dataset_id: str, task_id: str, metrics: Mapping[str, float]) -> None:
+def _write_benchmark(folder: Path, task: str, dataset_id: str, task_id: str, accuracy: float) -> None:
     folder.mkdir(exist_ok=True)
-    entry = {"dataset": {"id": dataset_id, "task_id": task_id}, "value": metrics["accuracy"]}
+    entry = {"dataset": {"id": dataset_id, "task_id": task_id}, "value": accuracy}
     _write(folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', task)}.yaml", yaml.safe_dump([entry]))

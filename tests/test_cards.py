@@ -181,6 +181,8 @@ def test_errors_write_nothing(tmp_path: Path) -> None:
     model = named("llama", "org/base")
     with pytest.raises(ValueError, match=re.escape("results names ['gamma'], which are no tasks of the adapter.")):
         write_card(model, tmp_path, results={"gamma": {"accuracy": 1.0}})
+    with pytest.raises(ValueError, match=re.escape("benchmarks names ['alpha'], whose accuracy is not in results.")):
+        write_card(model, tmp_path, results={"beta": {"accuracy": 1.0}}, benchmarks={"alpha": ("cais/hle", "hle")})
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         write_card(model, tmp_path, colour="red")
     assert list(tmp_path.iterdir()) == []
