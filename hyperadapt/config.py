@@ -56,6 +56,8 @@ NORMALIZATION_OPTIONS: dict[str, dict[str, Any]] = {
 NORMALIZATIONS = tuple(NORMALIZATION_OPTIONS)
 BOUNDED_NORMALIZATIONS = tuple(name for name, options in NORMALIZATION_OPTIONS.items() if "bound" in options)
 UNIT_NORMALIZATIONS = tuple(name for name in NORMALIZATIONS if name not in ("none", *BOUNDED_NORMALIZATIONS))
+# Unit normalisations know no bound themselves: it is their gain's.
+GAIN_BOUND = 0.2
 
 
 # Not StrEnum: PEFT reads the member's name from str(), "HyperAdapterType.HYPERADAPTER".
@@ -108,8 +110,8 @@ class HyperAdapterConfig(PeftConfig):
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
             methods. The options below belong to some of them; None takes the method's default.
-        normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for
-            ``"soft_frobenius"``, ``"frobenius_clip"`` and ``"adaptive"`` (there where it starts).
+        normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for all but
+            ``"none"``; of ``"adaptive"`` where it starts. Unit normalisations keep it by bounding their gain.
         normalization_ridge: Ridge of ``"polar"`` and ``"whitening"``, relative to the mean eigenvalue of a
             Gram matrix.
         normalization_factors: ``"both"`` or ``"A"``: which factors ``"whitening"`` whitens.
@@ -306,8 +308,8 @@ class HyperAdapterConfig(PeftConfig):
 
     @property
     def normalization_options(self) -> dict[str, Any]:
-        """The options of the normalisation, by name without the prefix."""
-        names = NORMALIZATION_OPTIONS[self.normalization]
+        """The options of the normalisation and its gain, by name without the prefix."""
+        names = _config_options(self.normalization, self.normalization_factors)
         return {name: getattr(self, f"normalization_{name}") for name in names}
 
     @property
@@ -359,16 +361,16 @@ class HyperAdapterConfig(PeftConfig):
                 check_expression("modules_to_save entry", value, r"(^|.*\.)", r"($|\..*)")
 
     def _check_normalization_options(self) -> None:
-        defaults = NORMALIZATION_OPTIONS[self.normalization]
-        for option in sorted({name for options in NORMALIZATION_OPTIONS.values() for name in options}):
+        defaults = _config_options(self.normalization, self.normalization_factors)
+        for option in sorted({name for method in NORMALIZATIONS for name in _config_options(method)}):
             name = f"normalization_{option}"
             value = getattr(self, name)
             if option not in defaults:
                 if value is not None:
-                    takers = [method for method, options in NORMALIZATION_OPTIONS.items() if option in options]
+                    takers = [method for method in NORMALIZATIONS if option in _config_options(method)]
                     raise ValueError(
-                        f"{name}={shown(value)} has no effect with normalization={self.normalization!r}. Drop it, or "
-                        f"choose one of {', '.join(takers)}."
+                        f"{name}={shown(value)} has no effect with normalization={self.normalization!r}"
+                        f"{self._factors_shown()}. Drop it, or choose one of {', '.join(takers)}."
                     )
             elif value is None:
                 setattr(self, name, defaults[option])
@@ -392,9 +394,18 @@ class HyperAdapterConfig(PeftConfig):
                 f"a bounded normalization ({', '.join(BOUNDED_NORMALIZATIONS)})."
             )
         if self.init_weights == "zero_gain" and not self.has_gain:
-            factors = " and normalization_factors='A'" if self.normalization_factors == "A" else ""
             raise ValueError(
-                f"init_weights='zero_gain' is impossible with normalization={self.normalization!r}{factors}, which has "
-                "no gain. Use init_weights='zero_head' (or True), or a unit normalization "
-                f"({', '.join(UNIT_NORMALIZATIONS)})."
+                f"init_weights='zero_gain' is impossible with normalization={self.normalization!r}"
+                f"{self._factors_shown()}, which has no gain. Use init_weights='zero_head' (or True), or a unit "
+                f"normalization ({', '.join(UNIT_NORMALIZATIONS)})."
             )
+
+    def _factors_shown(self) -> str:
+        is_one_sided = self.normalization == "whitening" and self.normalization_factors == "A"
+        return " and normalization_factors='A'" if is_one_sided else ""
+
+
+def _config_options(method: str, factors: str | None = None) -> dict[str, Any]:
+    """A method's options and their defaults, with the bound of the gain, which whitening of A alone does not have."""
+    has_gain = method in UNIT_NORMALIZATIONS and factors != "A"
+    return NORMALIZATION_OPTIONS[method] | ({"bound": GAIN_BOUND} if has_gain else {})

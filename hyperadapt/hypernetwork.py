@@ -57,7 +57,8 @@ class Hypernetwork(nn.Module):
         hypernetwork_dim: Hidden size of the trunk.
         hypernetwork_depth: Number of residual blocks.
         head: ``"row"``, ``"factor"`` or ``"pair"``.
-        zero_head: Whether B starts at exactly zero.
+        variance_B: Variance of the entries of B at the start, in squared units of the generated weight; None keeps
+            the variance of the activation, 1/r.
         mixing: Whether to generate mixing logits too.
         conditioning: ``"additive"``, or ``"gated"`` to multiply as well.
     """
@@ -70,7 +71,7 @@ class Hypernetwork(nn.Module):
         hypernetwork_dim: int,
         hypernetwork_depth: int,
         head: str,
-        zero_head: bool,
+        variance_B: float | None = None,
         mixing: bool = False,
         conditioning: str = "additive",
     ) -> None:
@@ -104,13 +105,15 @@ class Hypernetwork(nn.Module):
             for factor, size in (("A", position.in_features), ("B", position.out_features)):
                 # The factors' variances keep the variance of the activation: A reads `in_features`
                 # inputs (one of an embedding), B reads r (see `Head`).
-                fan_in = (position.fan_in or position.in_features) if factor == "A" else position.r
+                variance = 1 / (position.fan_in or position.in_features)
+                if factor == "B":
+                    variance = 1 / position.r if variance_B is None else variance_B
                 key = self._head_key(factor, position)
                 if key not in self.heads:
                     self.heads[key] = Head(
                         hypernetwork_dim,
                         size if head == "row" else position.r * size,
-                        variance=0.0 if factor == "B" and zero_head else 1 / fan_in,
+                        variance=variance,
                         # Rows of one factor share their head; a shared bias would make them alike.
                         bias_share=0.0 if head == "row" else 0.5,
                     )

@@ -46,7 +46,7 @@ class HyperAdapterNetwork(nn.Module):
             hypernetwork_dim=config.hypernetwork_dim,
             hypernetwork_depth=config.hypernetwork_depth,
             head=config.head,
-            zero_head=config.has_zero_heads,
+            variance_B=_start_variance(config),
             mixing=config.normalization == "sinkhorn",
             conditioning=config.conditioning,
         )
@@ -120,7 +120,7 @@ class HyperAdapterNetwork(nn.Module):
         }
 
     def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
-        """Cores of shape (tasks, positions, r, r): normalisation of the scaled update, then scaling or gain."""
+        """Cores (tasks, positions, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
         config, scaling = self.config, _scaling(positions, gram_A)
         indices = [self._index[position.name] for position in positions]
         base_norms = self.base_norms[indices].to(gram_A.dtype)
@@ -136,17 +136,35 @@ class HyperAdapterNetwork(nn.Module):
             # A bound holds for the update as applied, so the scaling goes in before the normalisation.
             return scaling * core_from_grams(gram_A, gram_B * scaling**2, config.normalization, **options)
         gain = self.gain[indices].to(gram_A.dtype) * base_norms
-        if config.normalization != "adaptive":
-            return gain[:, None, None] * core_from_grams(gram_A, gram_B, config.normalization, **options)
-        # With a gain, what the adaptive form bounds is the gained update, whose norm is the gain's.
-        gain = adaptive_scale(gain.square(), options["bound"], options["strength"]) * gain
-        return gain[:, None, None] * core_from_grams(gram_A, gram_B, "frobenius")
+        method, bound, strength = config.normalization, options.pop("bound"), options.pop("strength", 1.0)
+        if method == "adaptive":
+            method = "frobenius"
+        bound = bound / _largest_norm(method, positions[0].r)
+        # What is bounded is the gained update, whose norm is the gain's (or at most a multiple of it).
+        gain = adaptive_scale(gain.square(), bound, strength) * gain
+        return gain[:, None, None] * core_from_grams(gram_A, gram_B, method, **options)
 
     def _adaptive(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Strength, and bound in units of the base weight, of the positions."""
         # Beyond e^±10 a bound means all or nothing; without limits a diverging run would overflow it.
         strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].clamp(-10, 10).exp()
         return strength, self.config.normalization_options["bound"] * factor
+
+
+def _start_variance(config: HyperAdapterConfig) -> float | None:
+    """Variance of B's entries at the start; None for that which keeps the activation's."""
+    if config.has_zero_heads:
+        return 0.0
+    # Before a unit norm only ratios count. Adam's steps are the smaller in proportion, the larger B starts: at 1 in
+    # place of 1/r, rates three times as high train as well (DECISIONS.md).
+    return 1.0 if config.has_gain else None
+
+
+def _largest_norm(method: str, r: int) -> float:
+    """The largest Frobenius norm of an update of rank r and unit norm."""
+    # Σσᵢ² ≤ r where σ₁ ≤ 1. A sum of r matrices of norm 1, or a mean of such sums, may reach r.
+    exponents = {"frobenius": 0.0, "weight_norm": 1.0, "sinkhorn": 1.0}
+    return float(r ** exponents.get(method, 0.5))
 
 
 def _scaling(positions: Sequence[Position], like: Tensor) -> float | Tensor:

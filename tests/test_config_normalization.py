@@ -19,18 +19,19 @@ from hyperadapt.config import (
 
 OPTIONS = ("bound", "ridge", "factors", "order", "iterations", "temperature")
 # Stated here once more, so that a changed default is noticed.
+GAIN_BOUND = 0.2
 DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
     "soft_frobenius": {"bound": 0.5},
     "frobenius_clip": {"bound": 0.5},
     "adaptive": {"bound": 0.5},
-    "frobenius": {},
-    "spectral": {},
-    "schatten": {"order": 8},
-    "polar": {"ridge": 1e-5},
-    "whitening": {"ridge": 1e-5, "factors": "both"},
-    "weight_norm": {},
-    "sinkhorn": {"iterations": 20, "temperature": 1.0},
+    "frobenius": {"bound": GAIN_BOUND},
+    "spectral": {"bound": GAIN_BOUND},
+    "schatten": {"order": 8, "bound": GAIN_BOUND},
+    "polar": {"ridge": 1e-5, "bound": GAIN_BOUND},
+    "whitening": {"ridge": 1e-5, "factors": "both", "bound": GAIN_BOUND},
+    "weight_norm": {"bound": GAIN_BOUND},
+    "sinkhorn": {"iterations": 20, "temperature": 1.0, "bound": GAIN_BOUND},
 }
 # One legal value beside the default.
 OTHER_VALUES = {"bound": 0.125, "ridge": 1e-3, "factors": "A", "order": 16, "iterations": 7, "temperature": 0.5}
@@ -43,7 +44,12 @@ def takers(option: str) -> list[str]:
 
 
 def test_the_families_are_complete() -> None:
-    assert NORMALIZATION_OPTIONS == DEFAULTS
+    # The bound of a unit normalisation is its gain's: the normalisation itself does not know it.
+    own = {
+        method: {name: value for name, value in options.items() if method not in UNIT or name != "bound"}
+        for method, options in DEFAULTS.items()
+    }
+    assert own == NORMALIZATION_OPTIONS
     assert tuple(DEFAULTS) == NORMALIZATIONS == ("none", *BOUNDED, *UNIT)
     assert BOUNDED_NORMALIZATIONS == BOUNDED
     assert UNIT_NORMALIZATIONS == UNIT
@@ -71,7 +77,7 @@ def test_changed_options_do_not_leak_into_other_configs() -> None:
     config.normalization_options["ridge"] = 1.0
     assert config.normalization_ridge == 1e-5
     assert HyperAdapterConfig(normalization="whitening").normalization_ridge == 1e-5
-    assert NORMALIZATION_OPTIONS == DEFAULTS
+    assert HyperAdapterConfig(normalization="whitening").normalization_options == DEFAULTS["whitening"]
 
 
 @pytest.mark.parametrize("config_class", [PeftConfig, HyperAdapterConfig])
@@ -81,6 +87,8 @@ def test_a_saved_config_loads_equal(
     tmp_path: Path, config_class: type[PeftConfig], normalization: str, default: bool
 ) -> None:
     options = DEFAULTS[normalization] if default else {name: OTHER_VALUES[name] for name in DEFAULTS[normalization]}
+    if options.get("factors") == "A":
+        del options["bound"]
     given = {} if default else {f"normalization_{name}": value for name, value in options.items()}
     config = HyperAdapterConfig(normalization=normalization, **given)
     config.save_pretrained(str(tmp_path))
@@ -199,6 +207,12 @@ BAD = [
             f"normalization ({', '.join(BOUNDED)}).",
         )
         for normalization in UNIT
+    ),
+    (
+        {"normalization": "whitening", "normalization_factors": "A", "normalization_bound": 0.1},
+        ValueError,
+        "normalization_bound=0.1 has no effect with normalization='whitening' and normalization_factors='A'. Drop it, "
+        f"or choose one of {', '.join(takers('bound'))}.",
     ),
     *(
         (

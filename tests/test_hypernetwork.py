@@ -37,7 +37,6 @@ def make_hypernetwork(positions: Sequence[Position] = POSITIONS, **changes: Any)
         "hypernetwork_dim": 16,
         "hypernetwork_depth": 2,
         "head": "factor",
-        "zero_head": False,
     }
     return Hypernetwork(positions, **(options | changes))
 
@@ -188,7 +187,7 @@ def test_a_heads_variance_is_split_between_weight_and_bias(bias_share: float) ->
 
 @pytest.mark.parametrize("head", HEADS)
 def test_zero_heads_emit_exactly_zero_b_and_train(head: str) -> None:
-    hypernetwork = make_hypernetwork(head=head, zero_head=True)
+    hypernetwork = make_hypernetwork(head=head, variance_B=0.0)
     factors = by_name(hypernetwork(torch.randn(3, DIM), POSITIONS))
     for lora_A, lora_B in factors.values():
         assert torch.equal(lora_B, torch.zeros_like(lora_B))

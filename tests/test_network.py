@@ -115,7 +115,8 @@ def test_the_scaled_update_stays_below_the_bound_in_units_of_the_base_weight(met
     "changes", [{"normalization": method} for method in UNIT_NORMALIZATIONS if method != "sinkhorn"], ids=str
 )
 def test_the_gain_multiplies_the_unscaled_unit_core(changes: dict[str, Any]) -> None:
-    network = make_network(**changes)
+    # Beside a bound of 1e6 the gains count as they are: (2 / 1e6)² is below float32's epsilon.
+    network = make_network(**changes, normalization_bound=1e6)
     gains = torch.tensor([0.5, -2.0, 1.0, 1e-3, 0.0])
     with torch.no_grad():
         network.gain.copy_(gains)
@@ -124,6 +125,21 @@ def test_the_gain_multiplies_the_unscaled_unit_core(changes: dict[str, Any]) -> 
         one = factors[position.name]
         expected = gain * normalize(one.lora_A, one.lora_B, changes["normalization"])
         torch.testing.assert_close(one.core, expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+
+
+@pytest.mark.parametrize("method", UNIT_NORMALIZATIONS)
+def test_a_gained_update_stays_below_the_bound_in_units_of_the_base_weight(method: str) -> None:
+    bound = 0.125
+    network = make_network(normalization=method, normalization_bound=bound, r=3)
+    with torch.no_grad():
+        network.gain.copy_(torch.tensor([1e6, -1e6, 1e6, 1e-9, 0.0]))
+    relative = norms(generate(network)) / BASE_NORMS.double()
+    # Frobenius norms of unit updates: exactly 1; √r, by a ridge of 1e-5 less; or something up to r or √r.
+    largest = bound * (1 + norm_error(LONGEST, EPS_FLOAT32))
+    assert (relative <= largest).all()
+    least = {"frobenius": 1.0, "polar": 0.99, "whitening": 0.99, "weight_norm": 0.01, "sinkhorn": 0.01}
+    assert (relative[:, :3] >= least.get(method, 3**-0.5) * bound * (1 - norm_error(LONGEST, EPS_FLOAT32))).all()
+    assert (relative[:, 3:] <= 1e-8).all()
 
 
 @pytest.mark.parametrize(
@@ -139,6 +155,8 @@ def test_the_gain_multiplies_the_unscaled_unit_core(changes: dict[str, Any]) -> 
 def test_the_configs_options_reach_the_normalization(changes: dict[str, Any]) -> None:
     network = make_network(**changes)
     options = {name.removeprefix("normalization_"): value for name, value in changes.items() if "_" in name}
+    if options.get("factors") != "A":
+        network.config.normalization_bound = 1e6
     # Whitening of A alone has no gain; the scaling applies to it.
     unit = torch.full((5,), 1.5) if options.get("factors") == "A" else BASE_NORMS
     factors = generate(network)
@@ -149,7 +167,7 @@ def test_the_configs_options_reach_the_normalization(changes: dict[str, Any]) ->
 
 
 def test_the_gain_counts_in_units_of_the_base_weights_norm() -> None:
-    network = make_network(normalization="frobenius")
+    network = make_network(normalization="frobenius", normalization_bound=1e6)
     gains = torch.tensor([0.5, -2.0, 1.0, 1e-3, 0.0])
     with torch.no_grad():
         network.gain.copy_(gains)
@@ -222,7 +240,8 @@ def test_a_bfloat16_network_works_and_keeps_its_bounds(normalization: str) -> No
     if normalization in ("soft_frobenius", "frobenius_clip"):
         assert (relative <= 0.5 * (1 + BFLOAT16_PRODUCT)).all()
     elif normalization == "frobenius":
-        torch.testing.assert_close(relative, torch.ones_like(relative), rtol=0, atol=BFLOAT16_PRODUCT)
+        # A gain of 1 under a bound of 0.2.
+        torch.testing.assert_close(relative, torch.full_like(relative, 26**-0.5), rtol=BFLOAT16_PRODUCT, atol=0)
     else:
         expected = norms(generate(make_network(normalization=normalization, lora_alpha=64)))
         assert relative.isfinite().all()

@@ -138,7 +138,7 @@ def test_mixing_starts_near_the_identity_and_the_same_everywhere(head: str, r: i
 
 @pytest.mark.parametrize("head", HEADS)
 def test_mixing_logits_receive_gradients_and_act(head: str) -> None:
-    network = make_network(normalization="sinkhorn", head=head, r=4)
+    network = make_network(normalization="sinkhorn", normalization_bound=1e6, head=head, r=4)
     mixing = network.hypernetwork.heads["mixing_r4"]
     assert mixing.weight.shape == ((4 if head == "row" else 16), 16)
     before = {name: one.core for name, one in generate(network).items()}
@@ -160,7 +160,9 @@ def test_mixing_logits_receive_gradients_and_act(head: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_each_cores_mixing_is_that_of_its_own_position(head: str) -> None:
-    network = make_network(normalization="sinkhorn", head=head, normalization_iterations=3, r=4)
+    network = make_network(
+        normalization="sinkhorn", normalization_bound=1e6, head=head, normalization_iterations=3, r=4
+    )
     torch.manual_seed(2)
     with torch.no_grad():
         network.hypernetwork.heads["mixing_r4"].weight.copy_(

@@ -87,9 +87,13 @@ def _at_size(size: str, **fields: Any) -> dict[str, Arm]:
         f"{size}: none + clipping": Arm(clip=True, config={"normalization": "none", **fields}),
         **{
             f"{size}: {name}": Arm(config={"normalization": name, **fields})
-            for name in ("soft_frobenius", "spectral", "frobenius_clip")
+            for name in ("soft_frobenius", "frobenius", "spectral")
         },
     }
+
+
+def _with_bound(name: str, bound: float) -> dict[str, Arm]:
+    return {f"{name}, bound {bound}": Arm(config={"normalization": name, "normalization_bound": bound})}
 
 
 ARMS: dict[str, Arm] = {
@@ -103,7 +107,12 @@ ARMS: dict[str, Arm] = {
     "none + weight norm": Arm(heads=(normalize_weight,)),
     "none, bias start + weight norm + clipping": Arm(clip=True, heads=(start_in_bias, normalize_weight)),
     **{name: Arm(config={"normalization": name}) for name in NORMALIZATIONS if name != "none"},
+    "adaptive, zero gain": Arm(config={"normalization": "adaptive", "init_weights": "zero_gain"}),
     "soft_frobenius + clipping": Arm(clip=True, config={"normalization": "soft_frobenius"}),
+    **_with_bound("soft_frobenius", 0.1),
+    **_with_bound("soft_frobenius", 0.2),
+    **_with_bound("frobenius", 0.1),
+    **_with_bound("frobenius", 0.5),
     **_at_size("deep", hypernetwork_depth=8),
     **_at_size("wide", hypernetwork_dim=512),
 }

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
 from examples.benchmarks.stability_arms import Arm, build
 from examples.encoder import batches, encode, load_tokenizer
@@ -116,6 +116,8 @@ def split_encoder(model: LabelMatcher) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    # On a CPU the backward of fused attention in bfloat16 takes longer than all else together.
+    model.set_attn_implementation("eager")
     lower = copy.deepcopy(model.bert)
     lower.encoder.layer = lower.encoder.layer[:FROZEN_LAYERS]
     model.bert.encoder.layer = model.bert.encoder.layer[FROZEN_LAYERS:]
@@ -130,7 +132,7 @@ def run_once(arm: Arm, data: StabilityData, training: Sequence[Batch], rate: flo
         arm: The arm.
         data: The data.
         training: A batch for each step.
-        rate: The learning rate after the warm-up.
+        rate: The highest learning rate.
         seed: Of the adapter's weights.
 
     Returns:
@@ -173,7 +175,7 @@ def train(
         model: The model; is left in evaluation mode.
         arm: The arm.
         training: A batch for each step.
-        rate: The learning rate after the warm-up.
+        rate: The highest learning rate.
 
     Returns:
         The losses and the gradients' norms before clipping, of each step, and what failed.
@@ -181,7 +183,7 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
     warmup = max(1, round(WARMUP * len(training)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, len(training))
     losses: list[float] = []
     gradients: list[float] = []
     model.train()
