@@ -39,12 +39,14 @@ CONDITIONINGS = ("additive", "gated")
 HEADS = ("row", "factor", "pair")
 # PEFT stops with a bare KeyError where the package is not imported: this stands beside `peft_type` in the file.
 PLUGIN = "pip install hyperadapt, then import hyperadapt before loading this adapter"
+# Default bound; a smaller one trains at higher learning rates, a larger one leaves more room (DECISIONS.md).
+BOUND = 0.2
 # Of each normalisation, the options it takes and their defaults; in the config they are called normalization_<option>.
 NORMALIZATION_OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "soft_frobenius": {"bound": 0.5},
-    "frobenius_clip": {"bound": 0.5},
-    "adaptive": {"bound": 0.5},
+    "soft_frobenius": {"bound": BOUND},
+    "frobenius_clip": {"bound": BOUND},
+    "adaptive": {"bound": BOUND},
     "frobenius": {},
     "spectral": {},
     "schatten": {"order": 8},
@@ -56,8 +58,6 @@ NORMALIZATION_OPTIONS: dict[str, dict[str, Any]] = {
 NORMALIZATIONS = tuple(NORMALIZATION_OPTIONS)
 BOUNDED_NORMALIZATIONS = tuple(name for name, options in NORMALIZATION_OPTIONS.items() if "bound" in options)
 UNIT_NORMALIZATIONS = tuple(name for name in NORMALIZATIONS if name not in ("none", *BOUNDED_NORMALIZATIONS))
-# Unit normalisations know no bound themselves: it is their gain's.
-GAIN_BOUND = 0.2
 
 
 # Not StrEnum: PEFT reads the member's name from str(), "HyperAdapterType.HYPERADAPTER".
@@ -406,6 +406,6 @@ class HyperAdapterConfig(PeftConfig):
 
 
 def _config_options(method: str, factors: str | None = None) -> dict[str, Any]:
-    """A method's options and their defaults, with the bound of the gain, which whitening of A alone does not have."""
+    """A method's options and their defaults; of a unit norm also its gain's bound, but for whitening of A alone."""
     has_gain = method in UNIT_NORMALIZATIONS and factors != "A"
-    return NORMALIZATION_OPTIONS[method] | ({"bound": GAIN_BOUND} if has_gain else {})
+    return NORMALIZATION_OPTIONS[method] | ({"bound": BOUND} if has_gain else {})

@@ -14,6 +14,8 @@ from hyperadapt.positions import Position
 
 # Sinkhorn's mixing starts close to the identity: equal logits would make it constant, and the update of rank 1.
 MIXING_DIAGONAL = 4.0
+# Share of the factors' variance at the start that all tasks have in common.
+SHARED = 0.5
 
 
 class Generated(NamedTuple):
@@ -41,15 +43,19 @@ class Hypernetwork(nn.Module):
     an embedding. A trunk of pre-normalised residual blocks follows, and one linear head per size of
     output, shared by all positions with that size.
 
-    What the heads learn first is what all tasks share: the trunk's output for one task is close to that for another, so
-    an embedding hardly changes the update. With ``conditioning="gated"`` the trunk's output is multiplied by another
-    projection of the task embedding, whose entries have a sign of their own for each task. Tasks are then nearly
-    orthogonal to the heads, and only the heads' biases are shared.
+    To what the heads emit, every position adds factors of its own, which all tasks share: parameters like those of one
+    LoRA. They learn what the tasks have in common as quickly as a LoRA does, without a detour through heads in which
+    positions interfere (DECISIONS.md), and the heads what tells the tasks apart.
+
+    With ``conditioning="gated"`` the trunk's output is multiplied by another projection of the task embedding, whose
+    entries have a sign of their own for each task. Tasks are then nearly orthogonal to the heads, and only the shared
+    factors are common to them; otherwise an embedding that is close to another gives factors that are close.
 
     Source: Text-to-LoRA (arXiv 2506.06105) for the inputs and the three kinds of head;
     magnitude-invariant inputs after "Magnitude Invariant Parametrizations Improve Hypernetwork
     Learning" (ICLR 2024), here by normalising instead of encoding; the gate is a diagonal form of the multiplicative
-    interactions of Jayakumar et al. (ICLR 2020); initial scale see ``Head``.
+    interactions of Jayakumar et al. (ICLR 2020); shared factors after the bias initialisation of Beck et al. (2023),
+    here for each position; initial scale see ``Head``.
 
     Args:
         positions: The adapted modules.
@@ -101,27 +107,28 @@ class Hypernetwork(nn.Module):
         )
         self.trunk = nn.ModuleList(ResidualBlock(hypernetwork_dim) for _ in range(hypernetwork_depth))
         self.heads = nn.ModuleDict()
+        self.shared = nn.ParameterDict()
+        groups: dict[str, list[Position]] = {}
         for position in positions:
+            groups.setdefault(_shape(position), []).append(position)
+        self._places = {member.name: place for members in groups.values() for place, member in enumerate(members)}
+        for shape, members in groups.items():
+            position, r = members[0], members[0].r
             for factor, size in (("A", position.in_features), ("B", position.out_features)):
                 # The factors' variances keep the variance of the activation: A reads `in_features`
                 # inputs (one of an embedding), B reads r (see `Head`).
                 variance = 1 / (position.fan_in or position.in_features)
                 if factor == "B":
-                    variance = 1 / position.r if variance_B is None else variance_B
+                    variance = 1 / r if variance_B is None else variance_B
+                start = math.sqrt(SHARED * variance) * torch.randn(len(members), r, size)
+                self.shared[f"{factor}_{shape}"] = nn.Parameter(start)
                 key = self._head_key(factor, position)
                 if key not in self.heads:
-                    self.heads[key] = Head(
-                        hypernetwork_dim,
-                        size if head == "row" else position.r * size,
-                        variance=variance,
-                        # Rows of one factor share their head; a shared bias would make them alike.
-                        bias_share=0.0 if head == "row" else 0.5,
-                    )
+                    outputs = size if head == "row" else r * size
+                    self.heads[key] = Head(hypernetwork_dim, outputs, variance=(1 - SHARED) * variance)
         self.mixing = mixing
         for r in sorted({position.r for position in positions}) if mixing else ():
-            self.heads[f"mixing_r{r}"] = Head(
-                hypernetwork_dim, r if head == "row" else r * r, variance=0.0, bias_share=0.0
-            )
+            self.heads[f"mixing_r{r}"] = Head(hypernetwork_dim, r if head == "row" else r * r, variance=0.0)
 
     def forward(self, task_embeddings: Tensor, positions: Sequence[Position]) -> list[Generated]:
         """Generate the factors of some positions.
@@ -134,26 +141,34 @@ class Hypernetwork(nn.Module):
             One group for each shape and rank among the positions, in the dtype of the hypernetwork.
         """
         hidden = self._hidden(task_embeddings, positions)
-        groups: dict[tuple[int, int, int, int | None], list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for index, position in enumerate(positions):
-            groups.setdefault((position.in_features, position.out_features, position.r, position.fan_in), []).append(
-                index
-            )
+            groups.setdefault(_shape(position), []).append(index)
         generated = []
-        for (_, _, r, _), indices in groups.items():
+        for indices in groups.values():
             members = [positions[index] for index in indices]
+            r = members[0].r
             group_hidden = hidden if len(indices) == len(positions) else hidden[:, indices]
             if r < self.slots:
                 group_hidden = group_hidden[:, :, :r]
             shape = (len(task_embeddings), len(members), r, -1)
-            lora_A = self.heads[self._head_key("A", members[0])](group_hidden).reshape(shape)
-            lora_B = self.heads[self._head_key("B", members[0])](group_hidden).reshape(shape).mT
+            lora_A, lora_B = (
+                self.heads[self._head_key(factor, members[0])](group_hidden).reshape(shape)
+                + self._shared(factor, members)
+                for factor in "AB"
+            )
             logits = None
             if self.mixing:
                 diagonal = MIXING_DIAGONAL * torch.eye(r, dtype=lora_A.dtype, device=lora_A.device)
                 logits = diagonal + self.heads[f"mixing_r{r}"](group_hidden).reshape(shape)
-            generated.append(Generated(members, lora_A, lora_B, logits))
+            generated.append(Generated(members, lora_A, lora_B.mT, logits))
         return generated
+
+    def _shared(self, factor: str, members: Sequence[Position]) -> Tensor:
+        """What all tasks share of a factor of some positions of one shape, (positions, r, size)."""
+        shared: Tensor = self.shared[f"{factor}_{_shape(members[0])}"]
+        places = [self._places[position.name] for position in members]
+        return shared if places == list(range(len(shared))) else shared[places]
 
     def _hidden(self, task_embeddings: Tensor, positions: Sequence[Position]) -> Tensor:
         """Trunk output of shape (tasks, positions, slots, hypernetwork_dim), root mean square 1."""
@@ -186,6 +201,12 @@ class Hypernetwork(nn.Module):
         return f"{factor}_{size}_r{position.r}{fan_in}"
 
 
+def _shape(position: Position) -> str:
+    """Name of a position's shape; positions with the same name are generated together."""
+    fan_in = f"_fan{position.fan_in}" if position.fan_in else ""
+    return f"{position.in_features}x{position.out_features}_r{position.r}{fan_in}"
+
+
 class ResidualBlock(nn.Module):
     """Pre-normalised residual block: ``x + W₂·gelu(W₁·rms_norm(x))``.
 
@@ -212,39 +233,35 @@ class ResidualBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Linear read-out ``W·z / dim + b`` whose initial output has a given variance.
+    """Linear read-out ``W·z / dim`` whose initial output has a given variance.
 
     The input z has root mean square exactly 1, so over random W the output has variance
-    ``dim · Var(W) · mean(z²) / dim² = Var(W) / dim``, plus Var(b). With a target variance v, of which
-    the bias carries the share s,
+    ``dim · Var(W) · mean(z²) / dim² = Var(W) / dim``: with a target variance v,
 
-        Var(W) = (1 - s) · v · dim,    Var(b) = s · v.
+        Var(W) = v · dim.
 
     v itself is hyperfan-in: a generated A of shape ``(r, in)`` that reads inputs of unit variance gives
-    unit variance when v = 1/in, and B of shape ``(out, r)`` when v = 1/r. The bias is the part of an
-    adapter that all tasks and positions share at the start, W·z what tells them apart.
+    unit variance when v = 1/in, and B of shape ``(out, r)`` when v = 1/r, each split between a head and the factors
+    that all tasks share.
 
     The factor 1/dim makes the step size of the *output* that of the learning rate: Adam moves every
-    entry of W by about lr, hence ``W·z / dim`` by at most ``lr · mean|z| ≤ lr``, whatever the width, and
-    the bias by another lr. A learning rate that suits LoRA thus suits the hypernetwork.
+    entry of W by about lr, hence ``W·z / dim`` by at most ``lr · mean|z| ≤ lr``, whatever the width. A learning rate
+    that suits LoRA thus suits the hypernetwork.
 
     Source: hyperfan initialisation, Chang et al., "Principled Weight Initialization for
-    Hypernetworks" (ICLR 2020), equations for linear layers, with the variance split between weight
-    and bias; bias initialisation after Beck et al. 2023; output multiplier as in maximal update
+    Hypernetworks" (ICLR 2020), equations for linear layers; output multiplier as in maximal update
     parametrisation, Yang et al. 2022.
 
     Args:
         dim: Size of the input.
         size: Size of the output.
-        variance: Target variance of an output entry, in squared units of the generated weight.
-        bias_share: Share of the variance that the bias carries, in [0, 1].
+        variance: Variance of an output entry at the start, in squared units of the generated weight.
     """
 
-    def __init__(self, dim: int, size: int, *, variance: float, bias_share: float) -> None:
+    def __init__(self, dim: int, size: int, *, variance: float) -> None:
         super().__init__()
         self.dim = dim
-        self.weight = nn.Parameter(torch.randn(size, dim) * math.sqrt((1 - bias_share) * variance * dim))
-        self.bias = nn.Parameter(torch.randn(size) * math.sqrt(bias_share * variance))
+        self.weight = nn.Parameter(torch.randn(size, dim) * math.sqrt(variance * dim))
 
     def forward(self, z: Tensor) -> Tensor:
         """Read out the last dimension.
@@ -255,4 +272,4 @@ class Head(nn.Module):
         Returns:
             Shape ``(..., size)``.
         """
-        return nn.functional.linear(z / self.dim, self.weight, self.bias)
+        return nn.functional.linear(z / self.dim, self.weight)

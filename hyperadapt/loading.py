@@ -51,13 +51,14 @@ def check_size(config: HyperAdapterConfig, positions: Sequence[Position], base_m
         network = HyperAdapterNetwork(config, positions, torch.empty(len(positions)))
     sizes: Counter[str] = Counter()
     for name, parameter in network.named_parameters():
-        part = next((part for part in ("heads", "trunk", "task_embedding") if f"{part}." in name), "inputs")
+        part = next((part for part in ("heads", "shared", "trunk", "task_embedding") if f"{part}." in name), "inputs")
         sizes[part] += parameter.numel()
     if not network.task_embedding.is_all_learned:
         sizes["descriptions"] = network.task_embedding.text_vectors.numel()
     if sizes.total() > limit:
         fields = {
             "heads": "r, rank_pattern or hypernetwork_dim, or choose head='row'",
+            "shared": "r or rank_pattern, or leave modules out with exclude_modules",
             "trunk": "hypernetwork_dim or hypernetwork_depth",
             "task_embedding": "task_embedding_dim or the number of tasks",
             "descriptions": "text_embedding_dim or the number of descriptions",

@@ -153,13 +153,13 @@ def two_adapters() -> PeftModel:
 
 
 def make_active(model: PeftModel, seed: int = 2) -> PeftModel:
-    """Move everything that starts at zero (heads of B, gains) to values that change the outputs a lot."""
+    """Move all that starts at zero (heads and shared factors of B, gains) to values that change the outputs a lot."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "hyperadapter_" not in name:
                 continue
-            if ".heads.B_" in name:
+            if ".heads.B_" in name or ".shared.B_" in name:
                 parameter.normal_(generator=generator)
             elif name.endswith("gain"):
                 parameter.uniform_(0.3, 0.6, generator=generator)

@@ -19,19 +19,19 @@ from hyperadapt.config import (
 
 OPTIONS = ("bound", "ridge", "factors", "order", "iterations", "temperature")
 # Stated here once more, so that a changed default is noticed.
-GAIN_BOUND = 0.2
+BOUND = 0.2
 DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
-    "soft_frobenius": {"bound": 0.5},
-    "frobenius_clip": {"bound": 0.5},
-    "adaptive": {"bound": 0.5},
-    "frobenius": {"bound": GAIN_BOUND},
-    "spectral": {"bound": GAIN_BOUND},
-    "schatten": {"order": 8, "bound": GAIN_BOUND},
-    "polar": {"ridge": 1e-5, "bound": GAIN_BOUND},
-    "whitening": {"ridge": 1e-5, "factors": "both", "bound": GAIN_BOUND},
-    "weight_norm": {"bound": GAIN_BOUND},
-    "sinkhorn": {"iterations": 20, "temperature": 1.0, "bound": GAIN_BOUND},
+    "soft_frobenius": {"bound": BOUND},
+    "frobenius_clip": {"bound": BOUND},
+    "adaptive": {"bound": BOUND},
+    "frobenius": {"bound": BOUND},
+    "spectral": {"bound": BOUND},
+    "schatten": {"order": 8, "bound": BOUND},
+    "polar": {"ridge": 1e-5, "bound": BOUND},
+    "whitening": {"ridge": 1e-5, "factors": "both", "bound": BOUND},
+    "weight_norm": {"bound": BOUND},
+    "sinkhorn": {"iterations": 20, "temperature": 1.0, "bound": BOUND},
 }
 # One legal value beside the default.
 OTHER_VALUES = {"bound": 0.125, "ridge": 1e-3, "factors": "A", "order": 16, "iterations": 7, "temperature": 0.5}

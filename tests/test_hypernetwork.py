@@ -76,9 +76,25 @@ def test_every_row_position_and_task_gets_other_weights(head: str) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_only_rows_that_share_a_head_start_without_a_bias(head: str) -> None:
-    for module in make_hypernetwork(head=head).heads.values():
-        assert (module.bias == 0).all() == (head == "row")
+def test_all_tasks_share_factors_of_each_position(head: str) -> None:
+    torch.manual_seed(0)
+    hypernetwork = make_hypernetwork(head=head)
+    with torch.no_grad():
+        for module in hypernetwork.heads.values():
+            module.weight.zero_()
+    embeddings = torch.randn(3, DIM)
+    factors = by_name(hypernetwork(embeddings, POSITIONS))
+    assert len({tuple(lora_A[0].flatten().tolist()) for lora_A, _ in factors.values()}) == len(POSITIONS)
+    for name, (lora_A, lora_B) in factors.items():
+        position = next(position for position in POSITIONS if position.name == name)
+        assert torch.equal(lora_A, lora_A[:1].expand_as(lora_A))
+        assert torch.equal(lora_B, lora_B[:1].expand_as(lora_B))
+        # Also where the position is generated without the others.
+        alone = by_name(hypernetwork(embeddings, [position]))[name]
+        assert torch.equal(alone[0], lora_A)
+        assert torch.equal(alone[1], lora_B)
+    parameters = sum(position.r * (position.in_features + position.out_features) for position in POSITIONS)
+    assert sum(shared.numel() for shared in hypernetwork.shared.values()) == parameters
 
 
 @pytest.mark.parametrize(
@@ -173,16 +189,14 @@ def test_initial_factors_keep_the_variance_of_activations(head: str) -> None:
     assert variance_output == pytest.approx(1, abs=error_B + error_inputs)
 
 
-@pytest.mark.parametrize("bias_share", [0.0, 0.5, 1.0])
-def test_a_heads_variance_is_split_between_weight_and_bias(bias_share: float) -> None:
+def test_a_heads_output_has_the_given_variance() -> None:
     torch.manual_seed(0)
     size, variance = 20_000, 0.25
-    head = Head(16, size, variance=variance, bias_share=bias_share)
+    head = Head(16, size, variance=variance)
     z = torch.nn.functional.rms_norm(torch.randn(16), (16,))
     error = variance * sample_variance_error(size)
     with torch.no_grad():
         assert head(z).square().mean().item() == pytest.approx(variance, abs=error)
-        assert head(0 * z).square().mean().item() == pytest.approx(bias_share * variance, abs=error)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -196,13 +210,16 @@ def test_zero_heads_emit_exactly_zero_b_and_train(head: str) -> None:
     for key, module in hypernetwork.heads.items():
         if key.startswith("B"):
             assert (module.weight.grad != 0).all()
+    for key, shared in hypernetwork.shared.items():
+        if key.startswith("B"):
+            assert (shared.grad != 0).all()
 
 
 @pytest.mark.parametrize("dim", [16, 256])
 def test_one_adam_step_moves_a_heads_output_by_the_learning_rate_at_any_width(dim: int) -> None:
     torch.manual_seed(0)
     lr = 0.01
-    head = Head(dim, 50, variance=1 / 50, bias_share=0.5)
+    head = Head(dim, 50, variance=1 / 50)
     z = torch.nn.functional.rms_norm(torch.randn(dim), (dim,))
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     before = head(z)
@@ -210,10 +227,9 @@ def test_one_adam_step_moves_a_heads_output_by_the_learning_rate_at_any_width(di
     optimizer.step()
     with torch.no_grad():
         step = (head(z) - before).abs()
-    # The weight moves the output by lr · mean|z|, and the bias by lr.
-    expected = torch.full((50,), lr * (z.abs().mean().item() + 1))
+    expected = torch.full((50,), lr * z.abs().mean().item())
     torch.testing.assert_close(step, expected, rtol=ADAM_FIRST_STEP, atol=FLOAT32_DIFFERENCE)
-    assert step.max() < 2 * lr
+    assert step.max() < lr
 
 
 class CountProducts(TorchDispatchMode):

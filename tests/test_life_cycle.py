@@ -99,7 +99,7 @@ def test_safe_merge_refuses_nan(model: PeftModel) -> None:
     model.set_task("beta")
     # Only one shape breaks, after modules that could be merged.
     with torch.no_grad():
-        model.base_model.router.network("default").hypernetwork.heads["A_48_r4"].bias[0] = torch.nan
+        model.base_model.router.network("default").hypernetwork.heads["A_48_r4"].weight[0] = torch.nan
     message = (
         "NaNs detected in the merged weights. The adapter default seems to be broken at module 'model.layers.0.mlp.down"
     )

@@ -11,7 +11,7 @@ from hyperadapt.config import HEADS, NORMALIZATIONS, UNIT_NORMALIZATIONS
 from hyperadapt.hypernetwork import Generated
 from hyperadapt.network import HyperAdapterNetwork
 from tests.test_network import BASE_NORMS, LONGEST, POSITIONS, generate, make_network, norms
-from tests.tolerances import EPS_FLOAT32, FLOAT32_FORMULA, norm_error
+from tests.tolerances import EPS_FLOAT32, FLOAT32_FORMULA, norm_error, sample_variance_error
 
 WHITENING_A = {"normalization": "whitening", "normalization_factors": "A"}
 EACH = [*({"normalization": method} for method in NORMALIZATIONS), WHITENING_A]
@@ -41,14 +41,16 @@ def test_parameters_exist_only_where_they_are_used(changes: dict[str, Any], init
     if method == "adaptive":
         expected |= {"strength_logit", "log_bound"}
     if method == "sinkhorn":
-        expected |= {"hypernetwork.heads.mixing_r2.weight", "hypernetwork.heads.mixing_r2.bias"}
+        expected |= {"hypernetwork.heads.mixing_r2.weight"}
     assert extra == expected
 
 
 @pytest.mark.parametrize("changes", EACH, ids=str)
 def test_zero_heads_only_where_zero_is_defined(changes: dict[str, Any]) -> None:
     network = make_network(**changes, init_weights=True)
-    is_zero = {name: bool((head.weight == 0).all()) for name, head in network.hypernetwork.heads.items()}
+    hypernetwork = network.hypernetwork
+    is_zero = {name: bool((head.weight == 0).all()) for name, head in hypernetwork.heads.items()}
+    is_zero |= {f"{name} shared": bool((shared == 0).all()) for name, shared in hypernetwork.shared.items()}
     assert not any(zero for name, zero in is_zero.items() if name.startswith("A"))
     zeros = [zero for name, zero in is_zero.items() if name.startswith("B")]
     assert all(zeros) == (not hasattr(network, "gain"))
@@ -64,7 +66,7 @@ def test_training_can_leave_its_start(changes: dict[str, Any]) -> None:
     for parameter in network.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
     # Either the gain moves, or the heads of B.
-    assert all(name == "gain" or name.startswith("hypernetwork.heads.B") for name in moving)
+    assert all(name == "gain" or name.startswith(("hypernetwork.heads.B", "hypernetwork.shared.B")) for name in moving)
 
 
 def test_adaptive_starts_halfway_at_the_configured_bound() -> None:
@@ -143,9 +145,8 @@ def test_mixing_logits_receive_gradients_and_act(head: str) -> None:
     assert mixing.weight.shape == ((4 if head == "row" else 16), 16)
     before = {name: one.core for name, one in generate(network).items()}
     loss(network).backward()
-    for parameter in (mixing.weight, mixing.bias):
-        assert parameter.grad is not None
-        assert (parameter.grad.reshape(len(parameter), -1) != 0).any(dim=1).all()
+    assert mixing.weight.grad is not None
+    assert (mixing.weight.grad != 0).any(dim=1).all()
     torch.manual_seed(2)
     with torch.no_grad():
         mixing.weight.copy_(8 * torch.randn(mixing.weight.shape))
@@ -181,3 +182,24 @@ def test_each_cores_mixing_is_that_of_its_own_position(head: str) -> None:
             unit = one.core * one.lora_B.norm(dim=-2).unsqueeze(-1) * one.lora_A.norm(dim=-1).unsqueeze(-2)
             expected = (place + 1) * BASE_NORMS[place] * mixing[:, index]
             torch.testing.assert_close(unit, expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "variance"),
+    [
+        ({"normalization": "frobenius"}, 1.0),
+        ({"normalization": "adaptive", "init_weights": "zero_gain"}, 1.0),
+        ({"normalization": "soft_frobenius", "init_weights": False}, 1 / 8),
+        (WHITENING_A, 0.0),
+    ],
+    ids=str,
+)
+def test_b_starts_at_unit_variance_before_a_unit_norm(changes: dict[str, Any], variance: float) -> None:
+    network = make_network(**({"init_weights": True, "r": 8, "hypernetwork_dim": 64} | changes))
+    # Half of the variance is the heads', whose outputs are products divided by the dimension.
+    heads, shared = network.hypernetwork.heads, network.hypernetwork.shared
+    from_heads = [head.weight.square().mean().item() / 64 for name, head in heads.items() if name.startswith("B")]
+    from_shared = [values for name, values in shared.items() if name.startswith("B")]
+    for part in (*from_heads, *(values.square().mean().item() for values in from_shared)):
+        error = sample_variance_error(min(values.numel() for values in from_shared))
+        assert part == pytest.approx(variance / 2, rel=error)

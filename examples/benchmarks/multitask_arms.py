@@ -19,7 +19,7 @@ from transformers import get_linear_schedule_with_warmup
 from examples.benchmarks.multitask_data import Batch, MultitaskData
 from examples.benchmarks.stability_arms import plain
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.hypernetwork import Head
+from hyperadapt.hypernetwork import Hypernetwork
 
 RANK = 8
 POLY_SKILLS = 4
@@ -38,14 +38,14 @@ class Arm:
         rates: Learning rates to choose from.
         column: Name of the argument that tells the model the tasks; None if it is not told.
         is_separate: Whether each task has an adapter of its own, with its share of the steps.
-        heads: Changes the start of a hypernetwork's heads, given the name of a head and itself.
+        change: Changes the form of the hypernetwork.
     """
 
     config: Callable[[Sequence[str]], PeftConfig]
     rates: tuple[float, ...] = HYPERADAPT_RATES
     column: str | None = "tasks"
     is_separate: bool = False
-    heads: Callable[[str, Head], None] | None = None
+    change: Callable[[Hypernetwork], None] | None = None
 
 
 def _lora(rank: int, **fields: Any) -> Arm:
@@ -53,12 +53,12 @@ def _lora(rank: int, **fields: Any) -> Arm:
     return Arm(lambda tasks: copy.deepcopy(config), LORA_RATES, column=None, **fields)
 
 
-def _hyperadapt(*, heads: Callable[[str, Head], None] | None = None, **fields: Any) -> Arm:
+def _hyperadapt(*, change: Callable[[Hypernetwork], None] | None = None, **fields: Any) -> Arm:
     return Arm(
         lambda tasks: HyperAdapterConfig(
             r=RANK, lora_alpha=RANK, target_modules="all-linear", tasks=list(tasks), **fields
         ),
-        heads=heads,
+        change=change,
     )
 
 
@@ -71,7 +71,7 @@ ARMS: dict[str, Arm] = {
     "shared lora": _lora(RANK),
     "shared lora, r=32": _lora(32),
     "poly": Arm(_poly, (2e-3, 5e-3, 1e-2, 2e-2), column="task_ids"),
-    "hyperformer style": Arm(_hyperadapt(normalization="none").config, (2e-4, 5e-4, 1e-3, 2e-3), heads=plain),
+    "hyperformer style": Arm(_hyperadapt(normalization="none").config, (2e-4, 5e-4, 1e-3, 2e-3), change=plain),
     "none": _hyperadapt(normalization="none"),
     "soft_frobenius": _hyperadapt(normalization="soft_frobenius"),
     "frobenius": _hyperadapt(normalization="frobenius"),
@@ -158,9 +158,8 @@ def build(arm: Arm, data: MultitaskData, seed: int) -> PeftModel:
     """
     torch.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(data.base), arm.config(data.tasks))
-    if arm.heads is not None:
-        for name, head in model.base_model.hyperadapter_networks["default"].hypernetwork.heads.items():
-            arm.heads(name, head)
+    if arm.change is not None:
+        arm.change(model.base_model.hyperadapter_networks["default"].hypernetwork)
     return model
 
 

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from examples.matching import LabelMatcher
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.config import NORMALIZATIONS
-from hyperadapt.hypernetwork import Head
+from hyperadapt.hypernetwork import Hypernetwork
 
 RANK = 8
 TARGET_MODULES = ["query", "value"]
@@ -31,53 +31,68 @@ class Arm:
 
     Attributes:
         clip: Whether the gradient's norm is clipped at 1.
-        heads: Changes the start or the form of a head, given its name and itself; applied in order.
+        changes: Change the start or the form of the hypernetwork; applied in order.
         config: Fields of the ``HyperAdapterConfig``; None is plain LoRA.
     """
 
     clip: bool = False
-    heads: tuple[Callable[[str, Head], None], ...] = ()
+    changes: tuple[Callable[[Hypernetwork], None], ...] = ()
     config: dict[str, Any] | None = field(default_factory=lambda: {"normalization": "none"})
 
 
-def plain(name: str, head: Head) -> None:
-    """Make a head an ordinary linear layer: torch's own start, and no factor 1/dim before it.
+def without_shared(hypernetwork: Hypernetwork) -> None:
+    """Leave out the factors that all tasks share; the heads start with their variance.
 
     Args:
-        name: The head's name; those of B keep their zero start.
-        head: The head.
+        hypernetwork: The hypernetwork.
     """
-    head.dim = 1
-    if not name.startswith("B"):
-        bound = 1 / math.sqrt(head.weight.shape[1])
-        nn.init.uniform_(head.weight, -bound, bound)
-        nn.init.uniform_(head.bias, -bound, bound)
+    for shared in hypernetwork.shared.values():
+        shared.requires_grad_(False).zero_()
+    with torch.no_grad():
+        for head in hypernetwork.heads.values():
+            head.weight.mul_(math.sqrt(2))
 
 
-def start_in_bias(name: str, head: Head) -> None:
-    """Give the bias all the variance that a head's output has at the start: it is the same for all tasks.
+def plain(hypernetwork: Hypernetwork) -> None:
+    """Generate all with ordinary linear layers: torch's own start, no factor 1/dim before them, no shared factors.
 
     Args:
-        name: The head's name.
-        head: The head, whose bias carries half of it.
+        hypernetwork: The hypernetwork; heads of B keep their zero start.
+    """
+    without_shared(hypernetwork)
+    for name, head in hypernetwork.heads.items():
+        linear = nn.Linear(head.weight.shape[1], head.weight.shape[0])
+        if name.startswith("B"):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        hypernetwork.heads[name] = linear
+
+
+def start_shared(hypernetwork: Hypernetwork) -> None:
+    """Give the shared factors all the variance that a factor has at the start: it is the same for all tasks.
+
+    Args:
+        hypernetwork: The hypernetwork, whose shared factors carry half of it.
     """
     with torch.no_grad():
-        head.weight.zero_()
-        head.bias.mul_(math.sqrt(2))
+        for head in hypernetwork.heads.values():
+            head.weight.zero_()
+        for shared in hypernetwork.shared.values():
+            shared.mul_(math.sqrt(2))
 
 
-def normalize_weight(name: str, head: Head) -> None:
-    """Split a head's weight into a direction and a length for each row.
+def normalize_weight(hypernetwork: Hypernetwork) -> None:
+    """Split the heads' weights into a direction and a length for each row.
 
     Args:
-        name: The head's name.
-        head: The head.
+        hypernetwork: The hypernetwork.
     """
-    # The direction of a zero row would be undefined; a length of zero is the same start.
-    is_zero = not head.weight.any()
-    weight_norm(head)
-    if is_zero:
-        nn.init.normal_(head.parametrizations.weight.original1)
+    for head in hypernetwork.heads.values():
+        # The direction of a zero row would be undefined; a length of zero is the same start.
+        is_zero = not head.weight.any()
+        weight_norm(head)
+        if is_zero:
+            nn.init.normal_(head.parametrizations.weight.original1)
 
 
 def _at_size(size: str, **fields: Any) -> dict[str, Arm]:
@@ -101,16 +116,17 @@ ARMS: dict[str, Arm] = {
     "lora + clipping": Arm(clip=True, config=None),
     "none": Arm(),
     "none + clipping": Arm(clip=True),
-    "none, plain heads": Arm(heads=(plain,)),
+    "none, plain heads": Arm(changes=(plain,)),
+    "none, nothing shared": Arm(changes=(without_shared,)),
     "none, hyperfan for B too": Arm(config={"normalization": "none", "init_weights": False}),
-    "none, bias start": Arm(heads=(start_in_bias,)),
-    "none + weight norm": Arm(heads=(normalize_weight,)),
-    "none, bias start + weight norm + clipping": Arm(clip=True, heads=(start_in_bias, normalize_weight)),
+    "none, shared start": Arm(changes=(start_shared,)),
+    "none + weight norm": Arm(changes=(normalize_weight,)),
+    "none, shared start + weight norm + clipping": Arm(clip=True, changes=(start_shared, normalize_weight)),
     **{name: Arm(config={"normalization": name}) for name in NORMALIZATIONS if name != "none"},
     "adaptive, zero gain": Arm(config={"normalization": "adaptive", "init_weights": "zero_gain"}),
     "soft_frobenius + clipping": Arm(clip=True, config={"normalization": "soft_frobenius"}),
     **_with_bound("soft_frobenius", 0.1),
-    **_with_bound("soft_frobenius", 0.2),
+    **_with_bound("soft_frobenius", 0.5),
     **_with_bound("frobenius", 0.1),
     **_with_bound("frobenius", 0.5),
     **_at_size("deep", hypernetwork_depth=8),
@@ -136,8 +152,6 @@ def build(arm: Arm, base: LabelMatcher, tasks: Sequence[str], seed: int) -> Peft
         return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGET_MODULES))
     config = HyperAdapterConfig(r=RANK, lora_alpha=RANK, target_modules=TARGET_MODULES, tasks=list(tasks), **arm.config)
     model = get_peft_model(base, config)
-    heads = model.base_model.hyperadapter_networks["default"].hypernetwork.heads
-    for change in arm.heads:
-        for name, head in heads.items():
-            change(name, head)
+    for change in arm.changes:
+        change(model.base_model.hyperadapter_networks["default"].hypernetwork)
     return model

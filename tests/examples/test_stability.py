@@ -102,15 +102,25 @@ def test_every_arm_but_one_starts_at_the_base_model(data: StabilityData) -> None
 
 
 def test_changed_heads_keep_what_a_is_at_the_start(data: StabilityData) -> None:
-    variances = {}
-    for name in ("none", "none, bias start", "none + weight norm"):
+    for name in ("none", "none, nothing shared", "none, shared start", "none + weight norm"):
         model = build(ARMS[name], data.base, TASKS, seed=0)
-        head = model.base_model.hyperadapter_networks["default"].hypernetwork.heads["A_384_r8"]
-        z = torch.randn(200, head.dim)
-        variances[name] = float(head(z).detach().var())
-        assert bool(head.weight.any()) == (name != "none, bias start")
-    # Hyperfan: 1 / fan-in.
-    assert list(variances.values()) == pytest.approx([1 / 384] * 3, rel=0.1)
+        hypernetwork = model.base_model.hyperadapter_networks["default"].hypernetwork
+        head, shared = hypernetwork.heads["A_384_r8"], hypernetwork.shared["A_384x384_r8"]
+        with torch.no_grad():
+            variances = float(head(torch.randn(200, 64)).var()), float(shared.var())
+        # Hyperfan: 1 / fan-in in total.
+        assert sum(variances) == pytest.approx(1 / 384, rel=0.1)
+        assert (variances[1] == 0) == (name == "none, nothing shared") == (not shared.requires_grad)
+        assert (variances[0] == 0) == (name == "none, shared start")
+
+
+def test_plain_heads_are_linear_layers_alone(data: StabilityData) -> None:
+    model = build(ARMS["none, plain heads"], data.base, TASKS, seed=0)
+    hypernetwork = model.base_model.hyperadapter_networks["default"].hypernetwork
+    assert {type(head) for head in hypernetwork.heads.values()} == {torch.nn.Linear}
+    trainable = {name for name, parameter in hypernetwork.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith("shared") for name in trainable)
+    assert {f"heads.{factor}_384_r8.{part}" for factor in "AB" for part in ("weight", "bias")} <= trainable
 
 
 def test_a_run_stops_where_something_is_not_finite(data: StabilityData) -> None:
