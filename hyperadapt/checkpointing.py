@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hyperadapt.factors import Factors
 from hyperadapt.routing import Router
-from hyperadapt.scope import Routed, Scope, current_scope, installed
+from hyperadapt.scope import Scope, current_scope, installed
 
 
 class CheckpointFunction:
@@ -48,14 +49,15 @@ class CheckpointFunction:
             if position in routed.factors
         ]
         tensors = [tensor for name, position in places for tensor in scope.routed[name].factors[position]]
-        rows = {name: routed.rows for name, routed in scope.routed.items()}
+        # Without the factors, which are arguments of the block.
+        others = {name: replace(routed, factors={}) for name, routed in scope.routed.items()}
         batch_size, length = scope.batch_size, scope.length
 
         def replay(*arguments: Any) -> Any:
-            factors: dict[str, dict[str, Factors]] = {name: {} for name in rows}
+            factors: dict[str, dict[str, Factors]] = {name: {} for name in others}
             for index, (name, position) in enumerate(places):
                 factors[name][position] = Factors(*arguments[3 * index : 3 * index + 3])
-            routed = {name: Routed(factors[name], rows[name]) for name in rows}
+            routed = {name: replace(other, factors=factors[name]) for name, other in others.items()}
             with installed(self.router, Scope(routed, batch_size=batch_size, length=length)):
                 return run(*arguments[len(tensors) :])
 

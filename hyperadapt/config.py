@@ -20,6 +20,7 @@ from hyperadapt.conditions import (
     descriptions_of,
     encoder_name,
 )
+from hyperadapt.methods import BOUNDED_NORMALIZATIONS, NORMALIZATIONS, UNIT_NORMALIZATIONS, options_of
 from hyperadapt.validation import (
     MAX_DEPTH,
     MAX_ITERATIONS,
@@ -39,25 +40,6 @@ CONDITIONINGS = ("additive", "gated")
 HEADS = ("row", "factor", "pair")
 # PEFT stops with a bare KeyError where the package is not imported: this stands beside `peft_type` in the file.
 PLUGIN = "pip install hyperadapt, then import hyperadapt before loading this adapter"
-# Default bound; a smaller one trains at higher learning rates, a larger one leaves more room (DECISIONS.md).
-BOUND = 0.2
-# Of each normalisation, the options it takes and their defaults; in the config they are called normalization_<option>.
-NORMALIZATION_OPTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "soft_frobenius": {"bound": BOUND},
-    "frobenius_clip": {"bound": BOUND},
-    "adaptive": {"bound": BOUND},
-    "frobenius": {},
-    "spectral": {},
-    "schatten": {"order": 8},
-    "polar": {"ridge": 1e-5},
-    "whitening": {"ridge": 1e-5, "factors": "both"},
-    "weight_norm": {},
-    "sinkhorn": {"iterations": 20, "temperature": 1.0},
-}
-NORMALIZATIONS = tuple(NORMALIZATION_OPTIONS)
-BOUNDED_NORMALIZATIONS = tuple(name for name, options in NORMALIZATION_OPTIONS.items() if "bound" in options)
-UNIT_NORMALIZATIONS = tuple(name for name in NORMALIZATIONS if name not in ("none", *BOUNDED_NORMALIZATIONS))
 
 
 # Not StrEnum: PEFT reads the member's name from str(), "HyperAdapterType.HYPERADAPTER".
@@ -309,7 +291,7 @@ class HyperAdapterConfig(PeftConfig):
     @property
     def normalization_options(self) -> dict[str, Any]:
         """The options of the normalisation and its gain, by name without the prefix."""
-        names = _config_options(self.normalization, self.normalization_factors)
+        names = options_of(self.normalization, self.normalization_factors)
         return {name: getattr(self, f"normalization_{name}") for name in names}
 
     @property
@@ -361,13 +343,13 @@ class HyperAdapterConfig(PeftConfig):
                 check_expression("modules_to_save entry", value, r"(^|.*\.)", r"($|\..*)")
 
     def _check_normalization_options(self) -> None:
-        defaults = _config_options(self.normalization, self.normalization_factors)
-        for option in sorted({name for method in NORMALIZATIONS for name in _config_options(method)}):
+        defaults = options_of(self.normalization, self.normalization_factors)
+        for option in sorted({name for method in NORMALIZATIONS for name in options_of(method)}):
             name = f"normalization_{option}"
             value = getattr(self, name)
             if option not in defaults:
                 if value is not None:
-                    takers = [method for method in NORMALIZATIONS if option in _config_options(method)]
+                    takers = [method for method in NORMALIZATIONS if option in options_of(method)]
                     raise ValueError(
                         f"{name}={shown(value)} has no effect with normalization={self.normalization!r}"
                         f"{self._factors_shown()}. Drop it, or choose one of {', '.join(takers)}."
@@ -403,9 +385,3 @@ class HyperAdapterConfig(PeftConfig):
     def _factors_shown(self) -> str:
         is_one_sided = self.normalization == "whitening" and self.normalization_factors == "A"
         return " and normalization_factors='A'" if is_one_sided else ""
-
-
-def _config_options(method: str, factors: str | None = None) -> dict[str, Any]:
-    """A method's options and their defaults; of a unit norm also its gain's bound, but for whitening of A alone."""
-    has_gain = method in UNIT_NORMALIZATIONS and factors != "A"
-    return NORMALIZATION_OPTIONS[method] | ({"bound": BOUND} if has_gain else {})

@@ -37,22 +37,26 @@ class Factors(NamedTuple):
         """
         return Factors(*(tensor.to(device) for tensor in self))
 
-    def apply(self, x: Tensor, rows: Tensor | None) -> Tensor:
+    def apply(self, x: Tensor, rows: Tensor | None, onto: Tensor | None = None) -> Tensor:
         """Compute ``x·(B·S·A)ᵀ`` through the rank-r activation; the product B·S·A is never formed.
 
         Args:
             x: Input, shape ``(..., in_features)``, in the dtype of the factors, on their device.
             rows: Which task each element of the first dimension of `x` uses, int64 of shape ``(len(x),)``;
-                None if there is one task.
+                None if there is one task, or one for each element, in order.
+            onto: What to add the result to, of the result's shape; stays as it is.
 
         Returns:
             Shape ``(..., out_features)``.
         """
-        if rows is None:
-            return self._expand(linear(x, self.lora_A[0]), None)
+        if rows is None and len(self.lora_A) == 1:
+            return self._expand(linear(x, self.lora_A[0]), onto)
         inputs = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
-        hidden = inputs @ self.lora_A[rows].mT
-        return self._expand(hidden, rows).reshape(*x.shape[:-1], self.lora_B.shape[-2])
+        factors = self._of(rows)
+        shape = *x.shape[:-1], self.lora_B.shape[-2]
+        if onto is not None:
+            onto = onto.reshape(*inputs.shape[:-1], shape[-1])
+        return factors._expand(inputs @ factors.lora_A.mT, onto).reshape(shape)
 
     def embed(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         """Rows of ``(B·S·A)ᵀ``, the update of an embedding's weight.
@@ -64,11 +68,12 @@ class Factors(NamedTuple):
         Returns:
             Shape ``(batch, ..., out_features)``.
         """
-        if rows is None:
-            return self._expand(nn.functional.embedding(ids, self.lora_A[0].T), None)
+        if rows is None and len(self.lora_A) == 1:
+            return self._expand(nn.functional.embedding(ids, self.lora_A[0].T))
         per_row = ids.reshape(len(ids), -1)
-        hidden = self.lora_A.mT[rows[:, None], per_row]
-        return self._expand(hidden, rows).reshape(*ids.shape, self.lora_B.shape[-2])
+        tasks = torch.arange(len(ids), device=ids.device) if rows is None else rows
+        hidden = self.lora_A.mT[tasks[:, None], per_row]
+        return self._of(rows)._expand(hidden).reshape(*ids.shape, self.lora_B.shape[-2])
 
     def convolve(self, x: Tensor, rows: Tensor | None, convolution: Convolution) -> Tensor:
         """Convolve with the kernel B·S·A, its input channels and kernel dimensions flattened.
@@ -83,14 +88,15 @@ class Factors(NamedTuple):
         """
         kernel = (-1, *convolution.weight.shape[1:])
         channels = -len(convolution.kernel_size) - 1
-        if rows is None:
+        if rows is None and len(self.lora_A) == 1:
             hidden = _convolve(x, self.lora_A[0].reshape(kernel), convolution, groups=1)
-            return self._expand(hidden.movedim(channels, -1), None).movedim(-1, channels)
+            return self._expand(hidden.movedim(channels, -1)).movedim(-1, channels)
         # Each row's own kernel: the rows become groups of one convolution.
-        kernels = self.lora_A[rows].reshape(kernel)
+        factors = self._of(rows)
+        kernels = factors.lora_A.reshape(kernel)
         hidden = _convolve(x.reshape(1, -1, *x.shape[2:]), kernels, convolution, groups=len(x))
         hidden = hidden.reshape(len(x), -1, *hidden.shape[2:]).movedim(channels, -1)
-        update = self._expand(hidden.flatten(1, -2), rows)
+        update = factors._expand(hidden.flatten(1, -2))
         return update.reshape(*hidden.shape[:-1], update.shape[-1]).movedim(-1, channels)
 
     def delta_weight(self) -> Tensor:
@@ -101,11 +107,22 @@ class Factors(NamedTuple):
         """
         return self.lora_B @ self.core @ self.lora_A
 
-    def _expand(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        """From the rank-r activation, of shape ``(batch, ..., r)``, with rows ``(batch, n, r)``, to the output."""
-        if rows is None:
-            return linear(linear(hidden, self.core[0]), self.lora_B[0])
-        return hidden @ self.core[rows].mT @ self.lora_B[rows].mT
+    def _of(self, rows: Tensor | None) -> Factors:
+        """The factors of each row."""
+        return self if rows is None else Factors(*(tensor[rows] for tensor in self))
+
+    def _expand(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
+        """From the rank-r activation to the output: any shape with one task, ``(tasks, n, r)`` with several."""
+        is_single = len(self.lora_A) == 1
+        hidden = linear(hidden, self.core[0]) if is_single else hidden @ self.core.mT
+        if onto is None or onto.dtype != hidden.dtype:
+            update = linear(hidden, self.lora_B[0]) if is_single else hidden @ self.lora_B.mT
+            return update if onto is None else onto + update
+        # One pass over the output instead of two.
+        if is_single:
+            rows = onto.reshape(-1, onto.shape[-1])
+            return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), self.lora_B[0].T).reshape(onto.shape)
+        return torch.baddbmm(onto, hidden, self.lora_B.mT)
 
 
 def _convolve(x: Tensor, weight: Tensor, convolution: Convolution, *, groups: int) -> Tensor:

@@ -115,7 +115,7 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
             position = self.hyperadapter_position[name]
             factors, rows = self.router.lookup(name, position, x)
             rows = None if rows is None else rows.to(x.device)
-            result = result + self._update(name, x, factors.to(x.device), rows)
+            result = self._add_update(result, name, x, factors.to(x.device), rows)
         return result.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -242,8 +242,10 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             return self.router.factors_of_task(adapter_name, task, [position])[position.name]
 
-    def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
-        """What an adapter adds to the base layer's output."""
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        """The output with what an adapter adds to it."""
         raise NotImplementedError
 
     def _dense(self, factors: Factors) -> Tensor:
@@ -288,8 +290,10 @@ class HyperAdapterLinear(HyperAdapterLayer):
     PEFT's ``"all-linear"`` finds layers that are already adapted by "Linear" in the name of their class.
     """
 
-    def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
-        return factors.apply(self._adapter_input(adapter_name, x, factors), rows)
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        return factors.apply(self._adapter_input(adapter_name, x, factors), rows, onto=result)
 
     def _dense(self, factors: Factors) -> Tensor:
         delta_weight = factors.delta_weight()[0]
@@ -304,12 +308,14 @@ class HyperAdapterEmbedding(HyperAdapterLayer):
         """One: the input picks a column of A."""
         return 1
 
-    def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
         update = factors.embed(x, rows)
         if self.padding_idx is not None:
             update = update.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
         scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
-        return update if scale is None else update * scale.to(update.dtype)
+        return result + (update if scale is None else update * scale.to(update.dtype))
 
     def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
         """As in ``HyperAdapterLayer``; the padding index gets a column of zeros in A.
@@ -355,8 +361,10 @@ class HyperAdapterConvolution(HyperAdapterLayer):
         assert isinstance(base_layer, Convolution)
         return base_layer
 
-    def _update(self, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None) -> Tensor:
-        return factors.convolve(self._adapter_input(adapter_name, x, factors), rows, self.convolution)
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        return result + factors.convolve(self._adapter_input(adapter_name, x, factors), rows, self.convolution)
 
     def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
         """As in ``HyperAdapterLayer``; A is a convolution with the base layer's kernel, B one with a kernel of size 1.

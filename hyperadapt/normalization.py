@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperadapt.config import NORMALIZATION_OPTIONS, NORMALIZATIONS
 from hyperadapt.cores import CORES
 from hyperadapt.kernels.gram import grams
+from hyperadapt.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
 
 # Options that no config can hold, because they are tensors: per position or generated.
 _TENSOR_OPTIONS = {"adaptive": ("strength",), "sinkhorn": ("logits",)}
@@ -41,7 +41,7 @@ def normalize(
     Args:
         lora_A: Shape ``(..., r, in_features)``.
         lora_B: Shape ``(..., out_features, r)``, same leading dimensions.
-        method: One of ``hyperadapt.config.NORMALIZATIONS``; ``docs/normalization.md`` says what each does.
+        method: One of ``hyperadapt.methods.NORMALIZATIONS``; ``docs/normalization.md`` says what each does.
         bound: Bound on the Frobenius norm, a number or shape ``(...)``, in units of the weights; always for
             the bounded methods. A tensor's values are not checked.
         strength: Strength α in [0, 1] of ``"adaptive"``, a number or shape ``(...)``, dimensionless; always.
@@ -105,7 +105,7 @@ def core_from_grams(gram_A: Tensor, gram_B: Tensor, method: str, **options: Any)
     Args:
         gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
         gram_B: Bᵀ·B, same shape and dtype.
-        method: One of ``hyperadapt.config.NORMALIZATIONS``.
+        method: One of ``hyperadapt.methods.NORMALIZATIONS``.
         **options: The method's options, as in ``normalize``.
 
     Returns:

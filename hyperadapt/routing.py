@@ -134,8 +134,8 @@ class Router(ScopeOwner):
             x: The layer's input.
 
         Returns:
-            The current forward pass's factors, and the task of each element of the first dimension of `x`
-            (None: one task for all). Outside of a forward pass (a submodule is called on its own) the
+            The current forward pass's factors, and the task of each element of the first dimension of `x` (None: one
+            task for all, or one for each, in order). Outside of a forward pass (a submodule is called on its own) the
             factors are generated for this position alone and the task in force.
 
         Raises:
@@ -144,7 +144,8 @@ class Router(ScopeOwner):
         scope = current_scope(self) or Scope({})
         routed = scope.routed.get(adapter_name) or self._route_alone(adapter_name, position)
         rows = None if routed.rows is None else scope.rows_of(routed.rows, x, position)
-        return routed.factors[position.name], rows
+        # Where each row has a task of its own, no factors need to be picked.
+        return routed.factors[position.name], None if rows is routed.rows and routed.is_one_to_one else rows
 
     def _route_alone(self, adapter_name: str, position: Position) -> Routed:
         # Private, but how torch.utils.checkpoint itself tells that it recomputes.
@@ -231,13 +232,15 @@ class Router(ScopeOwner):
         if request.task_embeddings is not None:
             embeddings = _check_embeddings(request.task_embeddings, network.config.task_embedding_dim)
             rows = torch.arange(len(embeddings), device=embeddings.device) if len(embeddings) > 1 else None
-            return Routed(network(embeddings, positions), rows)
+            return Routed(network(embeddings, positions), rows, is_one_to_one=True)
         if tasks is None:
             self._check_training(adapter_name)
             tasks = self.task_in_force(adapter_name)
         task_ids = resolve_task_ids(tasks, network.config.task_names)
-        distinct, rows = _distinct(task_ids, len(network.config.task_names))
-        return Routed(network(distinct, positions), rows if len(distinct) > 1 else None)
+        distinct, rows, is_one_to_one = _distinct(task_ids, len(network.config.task_names))
+        # All layers on this device then take them as they are.
+        rows = rows.to(network.hypernetwork.layer_embedding.device)
+        return Routed(network(distinct, positions), rows if len(distinct) > 1 else None, is_one_to_one)
 
     def _check_training(self, adapter_name: str) -> None:
         """Refuse to train one of several tasks on all rows because their tasks were lost on the way."""
@@ -270,15 +273,17 @@ class Router(ScopeOwner):
             )
 
 
-def _distinct(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
-    """The tasks to generate for, and which of them each row uses."""
-    if not torch.compiler.is_compiling():
+def _distinct(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, bool]:
+    """The tasks to generate for, which of them each row uses, and whether those are just its own, in order."""
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling:
         distinct, rows = torch.unique(task_ids, return_inverse=True)
-        return distinct, rows
+        if len(distinct) < task_ids.numel():
+            return distinct, rows, False
     # A graph needs a number of tasks that does not depend on the values: as many as there may be distinct ones.
-    if task_ids.ndim == 0 or len(task_ids) < num_tasks:
-        return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device)
-    return torch.arange(num_tasks, device=task_ids.device), task_ids
+    if not is_compiling or task_ids.ndim == 0 or len(task_ids) < num_tasks:
+        return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device), True
+    return torch.arange(num_tasks, device=task_ids.device), task_ids, False
 
 
 def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -18,10 +18,17 @@ from hyperadapt.positions import Position
 
 @dataclass(frozen=True)
 class Routed:
-    """Generated factors by position name, and the task of each row of the batch (None: one task for all)."""
+    """Generated factors by position name, and which of them each row of the batch uses.
+
+    Args:
+        factors: By position name, of several tasks.
+        rows: The task of each row, int64 of shape ``(batch,)``; None if there is one for all.
+        is_one_to_one: Whether each row has a task of its own, in order.
+    """
 
     factors: dict[str, Factors]
     rows: Tensor | None
+    is_one_to_one: bool = False
 
 
 @dataclass

@@ -162,8 +162,9 @@ def resolve_task_ids(tasks: str | Sequence[str] | Tensor, task_names: Sequence[s
     """
     if isinstance(tasks, Tensor):
         return _check_task_ids(tasks, task_names)
+    places = {name: place for place, name in enumerate(task_names)}
     if isinstance(tasks, str):
-        return torch.tensor(_task_id(tasks, task_names))
+        return torch.tensor(_task_id(tasks, places))
     if not isinstance(tasks, Sequence):
         raise TypeError(
             f"tasks={tasks!r} must be a task name, a list of names (one per row) or an integer tensor of ids, not "
@@ -171,19 +172,18 @@ def resolve_task_ids(tasks: str | Sequence[str] | Tensor, task_names: Sequence[s
         )
     if not tasks:
         raise ValueError("tasks is empty; pass one task per row of the batch, or one name for all rows.")
-    return torch.tensor([_task_id(task, task_names) for task in tasks])
+    return torch.tensor([_task_id(task, places) for task in tasks])
 
 
-def _task_id(task: object, task_names: Sequence[str]) -> int:
+def _task_id(task: object, places: dict[str, int]) -> int:
     if not isinstance(task, str):
         raise TypeError(
             f"A list of tasks must hold names, but holds {task!r} ({type(task).__name__}). Pass ids as an integer "
             "tensor."
         )
-    try:
-        return task_names.index(task)
-    except ValueError:
-        raise ValueError(f"Unknown task {task!r}. Known tasks: {shown(list(task_names))}.") from None
+    if task not in places:
+        raise ValueError(f"Unknown task {task!r}. Known tasks: {shown(list(places))}.")
+    return places[task]
 
 
 def _check_task_ids(task_ids: Tensor, task_names: Sequence[str]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit_length
 
-from hyperadapt.config import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
 from hyperadapt.normalization import normalize
 from tests.tolerances import FLOAT64_CONDITIONED, FLOAT64_EXACT, RIDGE
 

@@ -133,6 +133,9 @@ def adapter_config(**changes: Any) -> HyperAdapterConfig:
         "hypernetwork_dim": 16,
         "hypernetwork_depth": 1,
     }
+    if "normalization" not in changes:
+        # More than the default, so that the tasks of tiny models differ clearly.
+        settings["normalization_bound"] = 0.5
     return HyperAdapterConfig(**settings | changes)
 
 
@@ -159,8 +162,11 @@ def make_active(model: PeftModel, seed: int = 2) -> PeftModel:
         for name, parameter in model.named_parameters():
             if "hyperadapter_" not in name:
                 continue
-            if ".heads.B_" in name or ".shared.B_" in name:
+            if ".heads.B_" in name:
                 parameter.normal_(generator=generator)
+            elif ".shared.B_" in name:
+                # As large as what the heads emit, whose inputs they divide by 16: tasks are to differ clearly.
+                parameter.normal_(std=0.25, generator=generator)
             elif name.endswith("gain"):
                 parameter.uniform_(0.3, 0.6, generator=generator)
     return model.eval()

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
 
-from hyperadapt.config import NORMALIZATIONS
+from hyperadapt.methods import NORMALIZATIONS
 from tests.helpers import (
     ARCHITECTURES,
     MIXED,

@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 from peft import PeftConfig
 
-from hyperadapt.config import (
-    BOUNDED_NORMALIZATIONS,
-    HEADS,
-    NORMALIZATION_OPTIONS,
-    NORMALIZATIONS,
-    UNIT_NORMALIZATIONS,
-    HyperAdapterConfig,
-)
+from hyperadapt.config import HEADS, HyperAdapterConfig
+from hyperadapt.methods import BOUNDED_NORMALIZATIONS, NORMALIZATION_OPTIONS, NORMALIZATIONS, UNIT_NORMALIZATIONS
 
 OPTIONS = ("bound", "ridge", "factors", "order", "iterations", "temperature")
 # Stated here once more, so that a changed default is noticed.

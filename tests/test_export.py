@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hyperadapt import export, export_lora, export_loras, formats, generate_lora
-from hyperadapt.config import NORMALIZATIONS
+from hyperadapt.methods import NORMALIZATIONS
 from hyperadapt.validation import shown
 from tests.helpers import (
     TASK_TYPES,

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hyperadapt import HyperAdapterConfig, encoders, loading
-from hyperadapt.config import NORMALIZATIONS
 from hyperadapt.layer import HyperAdapterLayer
+from hyperadapt.methods import NORMALIZATIONS
 from tests.helpers import WRITES_COMPLEX
 
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))

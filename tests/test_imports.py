@@ -19,6 +19,7 @@ MAX_LINES = 400
 ORDER = [
     "validation",
     "conditions",
+    "methods",
     "config",
     "encoders",
     "tasks",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hyperadapt import HyperAdapterConfig, export_lora
-from hyperadapt.config import HEADS, NORMALIZATIONS
+from hyperadapt.config import HEADS
+from hyperadapt.methods import NORMALIZATIONS
 from tests.helpers import MIXED, ROWS, adapted_model, adapter_config, base_model, example_batch, logits, make_active
 from tests.tolerances import EXPORT_FLOAT32, FLOAT64_MODEL
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperadapt.config import BOUNDED_NORMALIZATIONS, HEADS, NORMALIZATIONS, UNIT_NORMALIZATIONS, HyperAdapterConfig
+from hyperadapt.config import HEADS, HyperAdapterConfig
 from hyperadapt.factors import Factors
+from hyperadapt.methods import BOUNDED_NORMALIZATIONS, NORMALIZATIONS, UNIT_NORMALIZATIONS
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.normalization import normalize
 from hyperadapt.positions import Position

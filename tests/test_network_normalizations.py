@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperadapt.config import HEADS, NORMALIZATIONS, UNIT_NORMALIZATIONS
+from hyperadapt.config import HEADS
 from hyperadapt.hypernetwork import Generated
+from hyperadapt.methods import NORMALIZATIONS, UNIT_NORMALIZATIONS
 from hyperadapt.network import HyperAdapterNetwork
 from tests.test_network import BASE_NORMS, LONGEST, POSITIONS, generate, make_network, norms
 from tests.tolerances import EPS_FLOAT32, FLOAT32_FORMULA, norm_error, sample_variance_error

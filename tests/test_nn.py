@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import hyperadapt
-from hyperadapt.config import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
 from hyperadapt.nn import MatrixNorm, Whitening
 from tests.tolerances import FLOAT32_FORMULA, FLOAT64_CONDITIONED, FLOAT64_EXACT, FLOAT64_GRADCHECK, SINKHORN_SUM
 

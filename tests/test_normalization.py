@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hyperadapt.config import BOUNDED_NORMALIZATIONS, NORMALIZATIONS
 from hyperadapt.cores import CORES, frobenius_norm_squared
+from hyperadapt.methods import BOUNDED_NORMALIZATIONS, NORMALIZATIONS
 from hyperadapt.normalization import core_from_grams, gram_matrices, normalize
 from tests.dense_updates import (
     CASES,

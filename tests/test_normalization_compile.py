@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hyperadapt import normalize
-from hyperadapt.config import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
 
 # Dynamo instantiates autograd functions while it traces them, which torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")

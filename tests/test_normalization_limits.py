@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hyperadapt.config import BOUNDED_NORMALIZATIONS, UNIT_NORMALIZATIONS
 from hyperadapt.cores import frobenius_norm_squared
+from hyperadapt.methods import BOUNDED_NORMALIZATIONS, UNIT_NORMALIZATIONS
 from hyperadapt.normalization import gram_matrices, normalize
 from tests.dense_updates import (
     CASES,

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from examples.benchmarks.rows import save_rows
 from hyperadapt import normalize
-from hyperadapt.config import NORMALIZATION_OPTIONS
 from hyperadapt.kernels.gram import grams, grams_reference
 from hyperadapt.matrix_functions import sinkhorn
+from hyperadapt.methods import NORMALIZATION_OPTIONS
 from hyperadapt.normalization import core_from_grams
 
 # Layers, and (in, out, count) of the linear layers of each.

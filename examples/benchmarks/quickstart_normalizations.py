@@ -17,7 +17,7 @@ from examples.benchmarks.rows import save_rows
 from examples.encoder import label_offsets, load_tokenizer, predict_logits
 from examples.quickstart import TASKS, encode_splits, make_metrics, train
 from examples.text_tasks import load_task
-from hyperadapt.config import NORMALIZATIONS
+from hyperadapt.methods import NORMALIZATIONS
 
 
 def main() -> None:
