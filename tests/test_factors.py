@@ -29,6 +29,8 @@ CASES = {
     "one task, 2-D": ((4, IN), None, [0, 0, 0, 0]),
     "one task, 3-D": ((2, 7, IN), None, [0, 0]),
     "one task, 4-D": ((2, 3, 7, IN), None, [0, 0]),
+    "a task each, 2-D": ((TASKS, IN), None, [0, 1, 2]),
+    "a task each, 4-D": ((TASKS, 2, 7, IN), None, [0, 1, 2]),
     "mixed, 2-D": ((4, IN), [2, 0, 2, 1], [2, 0, 2, 1]),
     "mixed, 3-D": ((3, 7, IN), [1, 2, 0], [1, 2, 0]),
     "mixed, 4-D": ((2, 3, 7, IN), [1, 2], [1, 2]),
@@ -41,18 +43,30 @@ CASES = {
 def test_apply_and_its_gradients_equal_the_dense_product(
     shape: tuple[int, ...], rows: list[int] | None, tasks: list[int]
 ) -> None:
-    factors = make_factors(1 if rows is None else TASKS)
+    factors = make_factors(1 if rows is None and not any(tasks) else TASKS)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    actual = factors.apply(x, None if rows is None else torch.tensor(rows, dtype=torch.long))
+    indices = None if rows is None else torch.tensor(rows, dtype=torch.long)
     expected = dense_apply(factors, x, tasks)
-    assert actual.shape == (*shape[:-1], OUT)
-    torch.testing.assert_close(actual, expected, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+    assert expected.shape == (*shape[:-1], OUT)
+    torch.testing.assert_close(factors.apply(x, indices), expected, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
 
-    inputs = (x, *factors)
+    # Added to another output in one pass, which stays as it is.
+    onto = torch.randn_like(expected, requires_grad=True)
+    before = onto.detach().clone()
+    actual, expected = factors.apply(x, indices, onto), onto + expected
+    torch.testing.assert_close(actual, expected, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+    assert torch.equal(onto, before)
+    inputs = (x, onto, *factors)
     direction = torch.randn_like(actual)
     gradients = torch.autograd.grad(actual, inputs, direction)
     expected_gradients = torch.autograd.grad(expected, inputs, direction)
     torch.testing.assert_close(gradients, expected_gradients, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+
+
+def test_outputs_of_another_dtype_are_promoted() -> None:
+    factors = make_factors(dtype=torch.float32)
+    x, onto = torch.randn(TASKS, 7, IN), torch.randn(TASKS, 7, OUT).to(torch.bfloat16)
+    assert torch.equal(factors.apply(x, None, onto), onto + factors.apply(x, None))
 
 
 def test_float32_stays_float32_and_accurate() -> None:

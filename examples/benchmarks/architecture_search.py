@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.architecture_search_report import judge_all, report
-from examples.benchmarks.architecture_search_runs import RATE, SearchData, all_candidates, search, train_alone
+from examples.benchmarks.architecture_search_runs import SearchData, all_candidates, search, train_alone
 from examples.benchmarks.rows import environment, save_rows
 
 RANKS = (2, 4, 8)
-ARMS = ("soft_frobenius", "none", "shared weights", "alone")
+RATES = {"soft_frobenius": 0.003, "none": 0.003, "shared weights": 0.003, "alone": 0.003}
 FAST: dict[str, Any] = {"search_steps": 2, "steps": 1, "seeds": [0], "alone_seeds": [0, 1], "rows": 16, "ranks": [2]}
 
 
@@ -53,14 +53,14 @@ def main() -> None:
     # Read first: the code may be another by the end of a long run.
     shared, rows = environment(), []
     data, candidates = SearchData(options.rows), all_candidates(options.ranks)
-    for arm in ARMS:
+    for arm, rate in RATES.items():
         steps = options.steps if arm == "alone" else options.search_steps
         for seed in options.alone_seeds if arm == "alone" else options.seeds:
             if arm == "alone":
-                run = train_alone(data, candidates, steps, seed)
+                run = train_alone(data, candidates, steps, rate, seed)
             else:
-                run = search(arm, data, candidates, steps, seed)
-            rows.append({"arm": arm, "seed": seed, "rate": RATE, "steps": steps, **run})
+                run = search(arm, data, candidates, steps, rate, seed)
+            rows.append({"arm": arm, "seed": seed, "rate": rate, "steps": steps, **run})
             print(f"{arm}, seed {seed}: {run['seconds']:.0f} CPU seconds", flush=True)
     judged = judge_all(rows)
     save_rows(options.output / "architecture_search.json", [shared | row for row in judged])

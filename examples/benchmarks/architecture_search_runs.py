@@ -34,7 +34,6 @@ TARGETS = {
     "all of the last layer": r".*\.layer\.2" + ALL,
     "all": ALL,
 }
-RATE = 0.003
 MAX_LENGTH = 16
 BATCH_SIZE = 16
 EVALUATION_BATCH = 128
@@ -245,7 +244,9 @@ def accuracy(model: PeftModel, rows: Rows, candidate: int | None) -> float:
     return evaluate(model, batches, takes_tasks=candidate is not None)[1]
 
 
-def search(arm: str, data: SearchData, candidates: Sequence[Candidate], steps: int, seed: int) -> dict[str, Any]:
+def search(
+    arm: str, data: SearchData, candidates: Sequence[Candidate], steps: int, rate: float, seed: int
+) -> dict[str, Any]:
     """Train one search, and evaluate every candidate with its weights.
 
     Args:
@@ -253,6 +254,7 @@ def search(arm: str, data: SearchData, candidates: Sequence[Candidate], steps: i
         data: The data.
         candidates: The candidates.
         steps: How many to train.
+        rate: The highest learning rate.
         seed: Of weights and batches.
 
     Returns:
@@ -260,7 +262,7 @@ def search(arm: str, data: SearchData, candidates: Sequence[Candidate], steps: i
     """
     batches, started = data.training_batches(steps, len(candidates), seed), time.process_time()
     model = build_search(arm, data, candidates, seed)
-    train(model, TRAINING["none"], batches, RATE)
+    train(model, TRAINING["none"], batches, rate)
     accuracies = {str(c): accuracy(model, data.validation, index) for index, c in enumerate(candidates)}
     return {
         "parameters": model.get_nb_trainable_parameters()[0],
@@ -269,13 +271,16 @@ def search(arm: str, data: SearchData, candidates: Sequence[Candidate], steps: i
     }
 
 
-def train_alone(data: SearchData, candidates: Sequence[Candidate], steps: int, seed: int) -> dict[str, Any]:
+def train_alone(
+    data: SearchData, candidates: Sequence[Candidate], steps: int, rate: float, seed: int
+) -> dict[str, Any]:
     """Train every candidate as plain LoRA.
 
     Args:
         data: The data.
         candidates: The candidates.
         steps: How many to train each.
+        rate: The highest learning rate.
         seed: Of weights and batches, which are the same for all candidates.
 
     Returns:
@@ -287,7 +292,7 @@ def train_alone(data: SearchData, candidates: Sequence[Candidate], steps: int, s
     for candidate in candidates:
         name, started = str(candidate), time.process_time()
         model = build_alone(candidate, data, seed)
-        train(model, TRAINING["lora"], batches, RATE)
+        train(model, TRAINING["lora"], batches, rate)
         values["validation"][name] = accuracy(model, data.validation, None)
         values["seconds"] += time.process_time() - started
         values["parameters"][name] = model.get_nb_trainable_parameters()[0]
