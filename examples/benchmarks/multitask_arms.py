@@ -24,7 +24,7 @@ from hyperadapt.hypernetwork import Hypernetwork
 RANK = 8
 POLY_SKILLS = 4
 LORA_RATES = (5e-4, 1e-3, 2e-3, 5e-3)
-HYPERADAPT_RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+HYPERADAPT_RATES = (1e-3, 2e-3, 5e-3, 1e-2)
 
 Measured = dict[str, Any]
 
