@@ -11,7 +11,8 @@ STEPS = (
     ("ruff", "check", "."),
     ("mypy",),
     ("pydoclint.main", "--quiet", "hyperadapt"),
-    ("pytest",),
+    # The sum of the times is near a third of an hour; most tests use one core.
+    ("pytest", "-n", "2"),
 )
 
 
