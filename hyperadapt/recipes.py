@@ -266,7 +266,7 @@ def _training_arguments(
     # Numbers below 1 are shares of all steps.
     eval_steps = given.get("eval_steps", 0.2)
     defaults = {
-        "learning_rate": 5e-3,
+        "learning_rate": 2e-3,
         "per_device_train_batch_size": _BATCH_SIZE,
         "per_device_eval_batch_size": 64,
         "warmup_steps": 1 / 16,

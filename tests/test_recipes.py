@@ -324,7 +324,7 @@ def arguments(folder: Path, text: str) -> TrainingArguments:
 
 def test_training_defaults(folder: Path) -> None:
     plain = arguments(folder, SMALL)
-    assert (plain.learning_rate, plain.per_device_train_batch_size, plain.warmup_steps) == (5e-3, 32, 1 / 16)
+    assert (plain.learning_rate, plain.per_device_train_batch_size, plain.warmup_steps) == (2e-3, 32, 1 / 16)
     assert (plain.seed, plain.report_to, plain.load_best_model_at_end) == (0, [], False)
     assert (plain.eval_strategy, plain.save_strategy, plain.save_steps) == ("no", "steps", 0.2)
     validated = SMALL + "    validation: data/validation.jsonl\n"

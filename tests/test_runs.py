@@ -52,7 +52,7 @@ def test_a_run_is_whole(trained: dict[str, tuple[Path, list[str]]], task_type: s
     assert set(os.listdir(folder / "run")) == files
     record = Record.load(folder / "run")
     facts = record.training
-    assert (facts["steps"], facts["batch_size"], facts["learning_rate"], facts["seed"]) == (10, 8, 5e-3, 0)
+    assert (facts["steps"], facts["batch_size"], facts["learning_rate"], facts["seed"]) == (10, 8, 2e-3, 0)
     assert facts["rows"] == {"reviews": 40, "letters": 40, "mail": 40}
     assert 0 < facts["trainable_parameters"] < facts["parameters"]
     assert facts["best_step"] in (2, 4, 6, 8, 10)
