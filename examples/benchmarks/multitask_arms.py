@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PolyConfig, get_peft_model
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
 
 from examples.benchmarks.multitask_data import Batch, MultitaskData
 from examples.benchmarks.stability_arms import plain
+from examples.benchmarks.transfer_baselines import fit
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork import Hypernetwork
 
@@ -137,8 +137,9 @@ def _train(arm: Arm, data: MultitaskData, fraction: float, steps: int, rate: flo
         model = build(arm, data, seed)
         # PeftModel without a task type passes by Poly's own forward, which is what takes task ids.
         callee = model.base_model if arm.column == "task_ids" else model
-        batches = data.training_batches(fraction, steps * len(tasks) // len(everything), seed, only)
-        fit(callee, [_told(batch, arm.column) for batch in batches], rate)
+        share = steps * len(tasks) // len(everything)
+        batches = data.training_batches(fraction, share, seed, only)
+        fit(callee, (_told(batch, arm.column) for batch in batches), share, rate)
         trained.models.append((callee, tasks))
         trained.parameters += model.get_nb_trainable_parameters()[0]
         trained.file_bytes += saved_bytes(model)
@@ -161,27 +162,6 @@ def build(arm: Arm, data: MultitaskData, seed: int) -> PeftModel:
     if arm.change is not None:
         arm.change(model.base_model.hyperadapter_networks["default"].hypernetwork)
     return model
-
-
-def fit(model: nn.Module, batches: Sequence[Batch], rate: float) -> None:
-    """Train as ``Trainer`` does by default: AdamW, warm-up, linear decay, clipped gradients.
-
-    Args:
-        model: The model; is left in evaluation mode.
-        batches: One for each step.
-        rate: The highest learning rate.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, max(1, len(batches) // 16), len(batches))
-    model.train()
-    for batch in batches:
-        model(**batch).loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
 
 
 def saved_bytes(model: PeftModel) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.benchmarks.transfer_report import interval
+from examples.benchmarks.stability_summary import complete_seeds
+from examples.benchmarks.transfer_report import interval, shown
 
 REFERENCE = "separate loras"
 # Okabe and Ito's colours, told apart by colour-blind readers.
@@ -67,10 +68,8 @@ def by_fraction(rows: Sequence[Row]) -> Cells:
     Returns:
         Fraction of the training rows, decreasing -> arm -> its rows by seed.
     """
-    counts = Counter(row["seed"] for row in rows)
-    complete = [row for row in rows if counts[row["seed"]] == max(counts.values())]
     cells: Cells = defaultdict(lambda: defaultdict(list))
-    for row in sorted(complete, key=lambda row: (-row["fraction"], row["seed"])):
+    for row in sorted(complete_seeds(rows), key=lambda row: (-row["fraction"], row["seed"])):
         cells[row["fraction"]][row["arm"]].append(row)
     return {fraction: dict(arms) for fraction, arms in cells.items()}
 
@@ -117,22 +116,6 @@ def _print_arms(fraction: float, arms: dict[str, list[Row]]) -> None:
             str(len(rows)),
         ]
         print(f"{arm:<30}" + "".join(f"{cell:>18}" for cell in cells))
-
-
-def shown(mean: float, half: float, sign: str = "") -> str:
-    """A mean with its interval, as text.
-
-    Args:
-        mean: The mean.
-        half: Half the interval's width; NaN where there is none.
-        sign: ``"+"`` to show the sign of a positive number.
-
-    Returns:
-        The text; a dash without a mean.
-    """
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:{sign}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
 def _print_tasks(arms: dict[str, list[Row]]) -> None:

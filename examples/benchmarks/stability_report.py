@@ -19,8 +19,8 @@ COLORS = {
     "none": "#000000",
     "none + clipping": "#999999",
     "soft_frobenius": "#0072B2",
-    "frobenius_clip": "#56B4E9",
-    "spectral": "#009E73",
+    "frobenius": "#009E73",
+    "polar": "#CC79A7",
 }
 WIDTHS = ("width", "by_lora", "by_none", "width_2_points", "width_of_best_arm", "width_2_points_of_best_arm")
 

@@ -85,7 +85,7 @@ def report(folder: Path) -> None:
         means = _means(tasks, held_out)
         cells = [*(list(tasks[name].values()) for name in held_out), list(means.values())]
         cells.append(list(tasks[TRAINED].values()))
-        print(f"{arm:<34}{count:>4}{len(means):>6}" + "".join(f"{_shown(*interval(cell)):>17}" for cell in cells))
+        print(f"{arm:<34}{count:>4}{len(means):>6}" + "".join(f"{shown(*interval(cell)):>17}" for cell in cells))
 
     for (arm, count), tasks in scores.items():
         if arm in REFERENCES:
@@ -101,7 +101,7 @@ def _print_differences(
         others = _means(tasks, held_out)
         differences = [reference[seed] - others[seed] for seed in reference if seed in others]
         if arm != reference_arm and count == reference_count and differences:
-            print(f"{arm:<38}{len(differences):>6}{_shown(*interval(differences), sign='+'):>17}")
+            print(f"{arm:<38}{len(differences):>6}{shown(*interval(differences), sign='+'):>17}")
 
 
 def _means(tasks: dict[str, dict[int, float]], held_out: Sequence[str]) -> dict[int, float]:
@@ -110,7 +110,17 @@ def _means(tasks: dict[str, dict[int, float]], held_out: Sequence[str]) -> dict[
     return {seed: float(np.mean([tasks[name][seed] for name in held_out])) for seed in sorted(seeds)}
 
 
-def _shown(mean: float, half: float, sign: str = "") -> str:
+def shown(mean: float, half: float, sign: str = "") -> str:
+    """A mean with its interval, as text.
+
+    Args:
+        mean: The mean.
+        half: Half the interval's width; NaN where there is none.
+        sign: ``"+"`` to show the sign of a positive number.
+
+    Returns:
+        The text; a dash without a mean.
+    """
     if math.isnan(mean):
         return "-"
     return f"{mean:{sign}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")

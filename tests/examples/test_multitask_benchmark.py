@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from examples.benchmarks import multitask
+from examples.benchmarks import multitask, multitask_arms
 from examples.benchmarks.multitask_arms import ARMS, build, run_arm
 from examples.benchmarks.multitask_data import BATCH_SIZE, MultitaskData, Row, in_batches
 from examples.benchmarks.multitask_report import by_fraction, differences, report
+from examples.benchmarks.transfer_baselines import fit
 from examples.encoder import batches, encode, load_tokenizer
 from examples.matching import load_matcher
 from examples.text_tasks import encoder_path, load_task
@@ -117,8 +119,17 @@ def test_every_arm_can_be_built(data: MultitaskData, name: str) -> None:
     assert not any("base_layer" in name for name in trainable)
 
 
-def test_separate_loras_share_the_steps(data: MultitaskData) -> None:
+def test_separate_loras_share_the_steps(data: MultitaskData, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+
+    def counted(model: torch.nn.Module, batches: Iterable[Any], number: int, rate: float) -> None:
+        batches = list(batches)
+        steps.append(len(batches))
+        fit(model, batches, number, rate)
+
+    monkeypatch.setattr(multitask_arms, "fit", counted)
     measured = run_arm(ARMS["separate loras"], data, fraction=1.0, steps=4, rate=1e-3, seed=0, split="test")
+    assert steps == [2, 2]
     alone = build(ARMS["shared lora"], data, seed=0).get_nb_trainable_parameters()[0]
     assert measured["parameters"] == 2 * alone
     # Adapters are float32.
