@@ -49,7 +49,7 @@ def adaptive_scale(f_squared: Tensor, bound: float | Tensor, strength: float | T
     Returns:
         Shape ``(...)``, same dtype, dimensionless.
     """
-    exponent = torch.as_tensor(strength, dtype=f_squared.dtype, device=f_squared.device) / -2
+    exponent = strength.to(f_squared) / -2 if isinstance(strength, Tensor) else strength / -2
     return (1 + f_squared / _squared(bound, f_squared)) ** exponent
 
 
@@ -138,7 +138,8 @@ def _scaled_identity(scale: Tensor, like: Tensor) -> Tensor:
 
 
 def _squared(bound: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(bound, dtype=like.dtype, device=like.device).square()
+    # A number is filled in on the device; copying it there would make the host wait.
+    return (bound.to(like) if isinstance(bound, Tensor) else like.new_full((), bound)).square()
 
 
 def _inverse_root(x: Tensor) -> Tensor:

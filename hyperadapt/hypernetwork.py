@@ -140,15 +140,15 @@ class Hypernetwork(nn.Module):
         Returns:
             One group for each shape and rank among the positions, in the dtype of the hypernetwork.
         """
-        hidden = self._hidden(task_embeddings, positions)
-        groups: dict[str, list[int]] = {}
-        for index, position in enumerate(positions):
-            groups.setdefault(_shape(position), []).append(index)
+        groups: dict[str, list[Position]] = {}
+        for position in positions:
+            groups.setdefault(_shape(position), []).append(position)
+        # In the groups' order, in which each group's part is a view.
+        hidden = self._hidden(task_embeddings, [position for members in groups.values() for position in members])
+        parts = torch.split(hidden, [len(members) for members in groups.values()], dim=1)
         generated = []
-        for indices in groups.values():
-            members = [positions[index] for index in indices]
+        for members, group_hidden in zip(groups.values(), parts, strict=True):
             r = members[0].r
-            group_hidden = hidden if len(indices) == len(positions) else hidden[:, indices]
             if r < self.slots:
                 group_hidden = group_hidden[:, :, :r]
             shape = (len(task_embeddings), len(members), r, -1)
@@ -168,15 +168,16 @@ class Hypernetwork(nn.Module):
         """What all tasks share of a factor of some positions of one shape, (positions, r, size)."""
         shared: Tensor = self.shared[f"{factor}_{_shape(members[0])}"]
         places = [self._places[position.name] for position in members]
-        return shared if places == list(range(len(shared))) else shared[places]
+        return shared if places == list(range(len(shared))) else shared[index_tensor(places, shared.device)]
 
     def _hidden(self, task_embeddings: Tensor, positions: Sequence[Position]) -> Tensor:
         """Trunk output of shape (tasks, positions, slots, hypernetwork_dim), root mean square 1."""
         layers, modules = zip(*(self._rows[position.name] for position in positions), strict=True)
+        device = self.layer_embedding.device
         hidden = (
             self._project("task", task_embeddings.to(self.layer_embedding.dtype))[:, None, None]
-            + self._project("layer", self.layer_embedding)[list(layers)][None, :, None]
-            + self._project("module", self.module_embedding)[list(modules)][None, :, None]
+            + self._project("layer", self.layer_embedding)[index_tensor(layers, device)][None, :, None]
+            + self._project("module", self.module_embedding)[index_tensor(modules, device)][None, :, None]
         )
         if self.slots > 1:
             hidden = hidden + self._project("row", self.row_embedding)
@@ -205,6 +206,19 @@ def _shape(position: Position) -> str:
     """Name of a position's shape; positions with the same name are generated together."""
     fan_in = f"_fan{position.fan_in}" if position.fan_in else ""
     return f"{position.in_features}x{position.out_features}_r{position.r}{fan_in}"
+
+
+def index_tensor(indices: Sequence[int], device: torch.device) -> Tensor:
+    """Indices on a device, without waiting for what it still has to do, as indexing with a list would.
+
+    Args:
+        indices: The indices.
+        device: The device.
+
+    Returns:
+        int64, shape ``(indices,)``.
+    """
+    return torch.tensor(indices, device="cpu").to(device, non_blocking=True)
 
 
 class ResidualBlock(nn.Module):

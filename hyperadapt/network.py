@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from hyperadapt.config import HyperAdapterConfig
 from hyperadapt.cores import adaptive_scale
 from hyperadapt.factors import Factors
-from hyperadapt.hypernetwork import Generated, Hypernetwork
+from hyperadapt.hypernetwork import Generated, Hypernetwork, index_tensor
 from hyperadapt.kernels.gram import grams
 from hyperadapt.normalization import core_from_grams
 from hyperadapt.positions import Position
@@ -72,7 +73,8 @@ class HyperAdapterNetwork(nn.Module):
             raise ValueError(
                 f"normalization={self.config.normalization!r} learns no strength and bound; only 'adaptive' does."
             )
-        strengths, bounds = (values.tolist() for values in self._adaptive(list(range(len(self.positions)))))
+        everything = torch.arange(len(self.positions), device=self.base_norms.device)
+        strengths, bounds = (values.tolist() for values in self._adaptive(everything))
         return {
             position.name: (strength, bound)
             for position, strength, bound in zip(self.positions, strengths, bounds, strict=True)
@@ -93,9 +95,11 @@ class HyperAdapterNetwork(nn.Module):
         """
         positions = self.positions if positions is None else positions
         # Looked up in here, where sharded training has gathered the parameters.
-        tasks = tasks.to(self.hypernetwork.layer_embedding.device)
+        tasks = tasks.to(self.hypernetwork.layer_embedding.device, non_blocking=True)
         task_embeddings = tasks if tasks.is_floating_point() else self.task_embedding(tasks)
-        with torch.autocast(task_embeddings.device.type, enabled=False):
+        kind = task_embeddings.device.type
+        # The device "meta" knows no autocast.
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             by_rank: dict[int, list[Generated]] = {}
             for group in self.hypernetwork(task_embeddings, positions):
                 by_rank.setdefault(group.positions[0].r, []).append(group)
@@ -122,7 +126,7 @@ class HyperAdapterNetwork(nn.Module):
     def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
         """Cores (tasks, positions, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
         config, scaling = self.config, _scaling(positions, gram_A)
-        indices = [self._index[position.name] for position in positions]
+        indices = index_tensor([self._index[position.name] for position in positions], gram_A.device)
         base_norms = self.base_norms[indices].to(gram_A.dtype)
         options = config.normalization_options
         if "bound" in options:
@@ -144,7 +148,7 @@ class HyperAdapterNetwork(nn.Module):
         gain = adaptive_scale(gain.square(), bound, strength) * gain
         return gain[:, None, None] * core_from_grams(gram_A, gram_B, method, **options)
 
-    def _adaptive(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _adaptive(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Strength, and bound in units of the base weight, of the positions."""
         # Beyond e^±10 a bound means all or nothing; without limits a diverging run would overflow it.
         strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].clamp(-10, 10).exp()
@@ -172,7 +176,7 @@ def _scaling(positions: Sequence[Position], like: Tensor) -> float | Tensor:
     values = [position.scaling for position in positions]
     if len(set(values)) == 1:
         return values[0]
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+    return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)[:, None, None]
 
 
 def _grams(generated: Sequence[Generated]) -> tuple[Tensor, Tensor]:

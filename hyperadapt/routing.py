@@ -16,7 +16,7 @@ from hyperadapt.factors import Factors
 from hyperadapt.network import HyperAdapterNetwork
 from hyperadapt.positions import Position
 from hyperadapt.scope import Routed, Scope, ScopeOwner, current_scope, installed
-from hyperadapt.tasks import resolve_task_ids
+from hyperadapt.tasks import can_read, resolve_task_ids
 
 Tasks = str | Sequence[str] | Tensor
 _GIVE_TASKS = (
@@ -239,7 +239,7 @@ class Router(ScopeOwner):
         task_ids = resolve_task_ids(tasks, network.config.task_names)
         distinct, rows, is_one_to_one = _distinct(task_ids, len(network.config.task_names))
         # All layers on this device then take them as they are.
-        rows = rows.to(network.hypernetwork.layer_embedding.device)
+        rows = rows.to(network.hypernetwork.layer_embedding.device, non_blocking=True)
         return Routed(network(distinct, positions), rows if len(distinct) > 1 else None, is_one_to_one)
 
     def _check_training(self, adapter_name: str) -> None:
@@ -275,13 +275,13 @@ class Router(ScopeOwner):
 
 def _distinct(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, bool]:
     """The tasks to generate for, which of them each row uses, and whether those are just its own, in order."""
-    is_compiling = torch.compiler.is_compiling()
-    if not is_compiling:
+    is_known = can_read(task_ids)
+    if is_known:
         distinct, rows = torch.unique(task_ids, return_inverse=True)
         if len(distinct) < task_ids.numel():
             return distinct, rows, False
-    # A graph needs a number of tasks that does not depend on the values: as many as there may be distinct ones.
-    if not is_compiling or task_ids.ndim == 0 or len(task_ids) < num_tasks:
+    # Otherwise the number of tasks cannot depend on the values: as many as there may be distinct ones.
+    if is_known or task_ids.ndim == 0 or len(task_ids) < num_tasks:
         return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device), True
     return torch.arange(num_tasks, device=task_ids.device), task_ids, False
 

@@ -143,7 +143,20 @@ class TaskEmbedding(nn.Module):
 
 
 def _look_up(values: Tensor, task_ids: Tensor) -> Tensor:
-    return values.to(task_ids.device)[task_ids]
+    return values.to(task_ids.device, non_blocking=True)[task_ids]
+
+
+def can_read(task_ids: Tensor) -> bool:
+    """Whether the values of task ids can be looked at without harm.
+
+    Args:
+        task_ids: The ids.
+
+    Returns:
+        False while a graph is traced, which must not depend on them, and on other devices than the CPU, for whose work
+        in progress the host would have to wait.
+    """
+    return task_ids.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def resolve_task_ids(tasks: str | Sequence[str] | Tensor, task_names: Sequence[str]) -> Tensor:
@@ -158,13 +171,14 @@ def resolve_task_ids(tasks: str | Sequence[str] | Tensor, task_names: Sequence[s
 
     Raises:
         TypeError: If `tasks` is of another type.
-        ValueError: If a name is unknown, an id is out of range, or there is no row.
+        ValueError: If a name is unknown, an id is out of range, or there is no row. Ids that ``can_read`` says are not
+            to be read fail where they are looked up.
     """
     if isinstance(tasks, Tensor):
         return _check_task_ids(tasks, task_names)
     places = {name: place for place, name in enumerate(task_names)}
     if isinstance(tasks, str):
-        return torch.tensor(_task_id(tasks, places))
+        return torch.tensor(_task_id(tasks, places), device="cpu")
     if not isinstance(tasks, Sequence):
         raise TypeError(
             f"tasks={tasks!r} must be a task name, a list of names (one per row) or an integer tensor of ids, not "
@@ -172,7 +186,7 @@ def resolve_task_ids(tasks: str | Sequence[str] | Tensor, task_names: Sequence[s
         )
     if not tasks:
         raise ValueError("tasks is empty; pass one task per row of the batch, or one name for all rows.")
-    return torch.tensor([_task_id(task, places) for task in tasks])
+    return torch.tensor([_task_id(task, places) for task in tasks], device="cpu")
 
 
 def _task_id(task: object, places: dict[str, int]) -> int:
@@ -193,8 +207,8 @@ def _check_task_ids(task_ids: Tensor, task_names: Sequence[str]) -> Tensor:
         raise ValueError(
             f"tasks is a tensor of shape {tuple(task_ids.shape)}; task ids must have shape (batch,), one per row."
         )
-    if torch.compiler.is_compiling():
-        # The values are not known. Look-ups refuse ids past the end, but would count negative ones from there.
+    if not can_read(task_ids):
+        # Look-ups refuse ids past the end, but would count negative ones from there.
         return torch.where(task_ids < 0, len(task_names), task_ids.long())
     wrong = (task_ids < 0) | (task_ids >= len(task_names))
     if wrong.any():

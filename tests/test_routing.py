@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hyperadapt.routing as routing_module
+import hyperadapt.tasks as tasks_module
 from hyperadapt import use_tasks
 from hyperadapt.layer import HyperAdapterLayer
 from hyperadapt.scope import current_scope
@@ -155,6 +157,19 @@ def test_mixed_batch_equals_its_rows(name: str, tasks: list[str]) -> None:
     scale = max(float(gradient.abs().max()) for gradient in mixed.values())
     for key, gradient in gradients(model).items():
         assert_close(mixed[key], gradient, rtol=FLOAT64_MODEL, atol=FLOAT64_MODEL * scale, msg=key)
+
+
+@pytest.mark.parametrize("tasks", [[2, 0], [1, 1, 1, 2]], ids=["fewer rows than tasks", "more"])
+def test_ids_on_a_device_give_the_same_unread(shared: PeftModel, monkeypatch: Any, tasks: list[int]) -> None:
+    batch, ids = {name: values[: len(tasks)] for name, values in BATCH.items()}, torch.tensor(tasks)
+    expected = logits(shared, batch, tasks=ids)
+    for module in (tasks_module, routing_module):
+        monkeypatch.setattr(module, "can_read", lambda ids: False)
+    assert_close(logits(shared, batch, tasks=ids), expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+    for wrong in (-1, 3):
+        ids[1] = wrong
+        with pytest.raises(IndexError, match=r"out of (range|bounds)"):
+            logits(shared, batch, tasks=ids)
 
 
 class CountPicks(TorchDispatchMode):
