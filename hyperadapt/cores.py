@@ -1,8 +1,9 @@
 """Every normalisation as a core S, an r×r matrix computed from the Gram matrices of the factors.
 
 Each function takes ``gram_A = A·Aᵀ`` and ``gram_B = Bᵀ·B`` of shape ``(..., r, r)``, float32 or float64, and its own
-options as keywords, and returns S of the same shape and dtype, so that the normalised update is B·S·A. All are finite,
-with finite gradients, at zero, at rank-deficient and at repeated spectra.
+options as keywords, and returns S of the same shape and dtype, so that the normalised update is B·S·A; or, where S is a
+multiple of the identity, the factor, of shape ``(..., 1, 1)``. All are finite, with finite gradients, at zero, at
+rank-deficient and at repeated spectra.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def adaptive_scale(f_squared: Tensor, bound: float | Tensor, strength: float | T
 
 
 def _none(gram_A: Tensor, gram_B: Tensor) -> Tensor:
-    return _scaled_identity(torch.ones_like(frobenius_norm_squared(gram_A, gram_B)), gram_A)
+    return torch.ones_like(frobenius_norm_squared(gram_A, gram_B))[..., None, None]
 
 
 def _soft_frobenius(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
@@ -67,19 +68,19 @@ def _frobenius_clip(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) ->
     clipped = f_squared > c_squared
     # The inner `where` keeps the gradient inside of the bound 0 instead of 0·inf.
     scale = torch.where(clipped, c_squared, 1).sqrt() * torch.where(clipped, f_squared, 1).rsqrt()
-    return _scaled_identity(scale, gram_A)
+    return scale[..., None, None]
 
 
 def _adaptive(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor, strength: float | Tensor) -> Tensor:
-    return _scaled_identity(adaptive_scale(frobenius_norm_squared(gram_A, gram_B), bound, strength), gram_A)
+    return adaptive_scale(frobenius_norm_squared(gram_A, gram_B), bound, strength)[..., None, None]
 
 
 def _frobenius(gram_A: Tensor, gram_B: Tensor) -> Tensor:
-    return _scaled_identity(_inverse_root(frobenius_norm_squared(gram_A, gram_B)), gram_A)
+    return _inverse_root(frobenius_norm_squared(gram_A, gram_B))[..., None, None]
 
 
 def _spectral(gram_A: Tensor, gram_B: Tensor) -> Tensor:
-    return _scaled_identity(reciprocal(spectral_norm(gram_A, gram_B)), gram_A)
+    return reciprocal(spectral_norm(gram_A, gram_B))[..., None, None]
 
 
 def _schatten(gram_A: Tensor, gram_B: Tensor, *, order: int = 8) -> Tensor:
@@ -94,7 +95,7 @@ def _schatten(gram_A: Tensor, gram_B: Tensor, *, order: int = 8) -> Tensor:
         divisor = _positive_trace(power).detach()
         power, logarithm = power / divisor[..., None, None], 2 * logarithm + divisor.log()
     logarithm = logarithm + _positive_trace(power).log()
-    return _scaled_identity(torch.where(nonzero, (-logarithm / (2 * exponent)).exp(), 0), gram_A)
+    return torch.where(nonzero, (-logarithm / (2 * exponent)).exp(), 0)[..., None, None]
 
 
 def _polar(gram_A: Tensor, gram_B: Tensor, *, ridge: float = 1e-5) -> Tensor:
@@ -133,10 +134,6 @@ CORES: dict[str, Core] = {
 }
 
 
-def _scaled_identity(scale: Tensor, like: Tensor) -> Tensor:
-    return scale[..., None, None] * torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
 def _squared(bound: float | Tensor, like: Tensor) -> Tensor:
     # A number is filled in on the device; copying it there would make the host wait.
     return (bound.to(like) if isinstance(bound, Tensor) else like.new_full((), bound)).square()
@@ -164,4 +161,4 @@ def _inverse_lengths(gram: Tensor) -> Tensor:
 def _ridged(gram: Tensor, ridge: float) -> Tensor:
     """G + ridge·mean eigenvalue·I, which limits the gradient where G is nearly singular."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return gram + _scaled_identity(ridge * mean, gram)
+    return gram + (ridge * mean)[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -19,7 +19,8 @@ class Factors(NamedTuple):
     Args:
         lora_A: Shape ``(tasks, r, in_features)``.
         lora_B: Shape ``(tasks, out_features, r)``.
-        core: The matrix S, shape ``(tasks, r, r)``; holds the normalisation, gain and scaling.
+        core: The matrix S, shape ``(tasks, r, r)``, or ``(tasks, 1, 1)`` where it is a multiple of the identity; holds
+            the normalisation, gain and scaling.
     """
 
     lora_A: Tensor
@@ -105,7 +106,15 @@ class Factors(NamedTuple):
         Returns:
             Shape ``(tasks, out_features, in_features)``.
         """
-        return self.lora_B @ self.core @ self.lora_A
+        return self.outer() @ self.lora_A
+
+    def outer(self) -> Tensor:
+        """The product B·S: what B is in a LoRA whose scaling is 1.
+
+        Returns:
+            Shape ``(tasks, out_features, r)``.
+        """
+        return times_core(self.lora_B, self.core)
 
     def _of(self, rows: Tensor | None) -> Factors:
         """The factors of each row."""
@@ -114,7 +123,7 @@ class Factors(NamedTuple):
     def _expand(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
         """From the rank-r activation to the output: any shape with one task, ``(tasks, n, r)`` with several."""
         is_single = len(self.lora_A) == 1
-        hidden = linear(hidden, self.core[0]) if is_single else hidden @ self.core.mT
+        hidden = times_core(hidden, self.core[0].mT if is_single else self.core.mT)
         if onto is None or onto.dtype != hidden.dtype:
             update = linear(hidden, self.lora_B[0]) if is_single else hidden @ self.lora_B.mT
             return update if onto is None else onto + update
@@ -123,6 +132,20 @@ class Factors(NamedTuple):
             rows = onto.reshape(-1, onto.shape[-1])
             return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), self.lora_B[0].T).reshape(onto.shape)
         return torch.baddbmm(onto, hidden, self.lora_B.mT)
+
+
+def times_core(x: Tensor, core: Tensor) -> Tensor:
+    """Compute x·S.
+
+    Args:
+        x: Shape ``(..., n, r)``, or ``(r,)``.
+        core: S, shape ``(..., r, r)``, or ``(..., 1, 1)`` for a multiple of the identity.
+
+    Returns:
+        Shape of `x`.
+    """
+    # The scalar's own dimensions would add to those of a vector.
+    return x * (core if x.ndim > 1 else core[..., 0]) if core.shape[-1] == 1 else x @ core
 
 
 def _convolve(x: Tensor, weight: Tensor, convolution: Convolution, *, groups: int) -> Tensor:

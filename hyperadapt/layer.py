@@ -223,7 +223,7 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         Returns:
             LoRA's A and B by the ends of their names in a saved adapter.
         """
-        return {"lora_A.weight": factors.lora_A[0], "lora_B.weight": factors.lora_B[0] @ factors.core[0]}
+        return {"lora_A.weight": factors.lora_A[0], "lora_B.weight": factors.outer()[0]}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's ``convert_to_lora`` can read the update; it takes linear layers.

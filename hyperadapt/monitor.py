@@ -59,5 +59,6 @@ class PositionMonitor:
 @torch.no_grad()
 def _largest_norm(factors: Factors) -> Tensor:
     """Largest ‖B·S·A‖_F of any task, without the product."""
-    A, B = factors.lora_A.float(), factors.lora_B.float() @ factors.core.float()
+    factors = Factors(*(tensor.float() for tensor in factors))
+    A, B = factors.lora_A, factors.outer()
     return frobenius_norm_squared(A @ A.mT, B.mT @ B).amax().sqrt()

@@ -78,7 +78,9 @@ def normalize(
         "temperature": temperature,
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    return core_from_grams(*gram_matrices(lora_A, lora_B), method, **given)
+    core = core_from_grams(*gram_matrices(lora_A, lora_B), method, **given)
+    r = lora_A.shape[-2]
+    return core if core.shape[-1] == r else core * torch.eye(r, dtype=core.dtype, device=core.device)
 
 
 def gram_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,7 @@ def core_from_grams(gram_A: Tensor, gram_B: Tensor, method: str, **options: Any)
         **options: The method's options, as in ``normalize``.
 
     Returns:
-        Shape ``(..., r, r)``, same dtype.
+        Shape ``(..., r, r)``, or ``(..., 1, 1)`` of a method whose core is a multiple of the identity; same dtype.
 
     Raises:
         ValueError: If the shapes differ, the method is unknown, or an option is missing, needless or out of range.

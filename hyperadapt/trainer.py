@@ -133,6 +133,9 @@ class TaskTrainerMixin(Trainer):
         """
         # Label smoothing takes the labels out of the batch.
         tasks, labels = inputs[TASK_COLUMN], inputs.get("labels")
+        if self.max_tasks_per_batch is not None or not model.training:
+            # Ids on a GPU would generate as many tasks as there are rows, where few tasks are known to occur.
+            inputs = inputs | {TASK_COLUMN: tasks.cpu()}
         if not self.log_task_losses or not model.training or labels is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         seen: list[Any] = []

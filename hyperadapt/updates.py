@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperadapt.factors import Factors
+from hyperadapt.factors import Factors, times_core
 
 
 def inner_product(x: Factors, y: Factors) -> Tensor:  # noqa: DOC502
@@ -28,7 +28,7 @@ def inner_product(x: Factors, y: Factors) -> Tensor:  # noqa: DOC502
         ValueError: If the updates have different shapes.
     """
     _check_shapes(x, y)
-    outer = x.core.mT @ (x.lora_B.mT @ y.lora_B) @ y.core
+    outer = times_core(times_core(y.lora_B.mT @ x.lora_B, x.core).mT, y.core)
     return (outer * (x.lora_A @ y.lora_A.mT)).sum((-2, -1))
 
 
@@ -75,8 +75,8 @@ def singular_values(factors: Factors) -> Tensor:
 
 def _rows(factors: Factors) -> tuple[Tensor, Tensor]:
     """A and (B·S)ᵀ in float64, each of shape (..., r, features)."""
-    lora_A, lora_B, core = (tensor.double() for tensor in factors)
-    return lora_A, core.mT @ lora_B.mT
+    factors = Factors(*(tensor.double() for tensor in factors))
+    return factors.lora_A, factors.outer().mT
 
 
 def _check_shapes(x: Factors, y: Factors) -> None:

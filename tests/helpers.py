@@ -30,6 +30,7 @@ from transformers import (
 
 from examples.text_tasks import encoder_path
 from hyperadapt import HyperAdapterConfig
+from hyperadapt.factors import Factors
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["alpha", "beta", "gamma"]
@@ -146,6 +147,12 @@ def adapted_model(name: str, *, active: bool = True, seed: int = 0, **changes: A
         config = adapter_config(**{"target_modules": "all-linear"} | changes)
         model = get_peft_model(base_model(name, seed), config)
     return make_active(model) if active else model
+
+
+def full_core(factors: Factors) -> Tensor:
+    """The core of each task as a matrix, shape (tasks, r, r)."""
+    r = factors.lora_A.shape[-2]
+    return factors.core * torch.eye(r) if factors.core.shape[-1] < r else factors.core
 
 
 def two_adapters() -> PeftModel:

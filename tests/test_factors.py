@@ -10,15 +10,17 @@ from tests.tolerances import FLOAT32_FORMULA, FLOAT64_EXACT
 TASKS, R, IN, OUT = 3, 2, 6, 5
 
 
-def make_factors(tasks: int = TASKS, dtype: torch.dtype = torch.float64) -> Factors:
+def make_factors(tasks: int = TASKS, dtype: torch.dtype = torch.float64, core: int = R) -> Factors:
     torch.manual_seed(0)
-    shapes = ((tasks, R, IN), (tasks, OUT, R), (tasks, R, R))
+    shapes = ((tasks, R, IN), (tasks, OUT, R), (tasks, core, core))
     return Factors(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes))
 
 
 def dense_apply(factors: Factors, x: Tensor, rows: list[int]) -> Tensor:
     """One dense product per element of the first dimension; the row's task is given for each."""
-    weights = torch.einsum("tor,trs,tsi->toi", factors.lora_B, factors.core, factors.lora_A)
+    # A core of one number is a multiple of the identity.
+    core = factors.core if factors.core.shape[-1] == R else factors.core * torch.eye(R, dtype=factors.core.dtype)
+    weights = torch.einsum("tor,trs,tsi->toi", factors.lora_B, core, factors.lora_A)
     if not rows:
         return x @ weights[0].T
     return torch.stack([element @ weights[row].T for element, row in zip(x, rows, strict=True)])
@@ -26,6 +28,7 @@ def dense_apply(factors: Factors, x: Tensor, rows: list[int]) -> Tensor:
 
 # (shape of x, rows, task of each element of x)
 CASES = {
+    "one task, 1-D": ((IN,), None, []),
     "one task, 2-D": ((4, IN), None, [0, 0, 0, 0]),
     "one task, 3-D": ((2, 7, IN), None, [0, 0]),
     "one task, 4-D": ((2, 3, 7, IN), None, [0, 0]),
@@ -39,11 +42,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("core", [R, 1], ids=["matrix", "number"])
 @pytest.mark.parametrize(("shape", "rows", "tasks"), CASES.values(), ids=CASES)
 def test_apply_and_its_gradients_equal_the_dense_product(
-    shape: tuple[int, ...], rows: list[int] | None, tasks: list[int]
+    shape: tuple[int, ...], rows: list[int] | None, tasks: list[int], core: int
 ) -> None:
-    factors = make_factors(1 if rows is None and not any(tasks) else TASKS)
+    factors = make_factors(1 if rows is None and not any(tasks) else TASKS, core=core)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     indices = None if rows is None else torch.tensor(rows, dtype=torch.long)
     expected = dense_apply(factors, x, tasks)
@@ -79,8 +83,9 @@ def test_float32_stays_float32_and_accurate() -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
 
 
-def test_delta_weight_is_the_dense_product_of_every_task() -> None:
-    factors = make_factors()
+@pytest.mark.parametrize("core", [R, 1], ids=["matrix", "number"])
+def test_delta_weight_is_the_dense_product_of_every_task(core: int) -> None:
+    factors = make_factors(core=core)
     identity = torch.eye(IN, dtype=torch.float64)
     assert factors.delta_weight().shape == (TASKS, OUT, IN)
     for task in range(TASKS):

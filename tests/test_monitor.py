@@ -30,7 +30,7 @@ def test_norms_are_those_of_the_updates_and_of_their_gradients() -> None:
         model(**batch, tasks=MIXED)
         # The largest of all tasks, though the second pass had only the first.
         factors = network(network.task_embedding.weight)
-        dense = {name: (f.lora_B @ f.core @ f.lora_A).norm(dim=(1, 2)).max() for name, f in factors.items()}
+        dense = {name: f.delta_weight().norm(dim=(1, 2)).max() for name, f in factors.items()}
     updates, gradients = monitor.collect()
     for position, base_norm in zip(network.positions, network.base_norms, strict=True):
         name = position.name

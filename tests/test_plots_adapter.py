@@ -73,7 +73,7 @@ def test_singular_values_are_those_of_dense_updates(options: dict[str, Any], sca
         means = torch.full((len(norms), 4), torch.nan, dtype=torch.float64)
         for row, (position, factors) in zip(means, factors_of(model).items(), strict=True):
             dense = factors.delta_weight() if start == "after" else scaling * factors.lora_B @ factors.lora_A
-            r = factors.core.shape[-1]
+            r = factors.lora_A.shape[-2]
             row[:r] = torch.linalg.svdvals(dense)[:, :r].mean(0) / norms[position]
         x, y = lines(axes)[name]
         assert x.tolist() == [1, 2, 3, 4]

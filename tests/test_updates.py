@@ -14,17 +14,24 @@ EXACT = {"rtol": FLOAT64_EXACT, "atol": FLOAT64_EXACT}
 
 
 def random_factors(
-    *leading: int, r: int, shape: tuple[int, int] = (7, 5), seed: int = 0, dtype: torch.dtype = torch.float64
+    *leading: int,
+    r: int,
+    core: int | None = None,
+    shape: tuple[int, int] = (7, 5),
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> Factors:
+    """The core is a matrix of the rank's size, or with 1 a number."""
     generator = torch.Generator().manual_seed(seed)
     out_features, in_features = shape
-    sizes = (r, in_features), (out_features, r), (r, r)
+    sizes = (r, in_features), (out_features, r), (core or r, core or r)
     return Factors(*(torch.randn(*leading, *size, generator=generator, dtype=dtype) for size in sizes))
 
 
+@pytest.mark.parametrize("cores", [(None, None), (1, None), (None, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize(("r", "s"), [(1, 1), (3, 2), (2, 6)])
-def test_inner_product_is_that_of_dense_updates(r: int, s: int) -> None:
-    x, y = random_factors(2, 4, r=r), random_factors(4, r=s, seed=1)
+def test_inner_product_is_that_of_dense_updates(r: int, s: int, cores: tuple[int | None, int | None]) -> None:
+    x, y = random_factors(2, 4, r=r, core=cores[0]), random_factors(4, r=s, core=cores[1], seed=1)
     expected = (x.delta_weight() * y.delta_weight()).sum((-2, -1))
     assert_close(inner_product(x, y), expected, **EXACT)
 
@@ -40,7 +47,7 @@ def test_gradients_of_the_inner_product_are_those_of_dense_updates() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_pairwise_inner_products_are_those_of_dense_updates(dtype: torch.dtype) -> None:
-    x, y = random_factors(3, r=2, dtype=dtype), random_factors(4, r=5, seed=1, dtype=dtype)
+    x, y = random_factors(3, r=2, dtype=dtype), random_factors(4, r=5, core=1, seed=1, dtype=dtype)
     dense_x, dense_y = (Factors(*(tensor.double() for tensor in one)).delta_weight().flatten(1) for one in (x, y))
     assert_close(pairwise_inner_products(x, y), dense_x @ dense_y.T, **EXACT)
 

@@ -112,8 +112,8 @@ def _spectra(network: HyperAdapterNetwork, ids: Tensor, diagnosis: Diagnosis) ->
     for name, factors in network(ids).items():
         base_norm = float(network.base_norms[known[name]])
         scaling = 1.0 if network.config.has_gain else network.positions[known[name]].scaling
-        identity = torch.eye(factors.core.shape[-1], dtype=torch.float64, device=factors.core.device)
-        raw = singular_values(factors._replace(core=scaling * identity.expand_as(factors.core))).cpu()
+        core = torch.full((len(factors.core), 1, 1), scaling, dtype=torch.float64, device=factors.core.device)
+        raw = singular_values(factors._replace(core=core)).cpu()
         for values, rows in ((raw, before), (diagnosis.singular_values[name], after)):
             rows.append(values.where(values > _ROUNDING * values[:, :1], 0.0).mean(0) / base_norm)
     return _padded(before), _padded(after)
