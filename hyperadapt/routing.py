@@ -18,6 +18,8 @@ from hyperadapt.positions import Position
 from hyperadapt.scope import Routed, Scope, ScopeOwner, current_scope, installed
 from hyperadapt.tasks import can_read, resolve_task_ids
 
+# Of pinned tasks, so that going back to one is a look-up; each takes the memory of a LoRA.
+KEPT_TASKS = 8
 Tasks = str | Sequence[str] | Tensor
 _GIVE_TASKS = (
     "Pass tasks= with the batch. Trainer drops such a column unless it is given remove_unused_columns=False, and other "
@@ -76,7 +78,7 @@ class Router(ScopeOwner):
         self.pinned: dict[str, str] = {}
         self.merged: dict[str, str] = {}
         self.requests: list[Request] = []
-        self._cache: dict[str, tuple[object, dict[str, Factors]]] = {}
+        self._cache: dict[str, tuple[object, dict[str, dict[str, Factors]]]] = {}
         self._warned = False
 
     def network(self, adapter_name: str) -> HyperAdapterNetwork:
@@ -198,17 +200,26 @@ class Router(ScopeOwner):
         return factors
 
     def pin(self, adapter_name: str, task: str | None) -> None:
-        """Pin a task, and generate its factors anew when they are next needed.
+        """Pin a task. Unpinning, or pinning a task again, drops all factors that were kept.
 
         Args:
             adapter_name: The adapter.
             task: The task; None to unpin.
         """
-        self._cache.pop(adapter_name, None)
+        if task in (None, self.pinned.get(adapter_name)):
+            self.drop_factors(adapter_name)
         if task is None:
             self.pinned.pop(adapter_name, None)
         else:
             self.pinned[adapter_name] = task
+
+    def drop_factors(self, adapter_name: str) -> None:
+        """Let factors of pinned tasks be generated anew when they are next needed.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        self._cache.pop(adapter_name, None)
 
     def forget(self, adapter_name: str) -> None:
         """Drop what is kept about an adapter.
@@ -225,7 +236,7 @@ class Router(ScopeOwner):
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled():
             # Training may write to `parameter.data`, which counts no versions.
-            self._cache.pop(adapter_name, None)
+            self.drop_factors(adapter_name)
         elif request.is_empty and adapter_name in self.pinned and positions is None and not compiling:
             return Routed(self._pinned_factors(adapter_name), None)
         tasks = request.tasks
@@ -254,11 +265,16 @@ class Router(ScopeOwner):
             )
 
     def _pinned_factors(self, adapter_name: str) -> dict[str, Factors]:
-        task = self.pinned[adapter_name]
-        key = task, _versions(self.network(adapter_name))
-        if adapter_name not in self._cache or self._cache[adapter_name][0] != key:
-            self._cache[adapter_name] = key, self.factors_of_task(adapter_name, task)
-        return self._cache[adapter_name][1]
+        task, versions = self.pinned[adapter_name], _versions(self.network(adapter_name))
+        known_versions, known = self._cache.get(adapter_name, (versions, {}))
+        # A copy, since other threads may read; the task used last comes last.
+        kept = dict(known) if known_versions == versions else {}
+        factors = kept.pop(task, None) or self.factors_of_task(adapter_name, task)
+        kept[task] = factors
+        if len(kept) > KEPT_TASKS:
+            del kept[next(iter(kept))]
+        self._cache[adapter_name] = versions, kept
+        return factors
 
     def _check_merged(self, adapter_name: str, request: Request) -> None:
         merged, names = self.merged[adapter_name], self.network(adapter_name).config.task_names

@@ -49,8 +49,9 @@ class TaskEditing(BaseTuner):
     def set_task(self, task: str | None) -> None:
         """Pin a task: calls that name no task use it, until changed.
 
-        Its factors are generated once and kept while no parameter changes and gradients are off. A write
-        through ``parameter.data`` outside of training goes unnoticed; pin the task again after it.
+        The factors of the eight tasks used last are kept while no parameter changes and gradients are off, so going
+        back to one costs nothing. A write through ``parameter.data`` outside of training goes unnoticed; unpin with
+        None after it, which drops what is kept.
 
         Args:
             task: Name of a task of every active adapter; None goes back to the default task.
@@ -294,7 +295,7 @@ class TaskEditing(BaseTuner):
         network.task_embedding, network.config = table, config
         self.peft_config[adapter_name] = config
         # A new tensor may lie where the old one did, so that nothing tells stale factors.
-        self.router.pin(adapter_name, self.router.pinned.get(adapter_name))
+        self.router.drop_factors(adapter_name)
 
 
 def _tasks(network: HyperAdapterNetwork) -> list[_Task]:

@@ -211,6 +211,33 @@ def test_pinned_factors_are_generated_once(model: PeftModel) -> None:
     assert len(calls) == 4, "with gradients on, every pass needs a graph of its own"
 
 
+def test_going_back_to_a_pinned_task_generates_nothing(monkeypatch: Any) -> None:
+    monkeypatch.setattr(routing_module, "KEPT_TASKS", 2)
+    model = adapted_model("llama")
+    expected = {task: expect(model, task) for task in TASKS}
+    calls = network_calls(model)
+
+    def generated(*tasks: str | None) -> int:
+        before = len(calls)
+        for task in tasks:
+            model.set_task(task)
+            if task is not None:
+                assert torch.equal(logits(model, BATCH), expected[task])
+        return len(calls) - before
+
+    assert generated("alpha", "beta", "alpha", "beta") == 2
+    # The third takes the place of the one that was not used for longest.
+    assert generated("alpha", "gamma", "alpha", "gamma") == 1
+    assert generated("beta") == 1
+    # Pinned again, or unpinned, everything is generated anew.
+    assert generated("beta", "gamma") == 2
+    assert generated(None, "gamma") == 1
+    model.rename_task("beta", "old")
+    model.rename_task("alpha", "beta")
+    expected["beta"] = expected["alpha"]
+    assert generated("beta", "gamma") == 2
+
+
 @pytest.mark.parametrize("change", ["in_place", "optimizer", "load_state_dict", "to_float64", "data", "training"])
 def test_pinned_factors_follow_the_parameters(model: PeftModel, change: str) -> None:
     model.set_task("beta")
