@@ -12,12 +12,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperadapt.routing as routing_module
 import hyperadapt.tasks as tasks_module
 from hyperadapt import use_tasks
-from hyperadapt.layer import HyperAdapterLayer
 from hyperadapt.scope import current_scope
 from tests.helpers import (
     ARCHITECTURES,
@@ -170,31 +168,6 @@ def test_ids_on_a_device_give_the_same_unread(shared: PeftModel, monkeypatch: An
         ids[1] = wrong
         with pytest.raises(IndexError, match=r"out of (range|bounds)"):
             logits(shared, batch, tasks=ids)
-
-
-class CountPicks(TorchDispatchMode):
-    """Counts how often factors are picked by row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # With one index, by rows; lists of layers and modules index embeddings of two dimensions.
-        self.count += func.overloadpacket.__name__ == "index" and args[0].ndim == 3
-        return func(*args, **(kwargs or {}))
-
-
-def test_rows_with_a_task_each_copy_no_factors(shared: PeftModel) -> None:
-    counts = {}
-    batch = {name: values[:3] for name, values in BATCH.items()}
-    for tasks in (["gamma", "alpha", "beta"], ["gamma", "gamma", "beta"]):
-        with CountPicks() as picks, torch.no_grad():
-            shared(**batch, tasks=tasks)
-        counts[tuple(tasks)] = picks.count
-    distinct, repeated = counts.values()
-    layers = sum(isinstance(module, HyperAdapterLayer) for module in shared.modules())
-    assert repeated - distinct == 3 * layers
 
 
 def test_pinned_factors_are_generated_once(model: PeftModel) -> None:

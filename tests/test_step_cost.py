@@ -141,6 +141,16 @@ def test_a_layer_takes_no_more_calls_than_lora_for_any_number_of_tasks() -> None
     assert adapted(3, rows=24) == adapted(12, rows=24) <= calls(lora, rows=24) + 9 * 7
 
 
+def test_rows_with_a_task_each_copy_no_factors() -> None:
+    model = adapted_model("llama")
+    distinct, repeated = (
+        train_step(model, batch_of(3), tasks=tasks).calls["index"]
+        for tasks in (["gamma", "alpha", "beta"], ["gamma", "gamma", "beta"])
+    )
+    layers = sum(isinstance(module, HyperAdapterLayer) for module in model.modules())
+    assert repeated - distinct == 3 * layers
+
+
 def test_nothing_is_copied_for_each_token() -> None:
     rows, model = 24, hyperadapted(2)
     layers = [module for module in model.modules() if isinstance(module, HyperAdapterLayer)]

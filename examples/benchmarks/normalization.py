@@ -149,7 +149,7 @@ def whole_model(
         # Each model is compiled for itself; one after another they would hit the limit of recompilations.
         torch.compiler.reset()
         forwards["compiled"] = torch.compile(grouped)
-    direction = torch.randn(sum(sizes) // 2, r, r, device=device)
+    direction = torch.randn_like(fused())
 
     def both(forward: Callable[[], Tensor]) -> Arm:
         return lambda: torch.autograd.grad(forward(), factors, direction)
