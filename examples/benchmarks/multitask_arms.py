@@ -25,6 +25,9 @@ RANK = 8
 POLY_SKILLS = 4
 LORA_RATES = (5e-4, 1e-3, 2e-3, 5e-3)
 HYPERADAPT_RATES = (1e-3, 2e-3, 5e-3, 1e-2)
+# What unit norms, and a hypernetwork of plain linear layers, train at in `stability`; elsewhere they would lose unseen.
+UNIT_NORM_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+PLAIN_RATES = (2e-5, 5e-5, 1e-4, 2e-4)
 
 Measured = dict[str, Any]
 
@@ -53,11 +56,14 @@ def _lora(rank: int, **fields: Any) -> Arm:
     return Arm(lambda tasks: copy.deepcopy(config), LORA_RATES, column=None, **fields)
 
 
-def _hyperadapt(*, change: Callable[[Hypernetwork], None] | None = None, **fields: Any) -> Arm:
+def _hyperadapt(
+    rates: tuple[float, ...] = HYPERADAPT_RATES, change: Callable[[Hypernetwork], None] | None = None, **fields: Any
+) -> Arm:
     return Arm(
         lambda tasks: HyperAdapterConfig(
             r=RANK, lora_alpha=RANK, target_modules="all-linear", tasks=list(tasks), **fields
         ),
+        rates,
         change=change,
     )
 
@@ -71,11 +77,11 @@ ARMS: dict[str, Arm] = {
     "shared lora": _lora(RANK),
     "shared lora, r=32": _lora(32),
     "poly": Arm(_poly, (2e-3, 5e-3, 1e-2, 2e-2), column="task_ids"),
-    "hyperformer style": Arm(_hyperadapt(normalization="none").config, (2e-4, 5e-4, 1e-3, 2e-3), change=plain),
+    "hyperformer style": _hyperadapt(PLAIN_RATES, plain, normalization="none"),
     "none": _hyperadapt(normalization="none"),
     "soft_frobenius": _hyperadapt(normalization="soft_frobenius"),
-    "frobenius": _hyperadapt(normalization="frobenius"),
-    "spectral": _hyperadapt(normalization="spectral"),
+    "frobenius": _hyperadapt(UNIT_NORM_RATES, normalization="frobenius"),
+    "polar": _hyperadapt(UNIT_NORM_RATES, normalization="polar"),
     "soft_frobenius, gated": _hyperadapt(normalization="soft_frobenius", conditioning="gated"),
     "soft_frobenius, row": _hyperadapt(normalization="soft_frobenius", head="row"),
     "soft_frobenius, row, gated": _hyperadapt(normalization="soft_frobenius", head="row", conditioning="gated"),
