@@ -172,7 +172,7 @@ def resolve_task_ids(tasks: str | Sequence[str] | Tensor, task_names: Sequence[s
     Raises:
         TypeError: If `tasks` is of another type.
         ValueError: If a name is unknown, an id is out of range, or there is no row. Ids that ``can_read`` says are not
-            to be read fail where they are looked up.
+            to be read fail where they are looked up, which those of an only task never are.
     """
     if isinstance(tasks, Tensor):
         return _check_task_ids(tasks, task_names)

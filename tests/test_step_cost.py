@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hyperadapt.layer import HyperAdapterLayer
 from hyperadapt.methods import NORMALIZATIONS
@@ -51,17 +51,9 @@ def train_step(model: nn.Module, batch: dict[str, Tensor], **routing: Any) -> Op
 
 
 def llama(layers: int) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            vocab_size=100,
-            pad_token_id=0,
-        )
-    )
+    config = base_model("llama").config
+    config.num_hidden_layers = layers
+    return LlamaForCausalLM(config)
 
 
 def hyperadapted(layers: int, tasks: int = 3, **changes: Any) -> PeftModel:
