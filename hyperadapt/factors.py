@@ -20,7 +20,8 @@ class Factors(NamedTuple):
         lora_A: Shape ``(tasks, r, in_features)``.
         lora_B: Shape ``(tasks, out_features, r)``.
         core: The matrix S, shape ``(tasks, r, r)``, or ``(tasks, 1, 1)`` where it is a multiple of the identity; holds
-            the normalisation, gain and scaling.
+            the normalisation, gain and scaling. In the network's dtype, also where autocast lets A and B be in half
+            precision.
     """
 
     lora_A: Tensor
@@ -51,7 +52,8 @@ class Factors(NamedTuple):
             Shape ``(..., out_features)``.
         """
         if rows is None and len(self.lora_A) == 1:
-            return self._expand(linear(x, self.lora_A[0]), onto)
+            # An index would make a gradient of zeros to copy into.
+            return self._expand(linear(x, self.lora_A.squeeze(0)), onto)
         inputs = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
         factors = self._of(rows)
         shape = *x.shape[:-1], self.lora_B.shape[-2]
@@ -70,7 +72,7 @@ class Factors(NamedTuple):
             Shape ``(batch, ..., out_features)``.
         """
         if rows is None and len(self.lora_A) == 1:
-            return self._expand(nn.functional.embedding(ids, self.lora_A[0].T))
+            return self._expand(nn.functional.embedding(ids, self.lora_A.squeeze(0).T))
         per_row = ids.reshape(len(ids), -1)
         tasks = torch.arange(len(ids), device=ids.device) if rows is None else rows
         hidden = self.lora_A.mT[tasks[:, None], per_row]
@@ -90,7 +92,7 @@ class Factors(NamedTuple):
         kernel = (-1, *convolution.weight.shape[1:])
         channels = -len(convolution.kernel_size) - 1
         if rows is None and len(self.lora_A) == 1:
-            hidden = _convolve(x, self.lora_A[0].reshape(kernel), convolution, groups=1)
+            hidden = _convolve(x, self.lora_A.squeeze(0).reshape(kernel), convolution, groups=1)
             return self._expand(hidden.movedim(channels, -1)).movedim(-1, channels)
         # Each row's own kernel: the rows become groups of one convolution.
         factors = self._of(rows)
@@ -123,15 +125,16 @@ class Factors(NamedTuple):
     def _expand(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
         """From the rank-r activation to the output: any shape with one task, ``(tasks, n, r)`` with several."""
         is_single = len(self.lora_A) == 1
-        hidden = times_core(hidden, self.core[0].mT if is_single else self.core.mT)
+        core, lora_B = (self.core.squeeze(0), self.lora_B.squeeze(0)) if is_single else (self.core, self.lora_B)
+        hidden = times_core(hidden, core.mT)
         if onto is None or onto.dtype != hidden.dtype:
-            update = linear(hidden, self.lora_B[0]) if is_single else hidden @ self.lora_B.mT
+            update = linear(hidden, lora_B) if is_single else hidden @ lora_B.mT
             return update if onto is None else onto + update
         # One pass over the output instead of two.
         if is_single:
             rows = onto.reshape(-1, onto.shape[-1])
-            return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), self.lora_B[0].T).reshape(onto.shape)
-        return torch.baddbmm(onto, hidden, self.lora_B.mT)
+            return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), lora_B.T).reshape(onto.shape)
+        return torch.baddbmm(onto, hidden, lora_B.mT)
 
 
 def times_core(x: Tensor, core: Tensor) -> Tensor:
@@ -142,10 +145,12 @@ def times_core(x: Tensor, core: Tensor) -> Tensor:
         core: S, shape ``(..., r, r)``, or ``(..., 1, 1)`` for a multiple of the identity.
 
     Returns:
-        Shape of `x`.
+        Shape and dtype of `x`.
     """
-    # The scalar's own dimensions would add to those of a vector.
-    return x * (core if x.ndim > 1 else core[..., 0]) if core.shape[-1] == 1 else x @ core
+    if core.shape[-1] > 1:
+        return x @ core.to(x.dtype)
+    # The scalar's own dimensions would add to those of a vector. In half precision, x is multiplied by its exact value.
+    return (x * (core if x.ndim > 1 else core[..., 0])).to(x.dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor, convolution: Convolution, *, groups: int) -> Tensor:

@@ -80,7 +80,9 @@ class HyperAdapterNetwork(nn.Module):
             for position, strength, bound in zip(self.positions, strengths, bounds, strict=True)
         }
 
-    def forward(self, tasks: Tensor, positions: Sequence[Position] | None = None) -> dict[str, Factors]:
+    def forward(
+        self, tasks: Tensor, positions: Sequence[Position] | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Factors]:
         """Generate and normalise adapters.
 
         Runs in the network's own dtype also under autocast: it is a small share of the work, and the
@@ -89,6 +91,7 @@ class HyperAdapterNetwork(nn.Module):
         Args:
             tasks: Task ids ``(tasks,)``, int64, or task embeddings ``(tasks, task_embedding_dim)``, on any device.
             positions: The positions to generate; None for all.
+            dtype: Of the A and B that are returned; None for the network's own.
 
         Returns:
             Factors of each position by its name.
@@ -103,23 +106,28 @@ class HyperAdapterNetwork(nn.Module):
             by_rank: dict[int, list[Generated]] = {}
             for group in self.hypernetwork(task_embeddings, positions):
                 by_rank.setdefault(group.positions[0].r, []).append(group)
-            return {name: factors for groups in by_rank.values() for name, factors in self._normalized(groups).items()}
+            return {
+                name: factors
+                for groups in by_rank.values()
+                for name, factors in self._normalized(groups, dtype).items()
+            }
 
-    def _normalized(self, generated: Sequence[Generated]) -> dict[str, Factors]:
+    def _normalized(self, generated: Sequence[Generated], dtype: torch.dtype | None) -> dict[str, Factors]:
         """Factors by position name of groups of one rank."""
         order = [position for group in generated for position in group.positions]
         gram_A, gram_B = _grams(generated)
         logits = [group.logits for group in generated if group.logits is not None]
         cores = self._cores(gram_A, gram_B, torch.cat(logits, dim=1) if logits else None, order)
+        cores = cores.to(generated[0].lora_A.dtype)
         factors = (
             (lora_A, lora_B)
             for group in generated
             # Taking single positions with `unbind` has one backward for all; indexing would make a
             # gradient of the size of the whole group for each.
-            for lora_A, lora_B in zip(group.lora_A.unbind(1), group.lora_B.unbind(1), strict=True)
+            for lora_A, lora_B in zip(*(part.to(dtype).unbind(1) for part in (group.lora_A, group.lora_B)), strict=True)
         )
         return {
-            position.name: Factors(lora_A, lora_B, core.to(lora_A.dtype))
+            position.name: Factors(lora_A, lora_B, core)
             for position, (lora_A, lora_B), core in zip(order, factors, cores.unbind(1), strict=True)
         }
 

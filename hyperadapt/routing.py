@@ -183,7 +183,11 @@ class Router(ScopeOwner):
         return config.fallback_task
 
     def factors_of_task(
-        self, adapter_name: str, task: str, positions: Sequence[Position] | None = None
+        self,
+        adapter_name: str,
+        task: str,
+        positions: Sequence[Position] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> dict[str, Factors]:
         """Generate the factors of one task.
 
@@ -191,12 +195,14 @@ class Router(ScopeOwner):
             adapter_name: The adapter.
             task: Name of the task.
             positions: The positions to generate; None for all.
+            dtype: Of A and B; None for the network's own.
 
         Returns:
             The factors by position name, for one task.
         """
         network = self.network(adapter_name)
-        factors: dict[str, Factors] = network(resolve_task_ids([task], network.config.task_names), positions)
+        task_ids = resolve_task_ids([task], network.config.task_names)
+        factors: dict[str, Factors] = network(task_ids, positions, dtype)
         return factors
 
     def pin(self, adapter_name: str, task: str | None) -> None:
@@ -243,7 +249,7 @@ class Router(ScopeOwner):
         if request.task_embeddings is not None:
             embeddings = _check_embeddings(request.task_embeddings, network.config.task_embedding_dim)
             rows = torch.arange(len(embeddings), device=embeddings.device) if len(embeddings) > 1 else None
-            return Routed(network(embeddings, positions), rows, is_one_to_one=True)
+            return Routed(network(embeddings, positions, _autocast_dtype(network)), rows, is_one_to_one=True)
         if tasks is None:
             self._check_training(adapter_name)
             tasks = self.task_in_force(adapter_name)
@@ -251,7 +257,10 @@ class Router(ScopeOwner):
         distinct, rows, is_one_to_one = _distinct(task_ids, len(network.config.task_names))
         # All layers on this device then take them as they are.
         rows = rows.to(network.hypernetwork.layer_embedding.device, non_blocking=True)
-        return Routed(network(distinct, positions), rows if len(distinct) > 1 else None, is_one_to_one)
+        # Where rows share a task, its gradient is a sum over them, which half precision would round.
+        is_sum = not is_one_to_one and len(distinct) > 1
+        factors = network(distinct, positions, None if is_sum else _autocast_dtype(network))
+        return Routed(factors, rows if len(distinct) > 1 else None, is_one_to_one)
 
     def _check_training(self, adapter_name: str) -> None:
         """Refuse to train one of several tasks on all rows because their tasks were lost on the way."""
@@ -265,11 +274,13 @@ class Router(ScopeOwner):
             )
 
     def _pinned_factors(self, adapter_name: str) -> dict[str, Factors]:
-        task, versions = self.pinned[adapter_name], _versions(self.network(adapter_name))
+        network = self.network(adapter_name)
+        task, dtype = self.pinned[adapter_name], _autocast_dtype(network)
+        versions = dtype, *_versions(network)
         known_versions, known = self._cache.get(adapter_name, (versions, {}))
         # A copy, since other threads may read; the task used last comes last.
         kept = dict(known) if known_versions == versions else {}
-        factors = kept.pop(task, None) or self.factors_of_task(adapter_name, task)
+        factors = kept.pop(task, None) or self.factors_of_task(adapter_name, task, dtype=dtype)
         kept[task] = factors
         if len(kept) > KEPT_TASKS:
             del kept[next(iter(kept))]
@@ -300,6 +311,13 @@ def _distinct(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, bool]:
     if is_known or task_ids.ndim == 0 or len(task_ids) < num_tasks:
         return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device), True
     return torch.arange(num_tasks, device=task_ids.device), task_ids, False
+
+
+def _autocast_dtype(network: HyperAdapterNetwork) -> torch.dtype | None:
+    """What layers would cast each A and B to, in fewer calls for all positions at once; None outside autocast."""
+    kind = network.hypernetwork.layer_embedding.device.type
+    is_enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_enabled else None
 
 
 def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -56,7 +56,8 @@ def test_what_a_run_was_made_with() -> None:
     assert re.fullmatch(r"\d+ threads of .+", hardware(torch.device("cpu")))
     found = versions()
     assert list(found) == ["python", "hyperadapt", "torch", "transformers", "peft"]
-    assert found["torch"] == torch.__version__
+    # Builds differ in whether the package's own version names the local one.
+    assert torch.__version__.startswith(found["torch"])
     assert json.dumps(found)
 
 

@@ -21,6 +21,7 @@ from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.run_files import Record
 from hyperadapt.runs import evaluate, load_model, load_record, load_run, save_record, save_run, train
 from tests.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, training
+from tests.tolerances import FLOAT32_FORWARD
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,13 @@ def test_a_loaded_run_gives_the_recorded_results(copied: Callable[[str], Path], 
     run = load_run(copied(task_type))
     assert isinstance(run.model, PeftModel)
     assert not run.model.training
-    assert run.record.results == evaluate(run, "test", batch_size=64)
+    recorded, again = run.record.results, evaluate(run, "test", batch_size=64)
+    assert recorded.keys() == again.keys()
+    assert recorded["tasks"].keys() == again["tasks"].keys()
+    # On a GPU batches of another size are summed in another order.
+    for task, values in recorded["tasks"].items():
+        assert again["tasks"][task] == pytest.approx(values, rel=FLOAT32_FORWARD)
+    assert again["mean"] == pytest.approx(recorded["mean"], rel=FLOAT32_FORWARD)
     assert evaluate(run, "validation", ["mail"], batch_size=1)["tasks"].keys() == {"mail"}
     # The best of the checkpoints was kept.
     metric = {"SEQ_CLS": "accuracy", "CAUSAL_LM": "loss"}[task_type]

@@ -86,6 +86,7 @@ def test_a_step_does_not_wait_for_the_device(normalization: str, tasks: Any) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_does_not_wait_for_a_gpu() -> None:
     model, ids = adapted_model("llama").cuda(), batch_of(4)["input_ids"].cuda()
     batch = {"input_ids": ids, "labels": ids}

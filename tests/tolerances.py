@@ -93,6 +93,16 @@ def gram_error(width: int) -> float:
     return EPS_FLOAT32 * width * math.sqrt(width) + 2.0**-21 * width + 1e-6
 
 
+def tensor_core_gram_error(width: int, dtype: torch.dtype) -> float:
+    """Error of such a sum where tensor cores may form it, which add 16 products of 16-bit inputs at a time.
+
+    They cut off what the sum has no place for, always towards zero: width / 16 times less than the last place of a sum
+    that grows to width, EPS_FLOAT32 · width.
+    """
+    cut = 0.0 if dtype == torch.float32 else EPS_FLOAT32 * width * width / 16
+    return gram_error(width) + cut
+
+
 # Float32 inverse square roots of Gram matrices, whose condition number, at most 100 in these tests, multiplies the
 # rounding.
 FLOAT32_CONDITIONED = 1e2 * FLOAT32_FORMULA

@@ -32,6 +32,7 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,6 +98,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--only", nargs="+", type=int, help="numbers of the scenarios to run; nothing else is measured")
+    parser.add_argument("--measures", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure that, too")
     parser.add_argument("--fast", action="store_true", help="one tiny scenario, two turns: a test")
     parser.add_argument("--output", type=Path, default=Path("runs/speed"))
     parser.add_argument("--results", type=Path, help="folder of the report's files; by default the output's")
@@ -110,6 +113,8 @@ def main() -> None:
     for index, scenario in enumerate(scenarios):
         if (options.only and index not in options.only) or (scenario.gpu and device.type != "cuda"):
             continue
+        measures = [measure for measure in scenario.measures if measure in options.measures]
+        scenario = replace(scenario, measures=measures, compiled=scenario.compiled and options.compile)
         for made in run_scenario(scenario, turns, device):
             print_rows(made)
             rows += made
@@ -137,7 +142,8 @@ def run_scenario(scenario: Scenario, turns: int, device: torch.device) -> Iterat
     base = build_base(scenario.base, device)
     setting: Row = {name: getattr(scenario, name) for name in ("base", "batch", "length", "tasks")}
     parts = [(measure, "eager", ARMS[measure]) for measure in scenario.measures]
-    parts += [(measure, "compiled", arms) for measure, arms in COMPILED_ARMS.items() if scenario.compiled]
+    for measure, arms in COMPILED_ARMS.items() if scenario.compiled else ():
+        parts += [(measure, "compiled", arms)] if measure in scenario.measures else []
     for measure, mode, arms in parts:
         subjects = {arm: build_subject(arm, base, scenario) for arm in arms}
         if mode == "compiled":

@@ -115,6 +115,8 @@ def _kernel_serves(tensors: Sequence[Tensor]) -> bool:
         and tensors[0].shape[1] <= LARGEST_KERNEL_RANK
         and os.environ.get("HYPERADAPT_KERNELS") != "reference"
         and importlib.util.find_spec("triton") is not None
+        # The kernel reads addresses that are copied from the host, which a replayed graph would read anew.
+        and not torch.cuda.is_current_stream_capturing()
     )
 
 

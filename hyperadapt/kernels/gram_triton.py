@@ -123,7 +123,8 @@ def backward(tensors: Sequence[Tensor], table: Tensor, grad_grams: Tensor, gradi
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], device=tensors[0].device)
+    # Created on the device, the tensor would be waited for.
+    return torch.tensor([tensor.data_ptr() for tensor in tensors]).to(tensors[0].device, non_blocking=True)
 
 
 def _constants(tensors: Sequence[Tensor]) -> dict[str, Any]:
