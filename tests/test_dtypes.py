@@ -117,16 +117,29 @@ def test_autocast_around_a_float32_base(normalization: str) -> None:
             assert torch.equal(tensor, other), name
 
 
+def test_kept_factors_are_those_of_the_autocast_in_force() -> None:
+    model = adapted_model("llama")
+    model.set_task("beta")
+    expected = logits(model, BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        half_precision = logits(model, BATCH)
+        assert torch.equal(logits(model, BATCH), half_precision)
+    assert torch.equal(logits(model, BATCH), expected)
+    assert_close(half_precision.float(), expected, **close(torch.bfloat16, expected))
+
+
+@pytest.mark.parametrize("tasks", [MIXED, ["gamma", "alpha", "beta"], "beta"], ids=["shared", "a task each", "one"])
 @pytest.mark.parametrize("active", [False, True], ids=["start", "active"])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_training_under_autocast(normalization: str, active: bool) -> None:
+def test_training_under_autocast(normalization: str, active: bool, tasks: list[str] | str) -> None:
+    batch = example_batch("llama", rows=3 if len(tasks) == 3 else 4)
     model = adapted_model("llama", active=active, normalization=normalization)
     with torch.autocast("cpu", torch.bfloat16):
         if not active:
             assert torch.equal(logits(model, BATCH, tasks=MIXED), logits(base_model("llama"), BATCH))
-        model.train()(**example_batch("llama"), tasks=MIXED).loss.backward()
+        model.train()(**batch, tasks=tasks).loss.backward()
     exact = adapted_model("llama", active=active, normalization=normalization).train()
-    exact(**example_batch("llama"), tasks=MIXED).loss.backward()
+    exact(**batch, tasks=tasks).loss.backward()
     expected, limit = adapter_parameters(exact), HALF_PRECISION_GRADIENT * torch.finfo(torch.bfloat16).eps
     for name, parameter in adapter_parameters(model).items():
         assert parameter.grad is not None, name
