@@ -30,7 +30,7 @@ from examples.benchmarks.stability import read_rows
 from examples.text_tasks import TASK_NAMES
 
 FRACTIONS = (1.0, 0.5, 0.125)
-MAIN_ARMS = ("separate loras", "shared lora", "poly", "hyperformer style", "none", "soft_frobenius")
+MAIN_ARMS = ("separate loras", "shared lora", "poly", "none", "soft_frobenius", "soft_frobenius, dim 16, gated")
 TUNING_SEED = 100
 FAST: dict[str, Any] = {
     "steps": 4,

@@ -23,9 +23,9 @@ COLORS = {
     "separate loras": "#000000",
     "shared lora": "#E69F00",
     "poly": "#CC79A7",
-    "hyperformer style": "#D55E00",
     "none": "#56B4E9",
     "soft_frobenius": "#0072B2",
+    "soft_frobenius, dim 16, gated": "#009E73",
 }
 
 Row = dict[str, Any]
