@@ -124,7 +124,9 @@ class HyperAdapterNetwork(nn.Module):
             for group in generated
             # Taking single positions with `unbind` has one backward for all; indexing would make a
             # gradient of the size of the whole group for each.
-            for lora_A, lora_B in zip(*(part.to(dtype).unbind(1) for part in (group.lora_A, group.lora_B)), strict=True)
+            for lora_A, lora_B in zip(
+                *(part.to(dtype or part.dtype).unbind(1) for part in (group.lora_A, group.lora_B)), strict=True
+            )
         )
         return {
             position.name: Factors(lora_A, lora_B, core)

@@ -27,6 +27,18 @@ COLORS = {
     "soft_frobenius": "#0072B2",
     "soft_frobenius, dim 16, gated": "#009E73",
 }
+# Name and width; "share" is of the parameters of separate LoRAs.
+COLUMNS = {
+    "accuracy": 16,
+    "minus separate": 17,
+    "minus shared": 17,
+    "rate": 8,
+    "parameters": 12,
+    "share": 7,
+    "MB": 7,
+    "seconds": 9,
+    "seeds": 7,
+}
 
 Row = dict[str, Any]
 Cells = dict[float, dict[str, list[Row]]]
@@ -91,19 +103,8 @@ def differences(arms: dict[str, list[Row]], arm: str, reference: str) -> list[fl
 
 def _print_arms(fraction: float, arms: dict[str, list[Row]]) -> None:
     print(f"\n{fraction:.4g} of the training rows: mean test accuracy with 95% interval over seeds")
-    names = (
-        "accuracy",
-        "minus separate",
-        "minus shared",
-        "rate",
-        "parameters",
-        "by separate",
-        "MB",
-        "seconds",
-        "seeds",
-    )
-    print(f"{'arm':<30}" + "".join(f"{name:>18}" for name in names))
-    for arm, rows in arms.items():
+    print(f"{'arm':<30}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
+    for arm, rows in sorted(arms.items(), key=lambda item: -fmean(row["accuracy"] for row in item[1])):
         separate = fmean(row["parameters"] for row in arms.get(REFERENCE, [])) if REFERENCE in arms else math.nan
         cells = [
             shown(*interval([row["accuracy"] for row in rows])),
@@ -115,7 +116,7 @@ def _print_arms(fraction: float, arms: dict[str, list[Row]]) -> None:
             f"{fmean(row['seconds'] for row in rows):.0f}",
             str(len(rows)),
         ]
-        print(f"{arm:<30}" + "".join(f"{cell:>18}" for cell in cells))
+        print(f"{arm:<30}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
 
 
 def _print_tasks(arms: dict[str, list[Row]]) -> None:
