@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[8, 100, 10_000])
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--head", default="factor", choices=("row", "factor", "pair"))
-    parser.add_argument("--hypernetwork-dim", type=int, default=64)
+    parser.add_argument("--hypernetwork-dim", type=int, default=16)
     parser.add_argument("--task-embedding-dim", type=int, default=64)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8, help="rows per device")

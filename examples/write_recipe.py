@@ -93,7 +93,6 @@ def recipe(tasks: list[TextTask], base_model: str, steps: int) -> dict[str, Any]
             "modules_to_save": ["pooler"],
             "task_embedding": "both",
             "text_encoder": base_model,
-            "conditioning": "gated",
         },
         "tasks": {
             task.name: {

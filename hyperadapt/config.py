@@ -86,8 +86,8 @@ class HyperAdapterConfig(PeftConfig):
         task_embedding_dim: Size of a task embedding (and of the layer and module embeddings).
         hypernetwork_dim: Hidden size of the hypernetwork's trunk.
         hypernetwork_depth: Number of residual blocks of the trunk.
-        conditioning: How the task embedding enters: ``"additive"`` (beside those of layer and module) or ``"gated"``
-            (it also multiplies the trunk's output: tasks differ more, new ones are fitted better, less is shared).
+        conditioning: How the task embedding enters: ``"gated"`` (beside those of layer and module, and it multiplies
+            the trunk's output: tasks differ more, and new ones are fitted better) or ``"additive"`` (only beside).
         head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
@@ -150,10 +150,10 @@ class HyperAdapterConfig(PeftConfig):
     text_encoder_revision: str | None = field(default=None, metadata={"help": "Revision of the text encoder."})
     text_embedding_dim: int | None = field(default=None, metadata={"help": "Size of a description's vector."})
     task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task embedding."})
-    hypernetwork_dim: int = field(default=64, metadata={"help": "Hidden size of the trunk."})
+    hypernetwork_dim: int = field(default=16, metadata={"help": "Hidden size of the trunk."})
     hypernetwork_depth: int = field(default=2, metadata={"help": "Residual blocks of the trunk."})
     conditioning: str = field(
-        default="additive", metadata={"help": "How the task embedding enters: 'additive' or 'gated'."}
+        default="gated", metadata={"help": "How the task embedding enters: 'additive' or 'gated'."}
     )
     head: str = field(default="factor", metadata={"help": "What one head emits: 'row', 'factor' or 'pair'."})
     normalization: str = field(default="soft_frobenius", metadata={"help": f"One of {', '.join(NORMALIZATIONS)}."})

@@ -79,7 +79,7 @@ class Hypernetwork(nn.Module):
         head: str,
         variance_B: float | None = None,
         mixing: bool = False,
-        conditioning: str = "additive",
+        conditioning: str = "gated",
     ) -> None:
         super().__init__()
         self.head = head

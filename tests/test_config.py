@@ -37,7 +37,7 @@ FULL = {
     "tasks": DESCRIPTIONS,
     "default_task": "sst2",
     "task_embedding": "both",
-    "conditioning": "gated",
+    "conditioning": "additive",
     "text_encoder": "encoder",
     "text_encoder_revision": "v2",
     "text_embedding_dim": 5,

@@ -255,8 +255,8 @@ def test_the_number_of_matrix_products_does_not_grow_with_layers_or_tasks(head: 
         with CountProducts() as products:
             hypernetwork(torch.randn(tasks, DIM), positions)
         counts.append(products.count)
-    # One per input, two per residual block, and two per shape.
-    inputs = 4 if head == "row" else 3
+    # One per input (and the gate), two per residual block, and two per shape.
+    inputs = 5 if head == "row" else 4
     assert counts == [inputs + 2 * 2 + 2 * len(set(SHAPES.values()))] * 3
 
 

@@ -22,6 +22,8 @@ from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork import Hypernetwork
 
 RANK = 8
+# Where an arm says nothing else. The defaults are those of its best arm, ``soft_frobenius, dim 16, gated``.
+SIZE = {"hypernetwork_dim": 64, "conditioning": "additive"}
 POLY_SKILLS = 4
 LORA_RATES = (5e-4, 1e-3, 2e-3, 5e-3)
 HYPERADAPT_RATES = (1e-3, 2e-3, 5e-3, 1e-2)
@@ -61,7 +63,7 @@ def _hyperadapt(
 ) -> Arm:
     return Arm(
         lambda tasks: HyperAdapterConfig(
-            r=RANK, lora_alpha=RANK, target_modules="all-linear", tasks=list(tasks), **fields
+            r=RANK, lora_alpha=RANK, target_modules="all-linear", tasks=list(tasks), **(SIZE | fields)
         ),
         rates,
         change=change,

@@ -3,8 +3,9 @@
 MiniLM, which scores class names, is adapted on five tasks at once, at learning rates over five decades: query and value
 of its upper three layers, at rank 8. Arms are plain LoRA; the hypernetwork without normalisation, alone and with what
 else is said to help (gradient clipping, weight norm of its heads, other starts); every normalisation with its defaults;
-and some of them with a deep and a wide hypernetwork. All arms see the same batches of a seed, and have AdamW without
-weight decay, whose rate rises over the first 5% of the steps and then falls to zero, as Trainer's does by default.
+and some of them with a deep hypernetwork, a wide one, and one of width 64 without a gate. All arms see the same batches
+of a seed, and have AdamW without weight decay, whose rate rises over the first 5% of the steps and then falls to zero,
+as Trainer's does by default.
 
 A row is one run (seed, arm, rate), appended to ``rows.jsonl`` when it is done. Runs with a row are skipped, and several
 processes may share the seeds. A run

@@ -131,6 +131,7 @@ ARMS: dict[str, Arm] = {
     **_with_bound("frobenius", 0.5),
     **_at_size("deep", hypernetwork_depth=8),
     **_at_size("wide", hypernetwork_dim=512),
+    **_at_size("64, additive", hypernetwork_dim=64, conditioning="additive"),
 }
 
 

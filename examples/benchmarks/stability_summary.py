@@ -12,7 +12,12 @@ from typing import Any
 Row = dict[str, Any]
 
 POINT = 0.01
-SIZES = {"": "hypernetwork as by default", "deep: ": "8 blocks deep", "wide: ": "512 wide"}
+SIZES = {
+    "": "hypernetwork as by default",
+    "deep: ": "8 blocks deep",
+    "wide: ": "512 wide",
+    "64, additive: ": "64 wide, not gated",
+}
 
 
 @dataclass(frozen=True)
