@@ -18,6 +18,22 @@ from examples.benchmarks.stability_summary import complete_seeds
 from examples.benchmarks.transfer_report import interval, shown
 
 REFERENCE = "separate loras"
+# Each answers a question that the table, whose references are LoRAs, leaves open.
+PAIRS = (
+    ("soft_frobenius, dim 16, gated", "shared lora, r=32"),
+    ("soft_frobenius, dim 16, gated", "poly"),
+    ("soft_frobenius, dim 16, gated", "soft_frobenius, dim 16"),
+    ("soft_frobenius, gated", "soft_frobenius"),
+    ("soft_frobenius, row, gated", "soft_frobenius, row"),
+    ("soft_frobenius, dim 16, gated", "soft_frobenius, gated"),
+    ("soft_frobenius, dim 16", "soft_frobenius"),
+    ("soft_frobenius, pair", "soft_frobenius"),
+    ("soft_frobenius, row", "soft_frobenius"),
+    ("soft_frobenius", "none"),
+    ("polar", "none"),
+    ("frobenius", "none"),
+    ("none", "hyperformer style"),
+)
 # Okabe and Ito's colours, told apart by colour-blind readers.
 COLORS = {
     "separate loras": "#000000",
@@ -65,6 +81,7 @@ def report(rows: Sequence[Row], tuning: Sequence[Row], folder: Path) -> None:
         print(f"{arm:<30}" + "".join(f"{rate:>10g}: {accuracy:.3f}" for rate, accuracy in tried))
     for fraction, arms in cells.items():
         _print_arms(fraction, arms)
+    _print_pairs(cells[max(cells)])
     _print_tasks(cells[max(cells)])
     text = ",\n".join(json.dumps(row) for row in [*tuning, *rows])
     (folder / "multitask.json").write_text(f"[\n{text}\n]\n")
@@ -117,6 +134,13 @@ def _print_arms(fraction: float, arms: dict[str, list[Row]]) -> None:
             str(len(rows)),
         ]
         print(f"{arm:<30}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
+
+
+def _print_pairs(arms: dict[str, list[Row]]) -> None:
+    print("\nmean test accuracy of one arm minus that of another, with all training rows, paired by seed")
+    for arm, other in PAIRS:
+        if arm in arms and other in arms:
+            print(f"{arm:<30} minus {other:<30}{shown(*interval(differences(arms, arm, other)), sign='+'):>16}")
 
 
 def _print_tasks(arms: dict[str, list[Row]]) -> None:

@@ -144,13 +144,16 @@ def test_report_compares_seeds_in_pairs(tmp_path: Path, capsys: pytest.CaptureFi
         row("soft_frobenius", 0, 0.55, parameters=25),
         row("soft_frobenius", 1, 0.65, parameters=25),
         row("soft_frobenius", 2, 0.99),
+        row("none", 0, 0.52),
+        row("none", 1, 0.62),
     ]
     arms = by_fraction(rows)[1.0]
     assert [row["seed"] for row in arms["soft_frobenius"]] == [0, 1]
     assert differences(arms, "soft_frobenius", "separate loras") == pytest.approx([0.05, 0.05])
     report(rows, [], tmp_path)
     printed = capsys.readouterr().out
-    [line] = [line for line in printed.splitlines() if line.startswith("soft_frobenius")]
+    [line, pair] = [line for line in printed.splitlines() if line.startswith("soft_frobenius")]
+    assert pair.split() == ["soft_frobenius", "minus", "none", "+0.030", "±", "0.000"]
     cells = line.split()
     # 12.7 = t(0.975, 1 degree of freedom): two seeds say little.
     assert cells[1:4] == ["0.600", "±", f"{12.706 * 0.05:.3f}"]
