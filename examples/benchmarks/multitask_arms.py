@@ -88,6 +88,7 @@ ARMS: dict[str, Arm] = {
     "soft_frobenius, row": _hyperadapt(normalization="soft_frobenius", head="row"),
     "soft_frobenius, row, gated": _hyperadapt(normalization="soft_frobenius", head="row", conditioning="gated"),
     "soft_frobenius, pair": _hyperadapt(normalization="soft_frobenius", head="pair"),
+    "none, dim 16, gated": _hyperadapt(normalization="none", hypernetwork_dim=16, conditioning="gated"),
     "soft_frobenius, dim 16": _hyperadapt(normalization="soft_frobenius", hypernetwork_dim=16),
     "soft_frobenius, dim 16, gated": _hyperadapt(
         normalization="soft_frobenius", hypernetwork_dim=16, conditioning="gated"
