@@ -15,7 +15,7 @@ processes may share the seeds. A run
 - spikes at a step whose loss is above twice the median of the ten before it;
 - reaches a loss of 0.6 at the first step with a mean below it over ten steps.
 
-``--report`` reads the rows, prints the tables, and writes ``stability.json`` and the plot.
+``--report`` reads the rows of the seeds, prints the tables, and writes ``stability.json`` and the plot.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def main() -> None:
     rows_file = options.output / "rows.jsonl"
     if not options.report:
         run(options, rows_file)
-    report(read_rows(rows_file), options.results or options.output)
+    rows = [row for row in read_rows(rows_file) if row["seed"] in options.seeds]
+    report(rows, options.results or options.output)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from examples.benchmarks.stability_summary import SIZES, Cells, Row, by_arm, complete_seeds, size_of, summarize_arms
+from examples.benchmarks.transfer_report import shown
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 COLORS = {
@@ -22,6 +23,8 @@ COLORS = {
     "frobenius": "#009E73",
     "polar": "#CC79A7",
 }
+WIDER = {3: 17, 4: 20}
+"""Widths of the columns that have two numbers."""
 WIDTHS = ("width", "by_lora", "by_none", "width_2_points", "width_of_best_arm", "width_2_points_of_best_arm")
 
 
@@ -49,8 +52,37 @@ def report(rows: Sequence[Row], folder: Path) -> None:
 def _print_summaries(summaries: Sequence[Row], seeds: Sequence[int]) -> None:
     names = ", ".join(map(str, seeds))
     print(f"\nseeds {names}; accuracy, loss and gradient at the best rate; ranges of rates as highest / lowest")
-    above = ["", "best", "accu-", "", "within 1 point", "", "by", "by", "within", "within", "within", "di-", "not"]
-    below = ["arm", "rate", "racy", "loss", "of its best", "ratio", "lora", "none", "2", "1, all", "2, all", "verged"]
+    above = [
+        "",
+        "best",
+        "accu-",
+        "",
+        "minus lora",
+        "within 1 point",
+        "",
+        "by",
+        "by",
+        "within",
+        "within",
+        "within",
+        "di-",
+        "not",
+    ]
+    below = [
+        "arm",
+        "rate",
+        "racy",
+        "loss",
+        "by seed",
+        "of its best",
+        "ratio",
+        "lora",
+        "none",
+        "2",
+        "1, all",
+        "2, all",
+        "verged",
+    ]
     above, below = [*above, "", "gradi-", "largest", "steps"], [*below, "finite", "spikes", "ent", "at all", "to loss"]
     rows = (
         [
@@ -58,6 +90,7 @@ def _print_summaries(summaries: Sequence[Row], seeds: Sequence[int]) -> None:
             "-" if row["best_rate"] is None else f"{row['best_rate']:g}",
             f"{row['accuracy']:.3f}",
             f"{row['loss']:.3f}",
+            shown(*row["minus_lora"], sign="+"),
             f"{row['range'][0]:g} to {row['range'][-1]:g}" if row["range"] else "-",
             *(f"{row[name]:.3g}" for name in WIDTHS),
             f"{row['diverged']:.0%}",
@@ -68,7 +101,7 @@ def _print_summaries(summaries: Sequence[Row], seeds: Sequence[int]) -> None:
         for row in summaries
     )
     for name, *cells in (above, below, *rows):
-        print(f"{name:<42}" + "".join(f"{cell:>{19 if place == 3 else 9}}" for place, cell in enumerate(cells)))
+        print(f"{name:<42}" + "".join(f"{cell:>{WIDER.get(place, 9)}}" for place, cell in enumerate(cells)))
 
 
 def _print_accuracies(arms: dict[str, Cells]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from examples.benchmarks.transfer_report import interval
+
 Row = dict[str, Any]
 
 POINT = 0.01
@@ -133,6 +135,8 @@ def summarize_arms(rows: Sequence[Row]) -> list[Row]:
     Returns:
         One dict per arm. A range's width is its highest rate by its lowest, 0 without any rate. Relative widths are
         by those of plain LoRA, and of ``none`` with a hypernetwork of the same size; NaN where that has none.
+        ``minus_lora`` is the mean difference of accuracies by seed, and half its 95% interval, of both at their best
+        rates.
     """
     arms = by_arm(rows)
     best = {name: best_rate(cells) for name, cells in arms.items()}
@@ -147,6 +151,7 @@ def summarize_arms(rows: Sequence[Row]) -> list[Row]:
                 "arm": name,
                 "best_rate": rate,
                 "accuracy": tops[name],
+                "minus_lora": interval(differences(cells.get(rate), arms.get("lora", {}).get(best.get("lora")))),
                 "loss": math.nan if rate is None else cells[rate].loss,
                 "range": own[name],
                 "width": width(own[name]),
@@ -164,6 +169,23 @@ def summarize_arms(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return summaries
+
+
+def differences(cell: Cell | None, other: Cell | None) -> list[float]:
+    """Accuracy of one arm's runs minus that of another's.
+
+    Args:
+        cell: The runs of an arm; None stands for none.
+        other: The same of the other arm.
+
+    Returns:
+        One difference for each seed that both have.
+    """
+    if cell is None or other is None:
+        return []
+    accuracies = dict(zip((row["seed"] for row in other.rows), other.accuracies, strict=True))
+    pairs = zip((row["seed"] for row in cell.rows), cell.accuracies, strict=True)
+    return [accuracy - accuracies[seed] for seed, accuracy in pairs if seed in accuracies]
 
 
 def size_of(name: str) -> str:

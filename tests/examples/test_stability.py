@@ -178,7 +178,17 @@ def test_summary_of_arms_by_hand() -> None:
         member["diverged"] = True
     lora, none, *_ = summarize_arms(rows)
     assert (lora["best_rate"], lora["width"]) == (None, 0)
+    assert all(math.isnan(mean) for mean in (*lora["minus_lora"], *none["minus_lora"]))
     assert math.isnan(none["by_lora"])
+
+
+def test_differences_to_lora_are_by_seed() -> None:
+    rows = rows_of("lora", 0.70, 0.80, 0.50, 0.50) + rows_of("none", 0.70, 0.79, 0.85, 0.50)
+    # LoRA's best rate is 0.01, that of none 0.1: 0.05 and 0.07 apart.
+    rows += rows_of("lora", 0.70, 0.82, 0.50, 0.50, seed=1) + rows_of("none", 0.70, 0.79, 0.89, 0.50, seed=1)
+    _, none = summarize_arms(rows)
+    # 12.706 = t(0.975, 1 degree of freedom); the mean's standard error is 0.01.
+    assert none["minus_lora"] == pytest.approx((0.06, 12.706 * 0.01), rel=1e-4)
 
 
 def test_report_prints_the_complete_seeds_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +198,7 @@ def test_report_prints_the_complete_seeds_alone(tmp_path: Path, capsys: pytest.C
     output = capsys.readouterr().out.splitlines()
     assert output[1].startswith("seeds 0;")
     [summary, accuracies] = [line.split() for line in output if line.startswith("lora")]
-    assert summary[1:8] == ["0.01", "0.800", "0.500", "0.01", "to", "0.01", "1"]
+    assert summary[1:9] == ["0.01", "0.800", "0.500", "+0.000", "0.01", "to", "0.01", "1"]
     assert accuracies[1:] == ["70.0", "80.0", "50.0!", "50.0"]
     saved = json.loads((tmp_path / "stability.json").read_text())
     assert [saved["shared"] | row for row in saved["rows"]] == rows
