@@ -242,7 +242,7 @@ def main() -> None:
     """Train, evaluate, save, reload, export, and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--normalization", choices=NORMALIZATIONS, default="soft_frobenius")
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=2000, help="training rows per task; a fifth as many for the test")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=16, help="rows per device and backward pass")
     parser.add_argument("--accumulate", type=int, default=2, help="backward passes per optimiser step")
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: as launched")
     parser.add_argument("--log-with", help="a tracker, such as tensorboard or wandb")
     parser.add_argument("--rows", type=int, default=2000, help="training rows per task at most")

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="few rows and steps, short texts")
     parser.add_argument("--steps", type=int, help="default: 2000, or 120 with --fast")
     parser.add_argument("--rows", type=int, help="training rows per task at most; default: all, or 300 with --fast")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--output", type=Path, default=Path("runs/causal_lm"))
     options = parser.parse_args()
     started = time.monotonic()

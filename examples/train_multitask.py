@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--temperature", type=float, default=2.0, help="1 samples tasks by size, 100 nearly alike")
     parser.add_argument("--rows", type=int, default=4000, help="training rows per task at most")
     parser.add_argument("--output", type=Path, default=Path("runs/multitask"))

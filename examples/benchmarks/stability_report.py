@@ -23,7 +23,7 @@ COLORS = {
     "frobenius": "#009E73",
     "polar": "#CC79A7",
 }
-WIDER = {3: 17, 4: 20}
+WIDER = {3: 17, 4: 22}
 """Widths of the columns that have two numbers."""
 WIDTHS = ("width", "by_lora", "by_none", "width_2_points", "width_of_best_arm", "width_2_points_of_best_arm")
 
