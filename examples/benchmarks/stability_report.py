@@ -23,8 +23,26 @@ COLORS = {
     "frobenius": "#009E73",
     "polar": "#CC79A7",
 }
-WIDER = {3: 17, 4: 22}
-"""Widths of the columns that have two numbers."""
+# Two lines of the heading, and the width, of each column but the arm's.
+COLUMNS = (
+    ("best", "rate", 9),
+    ("accu-", "racy", 9),
+    ("", "loss", 9),
+    ("minus lora", "by seed", 17),
+    ("within 1 point", "of its best", 22),
+    ("", "ratio", 9),
+    ("by", "lora", 9),
+    ("by", "none", 9),
+    ("within", "2", 9),
+    ("within", "1, all", 9),
+    ("within", "2, all", 9),
+    ("di-", "verged", 9),
+    ("not", "finite", 9),
+    ("", "spikes", 9),
+    ("gradi-", "ent", 9),
+    ("largest", "at all", 9),
+    ("steps", "to loss", 9),
+)
 WIDTHS = ("width", "by_lora", "by_none", "width_2_points", "width_of_best_arm", "width_2_points_of_best_arm")
 
 
@@ -52,38 +70,6 @@ def report(rows: Sequence[Row], folder: Path) -> None:
 def _print_summaries(summaries: Sequence[Row], seeds: Sequence[int]) -> None:
     names = ", ".join(map(str, seeds))
     print(f"\nseeds {names}; accuracy, loss and gradient at the best rate; ranges of rates as highest / lowest")
-    above = [
-        "",
-        "best",
-        "accu-",
-        "",
-        "minus lora",
-        "within 1 point",
-        "",
-        "by",
-        "by",
-        "within",
-        "within",
-        "within",
-        "di-",
-        "not",
-    ]
-    below = [
-        "arm",
-        "rate",
-        "racy",
-        "loss",
-        "by seed",
-        "of its best",
-        "ratio",
-        "lora",
-        "none",
-        "2",
-        "1, all",
-        "2, all",
-        "verged",
-    ]
-    above, below = [*above, "", "gradi-", "largest", "steps"], [*below, "finite", "spikes", "ent", "at all", "to loss"]
     rows = (
         [
             row["arm"],
@@ -100,8 +86,9 @@ def _print_summaries(summaries: Sequence[Row], seeds: Sequence[int]) -> None:
         ]
         for row in summaries
     )
-    for name, *cells in (above, below, *rows):
-        print(f"{name:<42}" + "".join(f"{cell:>{WIDER.get(place, 9)}}" for place, cell in enumerate(cells)))
+    above, below, widths = zip(*COLUMNS, strict=True)
+    for name, *cells in (("", *above), ("arm", *below), *rows):
+        print(f"{name:<42}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
 
 
 def _print_accuracies(arms: dict[str, Cells]) -> None:
@@ -109,13 +96,13 @@ def _print_accuracies(arms: dict[str, Cells]) -> None:
     print("\nmean accuracy in percent by rate; ! marks a diverged seed")
     print(f"{'arm':<42}" + "".join(f"{rate:>10g}" for rate in rates))
     for name, cells in arms.items():
-        shown = (
+        accuracies = (
             f"{100 * cells[rate].accuracy:>9.1f}{'!' if cells[rate].has_diverged else ' '}"
             if rate in cells
             else " " * 10
             for rate in rates
         )
-        print(f"{name:<42}" + "".join(shown))
+        print((f"{name:<42}" + "".join(accuracies)).rstrip())
 
 
 def _save_rows(rows: Sequence[Row], path: Path) -> None:
