@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def pytest_configure() -> None:
     # It skips all but four of PEFT's methods, and Conv1D is among what hyperadapters adapt.
     common = importlib.import_module("peft_tests.testing_common")
     common._skip_if_conv1d_not_supported = lambda *_: None
+    check = common.PeftCommonTester.check_modelcard
+
+    def check_modelcard(self: Any, folder: str, model: Any) -> None:
+        # Cards name the library that an adapter needs; all else is as PEFT checks it.
+        card = Path(folder, "README.md").read_text(encoding="utf-8")
+        assert "\nlibrary_name: hyperadapt\n" in card
+        with tempfile.TemporaryDirectory() as copy:
+            changed = card.replace("\nlibrary_name: hyperadapt\n", "\nlibrary_name: peft\n", 1)
+            Path(copy, "README.md").write_text(changed, encoding="utf-8")
+            check(self, copy, model)
+
+    common.PeftCommonTester.check_modelcard = check_modelcard
 
 
 @pytest.hookimpl(tryfirst=True)
