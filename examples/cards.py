@@ -11,8 +11,8 @@ from peft import PeftModel
 from hyperadapt import diagnose
 from hyperadapt.cards import write_card
 from hyperadapt.plots import plot
-from hyperadapt.publishing import FIGURES
-from hyperadapt.run_files import hardware, versions
+from hyperadapt.runs.record import hardware, versions
+from hyperadapt.runs.report import FIGURES
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 LIMITS = (

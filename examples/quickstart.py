@@ -45,7 +45,7 @@ from examples.encoder import (
 )
 from examples.text_tasks import TextTask, load_task
 from hyperadapt import HyperAdapterConfig, export_lora
-from hyperadapt.methods import NORMALIZATIONS
+from hyperadapt.normalization import NORMALIZATIONS
 
 TASKS = ("trec6", "sms_spam", "movie_sent", "product_sent", "stereoset_rel", "trump_clinton", "bbc")
 EXPORTED = "trec6"

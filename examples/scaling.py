@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.model import find_tuner
-from hyperadapt.network import HyperAdapterNetwork
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.tuner.model import find_tuner
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "Qwen2.5-0.5B": Qwen2Config(

@@ -23,7 +23,7 @@ from examples.cards import classifier_usage, save_card
 from examples.encoder import encode, label_offsets, load_base, load_tokenizer, predict_own_class
 from examples.text_tasks import load_task
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.data import TaskCollator, TaskSampler, concatenate_tasks
+from hyperadapt.trainer import TaskCollator, TaskSampler, concatenate_tasks
 
 TASKS = ("trec6", "sms_spam", "tweet_sent", "product_sent", "movie_sent", "stereoset_rel", "trump_clinton", "bbc")
 MAX_LENGTH = 40

@@ -1,14 +1,14 @@
 """hyperadapt: a hypernetwork that generates matrix-normalised LoRA adapters, as a PEFT method."""
 
 from hyperadapt import nn
-from hyperadapt.config import HyperAdapterConfig
+from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis, diagnose
-from hyperadapt.distillation import Distillation, distill
-from hyperadapt.export import export_lora, export_loras, generate_lora
-from hyperadapt.hub import push
-from hyperadapt.model import HyperAdapterModel, use_tasks
-from hyperadapt.normalization import normalize
-from hyperadapt.registration import register as _register
+from hyperadapt.hub.push import push
+from hyperadapt.loras.distillation import Distillation, distill
+from hyperadapt.loras.export import export_lora, export_loras, generate_lora
+from hyperadapt.normalization.normalize import normalize
+from hyperadapt.plugin import register as _register
+from hyperadapt.tuner.model import HyperAdapterModel, use_tasks
 
 __version__ = "0.1.0"
 __all__ = [

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperadapt.matrix_functions import inverse_sqrt, sinkhorn
-from hyperadapt.methods import NORMALIZATION_OPTIONS
-from hyperadapt.normalization import normalize
+from hyperadapt.normalization.matrix_functions import inverse_sqrt, sinkhorn
+from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS
+from hyperadapt.normalization.normalize import normalize
 
 
 class MatrixNorm(nn.Module):
@@ -22,7 +22,7 @@ class MatrixNorm(nn.Module):
     identity is white already.
 
     Args:
-        method: One of ``hyperadapt.methods.NORMALIZATIONS``.
+        method: One of ``hyperadapt.normalization.methods.NORMALIZATIONS``.
         start_dim: Dimensions from this one on are flattened into the columns of the matrix, as ``1`` does
             for the weight of a convolution; None takes the last two dimensions and any others as a batch.
         **options: The method's options, as in ``normalize``; `bound` is absolute. ``"adaptive"`` learns one strength,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 with socket.socket() as _free:
     _free.bind(("127.0.0.1", 0))

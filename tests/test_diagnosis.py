@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hyperadapt.diagnosis import COLLAPSED_SHARE, diagnose
-from tests.helpers import TASKS, adapted_model, base_weights, snapshot, two_adapters
-from tests.tolerances import FLOAT64_CONDITIONED, FLOAT64_EXACT
+from tests.support.helpers import TASKS, adapted_model, base_weights, snapshot, two_adapters
+from tests.support.tolerances import FLOAT64_CONDITIONED, FLOAT64_EXACT
 
 EXACT = {"rtol": FLOAT64_EXACT, "atol": FLOAT64_EXACT}
 

@@ -16,15 +16,13 @@ from peft import LoraConfig
 
 import hyperadapt
 from hyperadapt import cli
-from hyperadapt.recipe_fields import _CARD_CHECKS, _TRAINER_CHECKS, _adapter_checks
 from hyperadapt.recipes import Recipe, TaskRecipe
-from tests import troubleshooting
-from tests.docs_pages import DOCS, PAGES, ROOT, anchors, blocks, links
-from tests.docs_runner import commands, run
-from tests.docs_standins import MINILM, save_models, write_data
-from tests.helpers import minilm
-from tests.hub_server import HubServer
-from tests.troubleshooting import Message
+from hyperadapt.recipes.schema import _CARD_CHECKS, _TRAINER_CHECKS, _adapter_checks
+from tests.support.docs_pages import DOCS, PAGES, ROOT, anchors, blocks, links
+from tests.support.docs_runner import commands, run
+from tests.support.docs_standins import MINILM, save_models, write_data
+from tests.support.helpers import minilm
+from tests.support.hub_server import HubServer
 
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 API = (DOCS / "api.md").read_text(encoding="utf-8")
@@ -128,12 +126,6 @@ def test_every_command_option_and_field_is_described() -> None:
     assert [name for name in fields if f"`{name}`" not in page] == []
 
 
-def test_messages_are_listed() -> None:
-    assert troubleshooting.unlisted_modules() == [], "add them to TOPICS in tests/troubleshooting.py"
-    page = troubleshooting.PAGE.read_text(encoding="utf-8")
-    assert page == troubleshooting.updated(page), "run `python -m tests.troubleshooting --write`"
-
-
 def test_the_site_can_be_built(tmp_path: Path) -> None:
     for package in ("mkdocs", "mkdocstrings", "mkdocstrings_handlers.python"):
         pytest.importorskip(package, reason=f"{package} is not installed")
@@ -187,26 +179,3 @@ def test_headings_and_fences_that_readers_could_not_use_are_refused(tmp_path: Pa
         anchors(page)
     with pytest.raises(ValueError, match=r"page.md:5: code without a fence"):
         blocks(page)
-
-
-def test_messages_are_found_in_sources(tmp_path: Path) -> None:
-    path = tmp_path / "module.py"
-    path.write_text(
-        '_KINDS = {"a": "Try a again.", "b": "no sentence"}\n'
-        '_REMEDY = "Drop it."\n'
-        "def check(name, value, file):\n"
-        '    where = f"The field {name}"\n'
-        "    if value:\n"
-        '        raise ValueError(f"{where} is {shown(value)}, a {type(value).__name__} of {len(value)}. " + _REMEDY)\n'
-        '    warnings.warn(f"{name} is {value:.1f}" if name else "Nameless.", stacklevel=2)\n'
-        '    file.refuse(("a",), "Write `a`.")\n'
-        "    raise\n",
-        encoding="utf-8",
-    )
-    assert troubleshooting.messages(path) == [
-        Message("ValueError", "The field ‹name› is ‹value›, a ‹type› of …. Drop it."),
-        Message("warning", "‹name› is ‹value›"),
-        Message("warning", "Nameless."),
-        Message("RecipeError", "Write `a`."),
-        Message("remedy", "Try a again."),
-    ]

@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hyperadapt import HyperAdapterConfig, encoders, loading
-from hyperadapt.layer import HyperAdapterLayer
-from hyperadapt.methods import NORMALIZATIONS
-from tests.helpers import WRITES_COMPLEX
+from hyperadapt import HyperAdapterConfig
+from hyperadapt.normalization import NORMALIZATIONS
+from hyperadapt.tasks.embedding import encoders
+from hyperadapt.tuner import loading
+from hyperadapt.tuner.layer import HyperAdapterLayer
+from tests.support.helpers import WRITES_COMPLEX
 
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))
 WEIGHTS = "adapter_model.safetensors"

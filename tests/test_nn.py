@@ -9,9 +9,15 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import hyperadapt
-from hyperadapt.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
 from hyperadapt.nn import MatrixNorm, Whitening
-from tests.tolerances import FLOAT32_FORMULA, FLOAT64_CONDITIONED, FLOAT64_EXACT, FLOAT64_GRADCHECK, SINKHORN_SUM
+from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from tests.support.tolerances import (
+    FLOAT32_FORMULA,
+    FLOAT64_CONDITIONED,
+    FLOAT64_EXACT,
+    FLOAT64_GRADCHECK,
+    SINKHORN_SUM,
+)
 
 
 def make(method: str, **options: object) -> MatrixNorm:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from hyperadapt.cards import template
-from tests.helpers import ROOT
+from hyperadapt.cards.card import template
+from tests.support.helpers import ROOT
 
 CODE = """
 import sys, zipfile
 sys.path.insert(0, sys.argv[1])
-import hyperadapt.cards as cards
+import hyperadapt.cards.card as cards
 assert cards.__file__.startswith(sys.argv[1]), cards.__file__
 print(cards.template("template.md").read_text(), end="")
 """
@@ -25,7 +25,11 @@ def test_the_templates_of_cards_are_in_the_wheel(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
-    assert {"hyperadapt/template.md", "hyperadapt/lora_template.md", "hyperadapt/py.typed"} <= set(names)
+    assert {
+        "hyperadapt/cards/templates/template.md",
+        "hyperadapt/cards/templates/lora_template.md",
+        "hyperadapt/py.typed",
+    } <= set(names)
     assert not any(name.startswith(("tests/", "examples/", "docs/", "model_cards/")) for name in names)
     command = [sys.executable, "-W", "ignore", "-c", CODE, str(tmp_path / "installed")]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout

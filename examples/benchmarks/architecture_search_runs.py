@@ -20,10 +20,10 @@ from examples.encoder import encode, load_tokenizer
 from examples.matching import load_matcher
 from examples.text_tasks import load_task
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.data import TASK_COLUMN
-from hyperadapt.hypernetwork import Generated
-from hyperadapt.model import find_tuner
-from hyperadapt.network import HyperAdapterNetwork
+from hyperadapt.hypernetwork.hypernetwork import Generated
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.trainer import TASK_COLUMN
+from hyperadapt.tuner.model import find_tuner
 
 ALL = r".*\.(query|key|value|dense)"
 TARGETS = {

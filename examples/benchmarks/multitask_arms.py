@@ -19,7 +19,7 @@ from examples.benchmarks.multitask_data import Batch, MultitaskData
 from examples.benchmarks.stability_arms import plain
 from examples.benchmarks.transfer_baselines import fit
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.hypernetwork import Hypernetwork
+from hyperadapt.hypernetwork.hypernetwork import Hypernetwork
 
 RANK = 8
 # Where an arm says nothing else. The defaults are those of its best arm, ``soft_frobenius, dim 16, gated``.

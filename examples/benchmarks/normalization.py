@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from examples.benchmarks.rows import save_rows
 from hyperadapt import normalize
-from hyperadapt.kernels.gram import grams, grams_reference
-from hyperadapt.matrix_functions import sinkhorn
-from hyperadapt.methods import NORMALIZATION_OPTIONS
-from hyperadapt.normalization import core_from_grams
+from hyperadapt.normalization.gram import grams, grams_reference
+from hyperadapt.normalization.matrix_functions import sinkhorn
+from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS
+from hyperadapt.normalization.normalize import core_from_grams
 
 # Layers, and (in, out, count) of the linear layers of each.
 MODELS = {

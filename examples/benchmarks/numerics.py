@@ -15,7 +15,7 @@ from torch import Tensor
 
 from examples.benchmarks.rows import save_rows
 from hyperadapt import normalize
-from hyperadapt.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
 
 R, IN, OUT, SEEDS = 8, 256, 192, 15
 DTYPES = (torch.float32, torch.bfloat16)

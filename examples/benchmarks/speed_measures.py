@@ -19,8 +19,8 @@ from examples.benchmarks.speed_arms import build_base
 from examples.benchmarks.speed_calls import Call
 from examples.scaling import CONFIGS, adapted
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.model import find_tuner
-from hyperadapt.network import HyperAdapterNetwork
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.tuner.model import find_tuner
 
 TURN_MS = 50.0
 Turns = dict[str, list[float]]

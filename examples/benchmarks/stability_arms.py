@@ -18,8 +18,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from examples.matching import LabelMatcher
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.hypernetwork import Hypernetwork
-from hyperadapt.methods import NORMALIZATIONS
+from hyperadapt.hypernetwork.hypernetwork import Hypernetwork
+from hyperadapt.normalization import NORMALIZATIONS
 
 RANK = 8
 TARGET_MODULES = ["query", "value"]

@@ -20,7 +20,7 @@ from examples.benchmarks.stability_arms import Arm, build
 from examples.encoder import batches, encode, load_tokenizer
 from examples.matching import LabelMatcher, load_matcher
 from examples.text_tasks import load_task
-from hyperadapt.data import TASK_COLUMN, TaskCollator, TaskSampler, concatenate_tasks
+from hyperadapt.trainer import TASK_COLUMN, TaskCollator, TaskSampler, concatenate_tasks
 
 TASKS = ("trec6", "sms_spam", "product_sent", "movie_sent", "stereoset_rel")
 MAX_LENGTH = 16

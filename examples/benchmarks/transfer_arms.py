@@ -36,7 +36,7 @@ from examples.matching import accuracy
 from examples.task_descriptions import DESCRIPTIONS
 from examples.text_tasks import encoder_path
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.fitting import default_arguments
+from hyperadapt.tasks.fitting import default_arguments
 from hyperadapt.trainer import HyperAdapterTrainer
 
 # Everything of the hyperadapter that one may tune: its configuration, its training, and fitting examples, the last two

@@ -22,7 +22,7 @@ from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmu
 
 from examples.benchmarks.transfer_data import TransferData
 from examples.matching import accuracy
-from hyperadapt.data import TASK_COLUMN, TaskCollator, TaskSampler, concatenate_tasks
+from hyperadapt.trainer import TASK_COLUMN, TaskCollator, TaskSampler, concatenate_tasks
 
 LORA_LEARNING_RATE = 1e-3
 POLY_LEARNING_RATE = 1e-2

@@ -9,7 +9,7 @@ import typer
 
 from hyperadapt.cli import inspection, publication, training
 from hyperadapt.cli.output import FAILURE, INTERRUPTED, MISUSE, USER_ERRORS, install_warnings, report_error
-from hyperadapt.recipes import RecipeError
+from hyperadapt.recipes.recipe import RecipeError
 
 app = typer.Typer(
     name="hyperadapt",

@@ -16,7 +16,7 @@ Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this task;
 def diagnose(adapter: Adapter, task: Tasks = None, revision: Revision = None, as_json: Json = False) -> None:
     """Tell whether the tasks' adapters differ, or the hypernetwork ignores which task it is told."""
     from hyperadapt.diagnosis import diagnose as diagnose_model
-    from hyperadapt.runs import load_model
+    from hyperadapt.runs.run import load_model
 
     with quiet_output():
         diagnosis = diagnose_model(load_model(adapter, revision=revision), task)
@@ -41,7 +41,7 @@ def plot(
 ) -> None:
     """Draw the tasks' map, singular values, norms, cosines and the course of training, as PNG and SVG."""
     from hyperadapt.plots import plot as plot_model
-    from hyperadapt.runs import load_model, load_record
+    from hyperadapt.runs.run import load_model, load_record
 
     with quiet_output():
         record = load_record(adapter, revision=revision)
@@ -52,7 +52,7 @@ def plot(
 
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices, the kernels in use, and what is missing."""
-    from hyperadapt.doctor import report
+    from hyperadapt.cli.doctor import report
 
     result = report()
     show(result, _doctor_text(result), as_json)

@@ -25,8 +25,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Write the LoRA that a description asks for; the adapter was trained with descriptions."""
-    from hyperadapt.export import generate_lora
-    from hyperadapt.runs import load_model
+    from hyperadapt.loras.export import generate_lora
+    from hyperadapt.runs.run import load_model
 
     with quiet_output():
         generate_lora(load_model(adapter, revision=revision), description, output, text_encoder=text_encoder)
@@ -43,8 +43,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write tasks as ordinary LoRA folders: for plain PEFT and servers, llama.cpp's converter, MLX or diffusers."""
-    from hyperadapt.export import export_lora, export_loras
-    from hyperadapt.runs import load_model
+    from hyperadapt.loras.export import export_lora, export_loras
+    from hyperadapt.runs.run import load_model
 
     if bool(task) == all_tasks:
         raise typer.BadParameter("Give the tasks with --task NAME, or all of them with --all.")
@@ -70,7 +70,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish a folder on the Hub in one commit: weights, configuration and card, or nothing."""
-    from hyperadapt.hub import push as push_folder
+    from hyperadapt.hub.push import push as push_folder
 
     with quiet_output():
         commit = push_folder(
@@ -91,8 +91,8 @@ def card(
     as_json: Json = False,
 ) -> None:
     """Write the model card of an adapter anew, README.md, with its tasks, results and diagnostics."""
-    from hyperadapt.publishing import publish_files
-    from hyperadapt.runs import load_run
+    from hyperadapt.runs.report import publish_files
+    from hyperadapt.runs.run import load_run
 
     with quiet_output():
         publish_files(load_run(str(adapter)), adapter)

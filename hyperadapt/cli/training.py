@@ -22,10 +22,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter on all tasks of a recipe, test it, and write its card and pictures."""
-    from hyperadapt.publishing import publish_files
-    from hyperadapt.recipes import load_recipe
-    from hyperadapt.runs import load_run
-    from hyperadapt.runs import train as train_run
+    from hyperadapt.recipes.recipe import load_recipe
+    from hyperadapt.runs.report import publish_files
+    from hyperadapt.runs.run import load_run
+    from hyperadapt.runs.run import train as train_run
 
     with quiet_output():
         folder = train_run(load_recipe(recipe, output_dir=output), resume=resume, overwrite=overwrite)
@@ -44,9 +44,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy and loss of every task. Results of all tasks go into the folder's record and card."""
-    from hyperadapt.publishing import publish_files
-    from hyperadapt.runs import evaluate as evaluate_run
-    from hyperadapt.runs import load_run, save_record
+    from hyperadapt.runs.report import publish_files
+    from hyperadapt.runs.run import evaluate as evaluate_run
+    from hyperadapt.runs.run import load_run, save_record
 
     with quiet_output():
         run = load_run(adapter, revision=revision)
@@ -75,9 +75,9 @@ def add_task(
     as_json: Json = False,
 ) -> None:
     """Add a task to a trained adapter, from a description or from examples; the other tasks keep every bit."""
-    from hyperadapt.publishing import publish_files
-    from hyperadapt.runs import add_task as add_task_to_run
-    from hyperadapt.runs import load_run, save_run
+    from hyperadapt.runs.report import publish_files
+    from hyperadapt.runs.run import add_task as add_task_to_run
+    from hyperadapt.runs.run import load_run, save_run
 
     folder = output or Path(adapter)
     if output is None and not folder.is_dir():

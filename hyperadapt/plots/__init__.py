@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from hyperadapt.config.checks import check_choice, check_names
 from hyperadapt.diagnosis import diagnose
-from hyperadapt.model import find_tuner
-from hyperadapt.validation import check_choice, check_names
+from hyperadapt.tuner.model import find_tuner
 
 try:
     from matplotlib.figure import Figure

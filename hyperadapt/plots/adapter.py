@@ -15,7 +15,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor, nn
 
 from hyperadapt.diagnosis import Diagnosis
-from hyperadapt.network import HyperAdapterNetwork
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.hypernetwork.positions import Position
+from hyperadapt.hypernetwork.updates import singular_values
 from hyperadapt.plots.axes import (
     BLUE,
     FINE_TICKS,
@@ -29,8 +31,6 @@ from hyperadapt.plots.axes import (
     name_ticks,
     use_log_scale,
 )
-from hyperadapt.positions import Position
-from hyperadapt.updates import singular_values
 
 # What rounding in float64 leaves of zeros, relative to the largest singular value or to a variance of 1.
 _ROUNDING = 1e-14

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hyperadapt.config.checks import shown
 from hyperadapt.plots.axes import (
     BLUE,
     COLORS,
@@ -27,7 +28,6 @@ from hyperadapt.plots.axes import (
     mark,
     use_log_scale,
 )
-from hyperadapt.validation import shown
 
 _MAX_NAMED = 2 * len(COLORS)
 _NAMED_OF_MORE = 5

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.methods import NORMALIZATIONS
+from hyperadapt.normalization import NORMALIZATIONS
 
 # Networks of the size of the tests' models.
 SMALL: dict[str, Any] = {"task_embedding_dim": 8, "hypernetwork_dim": 16, "hypernetwork_depth": 1}

@@ -26,8 +26,8 @@ from tests.distributed.worker import (
     torch_step,
     train,
 )
-from tests.helpers import adapted_model, adapter_parameters, base_model
-from tests.tolerances import TWO_PROCESSES
+from tests.support.helpers import adapted_model, adapter_parameters, base_model
+from tests.support.tolerances import TWO_PROCESSES
 
 CASES = [
     *((method, "none") for method in METHODS),

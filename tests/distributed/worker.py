@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperadapt import export_lora
-from tests.helpers import adapted_model, adapter_parameters, enable_checkpointing, example_batch, letters
+from tests.support.helpers import adapted_model, adapter_parameters, enable_checkpointing, example_batch, letters
 
 PROCESSES = 2
 STEPS = 3

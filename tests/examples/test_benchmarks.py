@@ -13,7 +13,7 @@ from examples.benchmarks.transfer_data import BLANK, UNRELATED, descriptions_for
 from examples.benchmarks.transfer_report import interval
 from examples.task_descriptions import DESCRIPTIONS
 from examples.text_tasks import encoder_path
-from hyperadapt.methods import NORMALIZATIONS
+from hyperadapt.normalization import NORMALIZATIONS
 
 ENVIRONMENT = {"torch", "transformers", "peft", "hyperadapt", "python", "device", "threads", "date", "commit"}
 

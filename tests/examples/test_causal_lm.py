@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from examples import causal_lm, train_causal_lm
 from examples.text_tasks import encoder_path, load_task
-from tests.card_schema import check_example_card
-from tests.helpers import adapter_config, make_active
+from tests.support.card_schema import check_example_card
+from tests.support.helpers import adapter_config, make_active
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 pytest.importorskip("gguf", reason="gguf is not installed")

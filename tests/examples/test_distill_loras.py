@@ -8,7 +8,7 @@ import pytest
 
 from examples import distill_loras
 from examples.text_tasks import encoder_path
-from tests.card_schema import check_example_card
+from tests.support.card_schema import check_example_card
 
 
 def test_distill_loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from examples import scaling
 from examples.benchmarks.normalization import MODELS
 from hyperadapt import HyperAdapterConfig
-from tests.helpers import adapted_model, adapter_config, adapter_parameters, base_model, example_batch
+from tests.support.helpers import adapted_model, adapter_config, adapter_parameters, base_model, example_batch
 
 OPTIONS: list[dict[str, Any]] = [
     {},

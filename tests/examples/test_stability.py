@@ -22,7 +22,7 @@ from examples.benchmarks.stability_runs import (
 )
 from examples.benchmarks.stability_summary import by_arm, good_range, summarize_arms
 from examples.text_tasks import encoder_path
-from hyperadapt.methods import NORMALIZATIONS
+from hyperadapt.normalization import NORMALIZATIONS
 
 RATES = (0.001, 0.01, 0.1, 1.0)
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from examples import train_accelerate
 from examples.text_tasks import encoder_path
-from tests.card_schema import check_example_card
-from tests.helpers import ROOT
+from tests.support.card_schema import check_example_card
+from tests.support.helpers import ROOT
 
 LAUNCH_FILES = ROOT / "examples" / "accelerate"
 # Five batches an epoch, or ten in one process, and an optimiser step every two: the state is saved within an epoch.

@@ -7,7 +7,7 @@ import pytest
 
 from examples import train_multitask
 from examples.text_tasks import encoder_path
-from tests.card_schema import check_example_card
+from tests.support.card_schema import check_example_card
 
 
 def test_train_multitask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from examples import write_recipe
 from examples.text_tasks import load_task
 from hyperadapt.recipes import load_recipe
 from hyperadapt.runs import add_task, evaluate, load_run, train
-from tests.helpers import minilm
+from tests.support.helpers import minilm
 
 
 def test_write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,316 @@
+"""Model cards: README.md of a hyperadapter and of a LoRA that was exported from one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftModel
+from torch import nn
+
+from hyperadapt.cards.sections import diagnosis_table, facts_list, normalization_text, plain, task_table
+from hyperadapt.cards.snippets import base_model_of, lora_usage, usage
+from hyperadapt.config.checks import shown
+from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.diagnosis import Diagnosis
+from hyperadapt.tuner.model import find_tuner
+
+CARD = "README.md"
+MARKER = "<!-- Written by hyperadapt, which may write it anew. Delete this line to keep your own words. -->"
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_TAGS = ("hyperadapt", "hypernetwork", "multi-task", "peft")
+_LIMITS = (
+    "The adapter works with its base model alone, and loading it needs `import hyperadapt`; a task that was exported "
+    "with `hyperadapt.export_lora` does not.",
+    "A task embedding selects behaviour that was trained. Tasks unlike the trained ones need examples, and may need "
+    "training.",
+)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells beside what the adapter itself knows.
+
+    Args:
+        title: The heading; None for one made of the base model's name.
+        repo_id: Name on the Hub, for the snippet; None for the folder that the card is written to.
+        base_model: The base model's name on the Hub, where the model was loaded from a folder.
+        usage: Python code that loads the adapter and runs it; None for code made of the base model's class.
+        results: Task -> metric -> value, such as ``{"trec": {"accuracy": 0.9}}``.
+        split: Split of the data that the results are for.
+        datasets: Names on the Hub of the data sets.
+        benchmarks: Task -> (data set on the Hub that is registered as a benchmark, id of the benchmark's task): its
+            accuracy also goes to ``.eval_results/``, where the Hub's leaderboards read it.
+        training: Fact -> value, in the order to show them.
+        diagnosis: What ``diagnose`` says of the model.
+        figures: Title -> path of a picture, relative to the card.
+        license: As the Hub spells it, such as ``"apache-2.0"``.
+        language: ISO 639 code, or several.
+        tags: Further tags.
+        limits: Further sentences on what the adapter cannot do.
+    """
+
+    title: str | None = None
+    repo_id: str | None = None
+    base_model: str | None = None
+    usage: str | None = None
+    results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    split: str = "test"
+    datasets: Sequence[str] = ()
+    benchmarks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    diagnosis: Diagnosis | None = None
+    figures: Mapping[str, str] = field(default_factory=dict)
+    license: str | None = None
+    language: str | Sequence[str] | None = None
+    tags: Sequence[str] = ()
+    limits: Sequence[str] = ()
+
+
+def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite: bool = False, **facts: Any) -> None:  # noqa: DOC503
+    """Write the model card of the active adapter, README.md.
+
+    A card that is there already keeps its text, and its metadata are only completed, unless `overwrite` is set.
+
+    Args:
+        model: A ``PeftModel`` with a hyperadapter.
+        directory: The adapter's folder, which exists.
+        overwrite: Whether to replace a card.
+        **facts: See ``CardFacts``.
+
+    Raises:
+        TypeError: If a fact is unknown.
+        ValueError: If results are given for an unknown task, or a benchmark has no accuracy among them.
+    """
+    path, told = Path(directory, CARD), CardFacts(**facts)
+    unmeasured = [task for task in told.benchmarks if "accuracy" not in told.results.get(task, {})]
+    if unmeasured:
+        raise ValueError(f"benchmarks names {shown(unmeasured)}, whose accuracy is not in results. Give it there.")
+    if path.exists() and not overwrite:
+        card = completed_card(model, path, told)
+    else:
+        card = make_card(model, told, str(directory))
+    _write(path, str(card))
+    for task, (dataset_id, task_id) in told.benchmarks.items():
+        _write_benchmark(path.parent / ".eval_results", task, dataset_id, task_id, told.results[task]["accuracy"])
+
+
+def make_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
+    """A new card.
+
+    Args:
+        model: A ``PeftModel`` with a hyperadapter.
+        facts: What to tell.
+        address: Where the adapter is loaded from if the facts name no repository.
+
+    Returns:
+        The card, from the template in ``templates/``.
+
+    Raises:
+        ValueError: If results are given for an unknown task.
+    """
+    config = _config(model)
+    unknown = sorted(facts.results.keys() - set(config.tasks))
+    if unknown:
+        raise ValueError(
+            f"results names {shown(unknown)}, which are no tasks of the adapter. Its tasks: {shown(config.task_names)}."
+        )
+    base = base_model_of(model, facts.base_model)
+    address = facts.repo_id or address
+    title = facts.title or f"{len(config.tasks)} tasks for {base.name} in one hyperadapter"
+    positions = len(find_tuner(model).router.network(model.active_adapter).positions)
+    card: ModelCard = ModelCard.from_template(
+        _card_data(model, facts, title),
+        template_path=str(template("template.md")),
+        title=title,
+        summary=(
+            f"One hypernetwork that generates LoRA adapters of rank {config.r} for {positions} modules of {base.link}, "
+            f"one for each of {len(config.tasks)} tasks. Made with hyperadapt, a method of PEFT."
+        ),
+        usage=f"```python\n{facts.usage.strip()}\n```" if facts.usage else usage(model, base, address),
+        tasks=task_table(config, facts.results),
+        results_note=f"Measured on the {facts.split} split, one run." if facts.results else "",
+        normalization=normalization_text(config),
+        diagnosis=facts.diagnosis and diagnosis_table(facts.diagnosis),
+        figures=list(facts.figures.items()),
+        training=facts_list(facts.training) or "Not recorded.",
+        limits=[*_LIMITS, *facts.limits],
+        marker=MARKER,
+        version=metadata.version("hyperadapt"),
+    )
+    return card
+
+
+def completed_card(model: PeftModel, path: Path, facts: CardFacts) -> ModelCard:
+    """A card with its own text, and with the metadata that it lacks.
+
+    Args:
+        model: A ``PeftModel`` with a hyperadapter.
+        path: The card.
+        facts: What to tell in the metadata.
+
+    Returns:
+        The card; tags are united, anything else that it says stays.
+    """
+    card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
+    new = _card_data(model, facts, facts.title or "hyperadapter")
+    known = vars(card.data)
+    for name, value in vars(new).items():
+        if known.get(name) is None:
+            known[name] = value
+    known["tags"] = list(dict.fromkeys([*(known["tags"] or []), *(new.tags or [])]))
+    return card
+
+
+def may_be_written_anew(directory: str | os.PathLike[str]) -> bool:
+    """Whether a folder has no card, or one that says that it may be rewritten.
+
+    Args:
+        directory: The folder.
+
+    Returns:
+        Whether replacing the card loses nobody's words.
+    """
+    path = Path(directory, CARD)
+    return not path.exists() or MARKER.encode() in path.read_bytes()
+
+
+def write_lora_card(
+    model: nn.Module,
+    task: str | None,
+    description: str | Sequence[str] | None,
+    directory: str | os.PathLike[str],
+    *,
+    format: str = "peft",
+    address: str | None = None,
+) -> None:
+    """Write the card of an exported LoRA, README.md, which says how to use it without this package.
+
+    Args:
+        model: The ``PeftModel`` that it was exported from.
+        task: Name of its task; None for one that a description alone asked for.
+        description: What the task is.
+        directory: The folder to write to.
+        format: Format of the export.
+        address: Where the LoRA will be loaded from; None for `directory`.
+    """
+    base = base_model_of(model)
+    title = f"LoRA for {base.name}: {plain(task) if task else 'from a description'}"
+    texts = [description] if isinstance(description, str) else list(description or ())
+    kinds = {"mlx": "mlx", "diffusers": "diffusers"}
+    data = ModelCardData(
+        base_model=base.hub_id,
+        base_model_relation="adapter" if base.hub_id else None,
+        library_name=kinds.get(format, "peft"),
+        pipeline_tag=PIPELINES.get(_config(model).task_type or ""),
+        tags=["hyperadapt", "lora"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template("lora_template.md")),
+        marker=MARKER,
+        title=title,
+        summary=" ".join([f"A LoRA adapter for {base.link}.", *(plain(text) for text in texts)]),
+        usage=lora_usage(model, base, address or str(directory), format),
+        origin=(
+            f"Exported from {'task `' + plain(task) + '` of ' if task else ''}a hyperadapter, a hypernetwork that "
+            "generates LoRA adapters, with hyperadapt "
+            f"{metadata.version('hyperadapt')}. The export is exact, and needs no package beside the usual ones."
+        ),
+    )
+    _write(Path(directory, CARD), str(card))
+
+
+def addressed(text: str, address: str) -> str:
+    """A card whose code loads the adapter from elsewhere.
+
+    Args:
+        text: The card.
+        address: Folder of the adapter, or its name on the Hub.
+
+    Returns:
+        The card.
+    """
+    return re.sub(
+        r'(PeftModel\.from_pretrained\(base_model, )"(?:[^"\\]|\\.)*"',
+        lambda match: match[1] + json.dumps(address),
+        text,
+    )
+
+
+def template(name: str) -> Path:
+    """Path of a template of cards.
+
+    Args:
+        name: Its file name.
+
+    Returns:
+        Where it is.
+    """
+    return Path(__file__).parent / "templates" / name
+
+
+def _config(model: nn.Module) -> HyperAdapterConfig:
+    tuner = find_tuner(model)
+    return tuner.router.network(tuner.active_adapters[0]).config
+
+
+def _card_data(model: PeftModel, facts: CardFacts, title: str) -> ModelCardData:
+    config, base = _config(model), base_model_of(model, facts.base_model)
+    pipeline = PIPELINES.get(config.task_type or "")
+    given = getattr(model.get_base_model(), "model_tags", None) or []
+    results = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=facts.benchmarks[task][0] if task in facts.benchmarks else plain(task),
+            dataset_name=plain(task),
+            dataset_split=facts.split,
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=value,
+        )
+        for task, metrics in facts.results.items()
+        for metric, value in metrics.items()
+    ]
+    return ModelCardData(
+        base_model=base.hub_id,
+        base_model_relation="adapter" if base.hub_id else None,
+        library_name="hyperadapt",
+        pipeline_tag=pipeline,
+        license=facts.license,
+        language=facts.language if facts.language is None or isinstance(facts.language, str) else list(facts.language),
+        datasets=list(facts.datasets) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        tags=list(dict.fromkeys([*_TAGS, *given, *facts.tags])),
+        eval_results=results or None,
+        model_name=title if results else None,
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is complete or not there."""
+    # Several processes may save to one folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _write_benchmark(folder: Path, task: str, dataset_id: str, task_id: str, accuracy: float) -> None:
+    folder.mkdir(exist_ok=True)
+    entry = {"dataset": {"id": dataset_id, "task_id": task_id}, "value": accuracy}
+    _write(folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', task)}.yaml", yaml.safe_dump([entry]))

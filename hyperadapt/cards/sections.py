@@ -1,0 +1,112 @@
+"""The parts of a model card as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.diagnosis import Diagnosis
+
+_SHOWN_TASKS = 100
+
+
+def task_table(config: HyperAdapterConfig, results: Mapping[str, Mapping[str, float]]) -> str:
+    """The tasks with their descriptions and results.
+
+    Args:
+        config: The adapter's configuration.
+        results: Task -> metric -> value.
+
+    Returns:
+        A table of at most 100 tasks.
+    """
+    metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
+    rows = [["task", "description", *metrics]]
+    for task in config.task_names[:_SHOWN_TASKS]:
+        description = (config.task_descriptions or {}).get(task, "")
+        text = description if isinstance(description, str) else description[0]
+        values = results.get(task, {})
+        rows.append([f"`{plain(task)}`", plain(text), *(_number(values.get(metric)) for metric in metrics)])
+    rest = len(config.tasks) - _SHOWN_TASKS
+    return f"{_table(rows)}\n\nand {rest} more tasks." if rest > 0 else _table(rows)
+
+
+def normalization_text(config: HyperAdapterConfig) -> str:
+    """How the updates are generated and normalised.
+
+    Args:
+        config: The adapter's configuration.
+
+    Returns:
+        A paragraph.
+    """
+    options = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in config.normalization_options.items()
+    )
+    bound = " Bounds are in units of the norm of each base weight." if "bound" in config.normalization_options else ""
+    return (
+        f"Every generated update ΔW = B·A is normalised as `{config.normalization}`"
+        f"{f' ({options})' if options else ''}; conditioning `{config.conditioning}`, head `{config.head}`.{bound}"
+    )
+
+
+def diagnosis_table(diagnosis: Diagnosis) -> str:
+    """How much the tasks' updates differ.
+
+    Args:
+        diagnosis: What ``diagnose`` measured.
+
+    Returns:
+        A sentence, and a table of at most 100 tasks.
+    """
+    rows = [["task", "‖ΔW‖ / ‖W₀‖", "nearest task (cosine)"]]
+    for index, task in enumerate(diagnosis.tasks[:_SHOWN_TASKS]):
+        norm = f"{float(diagnosis.task_norms[index]):.3g}"
+        rows.append([f"`{plain(task)}`", norm, plain(diagnosis.nearest(index))])
+    share = "all updates are zero" if diagnosis.is_zero else f"{diagnosis.share:.1%} of the squared updates"
+    return f"Share that depends on the task: {share}.\n\n{_table(rows)}"
+
+
+def facts_list(facts: Mapping[str, Any]) -> str:
+    """Facts as a list.
+
+    Args:
+        facts: Name -> number, text, or a mapping of such.
+
+    Returns:
+        One line for each.
+    """
+    lines = [f"- {plain(name).replace('_', ' ')}: {plain(_value(value))}" for name, value in facts.items()]
+    return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """Text that cannot break out of a line, a table or code.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The text in one line, without what Markdown and HTML would take for more than text.
+    """
+    return re.sub(r"\s+", " ", text).replace("|", r"\|").replace("`", "'").replace("<", "&lt;").strip()
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(entry)}" for name, entry in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])

@@ -1,0 +1,153 @@
+"""Code for model cards: how an adapter is loaded and run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+from torch import nn
+
+from hyperadapt.tuner.model import find_tuner
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model as a card speaks of it.
+
+    Args:
+        path: What it is loaded from: a name on the Hub or a folder; None if that is not known.
+        hub_id: Its name on the Hub, None if it was loaded from a folder.
+    """
+
+    path: str | None
+    hub_id: str | None
+
+    @property
+    def name(self) -> str:
+        """A short name."""
+        return os.path.basename((self.path or "the base model").rstrip("/\\"))
+
+    @property
+    def link(self) -> str:
+        """Its name, with a link if it is on the Hub."""
+        return f"[{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else f"`{self.name}`"
+
+
+def base_model_of(model: nn.Module, hub_id: str | None = None) -> BaseModel:
+    """The base model of a hyperadapter.
+
+    Args:
+        model: A ``PeftModel`` with a hyperadapter.
+        hub_id: Its name on the Hub, where it was loaded from a folder.
+
+    Returns:
+        The base model.
+    """
+    tuner = find_tuner(model)
+    path = tuner.router.network(tuner.active_adapters[0]).config.base_model_name_or_path
+    return BaseModel(hub_id or path or None, hub_id or (path if is_on_the_hub(path) else None))
+
+
+def is_on_the_hub(path: str | None) -> bool:
+    """Whether a model or data set is loaded from the Hub.
+
+    Args:
+        path: What it is loaded from.
+
+    Returns:
+        Whether that is a name on the Hub, and no folder.
+    """
+    if not path or os.path.exists(path):
+        return False
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def usage(model: nn.Module, base: BaseModel, address: str) -> str:
+    """Code that loads a hyperadapter and runs one of its tasks.
+
+    Args:
+        model: The ``PeftModel``.
+        base: Its base model.
+        address: Folder of the adapter, or its name on the Hub.
+
+    Returns:
+        A block of code in Markdown.
+    """
+    tuner = find_tuner(model)
+    task = tuner.router.network(tuner.active_adapters[0]).config.fallback_task
+    return _snippet(
+        model, base, address, ["import hyperadapt  # registers the method with PEFT"], f", tasks={json.dumps(task)}"
+    )
+
+
+def lora_usage(model: nn.Module, base: BaseModel, address: str, format: str) -> str:
+    """How an exported LoRA is used.
+
+    Args:
+        model: The ``PeftModel`` that it was exported from.
+        base: Its base model.
+        address: Folder of the LoRA, or its name on the Hub.
+        format: Format of the export.
+
+    Returns:
+        Markdown.
+    """
+    path = base.path or "path/to/the/base/model"
+    if format == "mlx":
+        return f"```text\nmlx_lm.generate --model {path} --adapter-path {address} --prompt Hello\n```"
+    if format == "diffusers":
+        return f"```text\npipeline.load_lora_weights({json.dumps(address)})\n```"
+    if format == "gguf-ready":
+        return f"llama.cpp converts it:\n\n```text\npython convert_lora_to_gguf.py --base {address} {address}\n```"
+    return _snippet(model, base, address, [], "")
+
+
+def _snippet(model: nn.Module, base: BaseModel, address: str, imports: list[str], routing: str) -> str:
+    tuner = find_tuner(model)
+    config = tuner.router.network(tuner.active_adapters[0]).config
+    kind = type(tuner.model)
+    auto = _AUTO_CLASSES.get(config.task_type or "")
+    if base.path is None or not kind.__module__.startswith("transformers."):
+        # Only its maker knows how such a model is made.
+        lines = ["```text", *imports, "from peft import PeftModel", "", "base_model = ...  # made as for training"]
+        lines += [f"model = PeftModel.from_pretrained(base_model, {json.dumps(address)})", f"model(**batch{routing})"]
+        return "\n".join([*lines, "```"])
+    loader = auto or kind.__name__
+    has_text = hasattr(tuner.model.config, "vocab_size")
+    arguments = [json.dumps(base.path)]
+    if config.task_type in _CLASSIFIERS:
+        arguments.append(f"num_labels={tuner.model.config.num_labels}")
+    dtype = tuner.model.dtype
+    if dtype not in (torch.float32, None):
+        arguments.append(f'dtype="{str(dtype).removeprefix("torch.")}"')
+    lines = [*imports, "from peft import PeftModel"]
+    lines += [f"from transformers import {', '.join(sorted({loader, 'AutoTokenizer'} if has_text else {loader}))}", ""]
+    lines += [f"base_model = {loader}.from_pretrained({', '.join(arguments)})"]
+    lines += [f"model = PeftModel.from_pretrained(base_model, {json.dumps(address)})"]
+    if has_text:
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base.path)})"]
+        lines += ['inputs = tokenizer("What does the sun weigh?", return_tensors="pt")']
+        if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            lines += [f"output = model.generate(**inputs{routing}, max_new_tokens=20)"]
+            lines += ["print(tokenizer.decode(output[0], skip_special_tokens=True))"]
+        else:
+            lines += [f"outputs = model(**inputs{routing})"]
+    return "\n".join(["```python", *lines, "```"])

@@ -1,0 +1,387 @@
+"""The configuration of a hyperadapter: a ``PeftConfig`` that is checked when it is made."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from hyperadapt.config.checks import (
+    MAX_DEPTH,
+    MAX_ITERATIONS,
+    check_choice,
+    check_expression,
+    check_integer,
+    check_names,
+    check_number,
+    check_pattern,
+    check_type,
+    checked_layers,
+    refuses_unknown_fields,
+    shown,
+)
+from hyperadapt.config.task_fields import (
+    check_text_fields,
+    checked_sources,
+    checked_tasks,
+    descriptions_of,
+    encoder_name,
+)
+from hyperadapt.normalization.methods import BOUNDED_NORMALIZATIONS, NORMALIZATIONS, UNIT_NORMALIZATIONS, options_of
+
+CONDITIONINGS = ("additive", "gated")
+HEADS = ("row", "factor", "pair")
+# PEFT stops with a bare KeyError where the package is not imported: this stands beside `peft_type` in the file.
+PLUGIN = "pip install hyperadapt, then import hyperadapt before loading this adapter"
+
+
+# Not StrEnum: PEFT reads the member's name from str(), "HyperAdapterType.HYPERADAPTER".
+class HyperAdapterType(str, enum.Enum):  # noqa: UP042
+    """PEFT type of this method, beside PEFT's own closed ``PeftType`` enum."""
+
+    HYPERADAPTER = "HYPERADAPTER"
+
+
+@refuses_unknown_fields
+@dataclass
+class HyperAdapterConfig(PeftConfig):
+    """Configuration of a hyperadapter: one hypernetwork that generates a LoRA pair for every task and position.
+
+    Args:
+        r: Rank of every generated adapter.
+        rank_pattern: Other ranks for some modules, by name ending or regular expression, as in ``LoraConfig``; the
+            patterns that match one module must agree.
+        alpha_pattern: Other values of `lora_alpha` for some modules, likewise.
+        lora_alpha: The update is scaled by ``lora_alpha / r`` before it is normalised. Unit
+            normalisations remove every scale, so it has no effect with them.
+        lora_dropout: Dropout probability on the input of the generated adapters.
+        target_modules: Module names (or name endings), a regular expression, ``"all-linear"``, or
+            None for PEFT's default for the architecture.
+        exclude_modules: Module names (or name endings) or a regular expression to leave out.
+        layers_to_transform: Layer indices to adapt; None adapts all. Needs `target_modules` as a list.
+        layers_pattern: Name of the module list that holds the layers, if it cannot be guessed.
+        modules_to_save: Modules that are trained in full and saved with the adapter.
+        target_parameters: Only None.
+        bias: Only ``"none"``.
+        tasks: Task names, or a dict from task name to a description or a list of them; the order gives the task ids.
+            After construction always the list of names.
+        task_descriptions: The same dict; filled from `tasks` if that is one. Of several descriptions of a task
+            training draws one each time; else their mean counts.
+        default_task: Task of calls that name none. None takes the first, but then refuses to train several tasks
+            without being told which.
+        task_embedding: Where a task's embedding comes from: ``"learned"``, ``"text"`` (a projection of its
+            description's vector) or ``"both"`` (their sum); or a dict from task name to one of these.
+        text_encoder: Makes vectors of descriptions: name or folder of a sentence-transformers model, or a function from
+            a list of texts to a tensor of shape ``(texts, dim)``. Asked once, when the adapter is made; the vectors are
+            saved with it.
+        text_encoder_revision: Revision of a model on the Hub; filled in when the adapter is made.
+        text_embedding_dim: Size of a vector; filled in when the adapter is made.
+        task_embedding_dim: Size of a task embedding (and of the layer and module embeddings).
+        hypernetwork_dim: Hidden size of the hypernetwork's trunk.
+        hypernetwork_depth: Number of residual blocks of the trunk.
+        conditioning: How the task embedding enters: ``"gated"`` (beside those of layer and module, and it multiplies
+            the trunk's output: tasks differ more, and new ones are fitted better) or ``"additive"`` (only beside).
+        head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
+            B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
+        normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
+            methods. The options below belong to some of them; None takes the method's default.
+        normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for all but
+            ``"none"``; of ``"adaptive"`` where it starts. Unit normalisations keep it by bounding their gain.
+        normalization_ridge: Ridge of ``"polar"`` and ``"whitening"``, relative to the mean eigenvalue of a
+            Gram matrix.
+        normalization_factors: ``"both"`` or ``"A"``: which factors ``"whitening"`` whitens.
+        normalization_order: Order of the Schatten norm of ``"schatten"``, a power of 2.
+        normalization_iterations: Iterations of ``"sinkhorn"``.
+        normalization_temperature: Temperature of ``"sinkhorn"``.
+        init_weights: True starts exactly at the base model in the way that suits the normalisation;
+            ``"zero_head"`` (heads of B start at zero) and ``"zero_gain"`` (gains start at zero) name
+            that way; False starts with a random update (for tests).
+        plugin: For readers of ``adapter_config.json``: what loading the adapter needs. Always the same text.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a value, or a combination of values, is impossible.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of every generated adapter."})
+    lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other ranks, by module name ending or regular expression."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Other values of lora_alpha, by the same."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, a regular expression, 'all-linear' or None."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or a regular expression to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that holds the layers."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
+    )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Only None."})
+    bias: str = field(default="none", metadata={"help": "Only 'none'."})
+    tasks: list[str] | dict[str, str | list[str]] = field(
+        default_factory=lambda: ["default"], metadata={"help": "Task names, or task name -> description(s)."}
+    )
+    task_descriptions: dict[str, str | list[str]] | None = field(
+        default=None, metadata={"help": "Task name -> description(s)."}
+    )
+    default_task: str | None = field(default=None, metadata={"help": "Task of calls that name none."})
+    task_embedding: str | dict[str, str] = field(
+        default="learned", metadata={"help": "'learned', 'text', 'both', or task name -> one of these."}
+    )
+    text_encoder: str | Callable[[list[str]], Tensor] | None = field(
+        default=None, metadata={"help": "A sentence-transformers model, or a function."}
+    )
+    text_encoder_revision: str | None = field(default=None, metadata={"help": "Revision of the text encoder."})
+    text_embedding_dim: int | None = field(default=None, metadata={"help": "Size of a description's vector."})
+    task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task embedding."})
+    hypernetwork_dim: int = field(default=16, metadata={"help": "Hidden size of the trunk."})
+    hypernetwork_depth: int = field(default=2, metadata={"help": "Residual blocks of the trunk."})
+    conditioning: str = field(
+        default="gated", metadata={"help": "How the task embedding enters: 'additive' or 'gated'."}
+    )
+    head: str = field(default="factor", metadata={"help": "What one head emits: 'row', 'factor' or 'pair'."})
+    normalization: str = field(default="soft_frobenius", metadata={"help": f"One of {', '.join(NORMALIZATIONS)}."})
+    normalization_bound: float | None = field(
+        default=None,
+        metadata={"help": "Bound on the update's Frobenius norm, in units of the base weight's."},
+    )
+    normalization_ridge: float | None = field(
+        default=None, metadata={"help": "Ridge of polar and whitening, relative to the mean eigenvalue."}
+    )
+    normalization_factors: str | None = field(
+        default=None, metadata={"help": "Which factors whitening whitens: 'both' or 'A'."}
+    )
+    normalization_order: int | None = field(
+        default=None, metadata={"help": "Order of the Schatten norm, a power of 2."}
+    )
+    normalization_iterations: int | None = field(default=None, metadata={"help": "Iterations of sinkhorn."})
+    normalization_temperature: float | None = field(default=None, metadata={"help": "Temperature of sinkhorn."})
+    init_weights: bool | str = field(
+        default=True,
+        metadata={"help": "True, 'zero_head' or 'zero_gain' (start at the base model) or False."},
+    )
+
+    # Not a field, so that it is never saved; set where a file is told from a call.
+    is_from_file = False
+    plugin: str = field(default=PLUGIN, metadata={"help": "What loading the adapter needs."})
+
+    def __post_init__(self) -> None:
+        check_type("task_type", self.task_type, str, "the name of a task type")
+        check_type("peft_version", self.peft_version, str, "a string")
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = HyperAdapterType.HYPERADAPTER
+        for name in ("base_model_name_or_path", "revision"):
+            check_type(name, getattr(self, name), str, "a string")
+        check_type("auto_mapping", self.auto_mapping, dict, "a dict")
+        check_type("inference_mode", self.inference_mode, bool, "True or False", optional=False)
+        check_type("plugin", self.plugin, str, "a string", optional=False)
+        self.plugin = PLUGIN
+        for name in ("r", "task_embedding_dim", "hypernetwork_dim"):
+            check_integer(name, getattr(self, name))
+        check_integer("hypernetwork_depth", self.hypernetwork_depth, MAX_DEPTH)
+        check_number("lora_alpha", self.lora_alpha)
+        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", lambda value: 0 <= value < 1)
+        check_pattern("rank_pattern", self.rank_pattern, check_integer)
+        check_pattern("alpha_pattern", self.alpha_pattern, check_number)
+        check_choice("conditioning", self.conditioning, CONDITIONINGS)
+        check_choice("head", self.head, HEADS)
+        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        self._check_modules()
+        self.layers_to_transform = checked_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
+        self._check_normalization_options()
+        self._check_start()
+        if isinstance(self.text_encoder, os.PathLike):
+            self.text_encoder = os.fspath(self.text_encoder)
+        self._check_tasks()
+
+    def replaced(self, **changes: Any) -> HyperAdapterConfig:  # noqa: DOC502
+        """A copy with other tasks, or another state of their text vectors.
+
+        Args:
+            **changes: Fields among those of the tasks and the text encoder.
+
+        Returns:
+            The copy; this object stays as it is, since others may hold it.
+
+        Raises:
+            TypeError: If a field has the wrong type.
+            ValueError: If a value, or a combination of values, is impossible.
+        """
+        config = copy.copy(self)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.is_from_file = self.is_from_file and "text_encoder" not in changes
+        config._check_tasks()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved: a function as text encoder by its name.
+
+        Returns:
+            Values that JSON can hold, sets aside.
+        """
+        return {**super().to_dict(), "text_encoder": encoder_name(self.text_encoder)}
+
+    @property
+    def task_sources(self) -> list[str]:
+        """Where each task's embedding comes from, by task id."""
+        sources = self.task_embedding
+        return [sources if isinstance(sources, str) else sources[name] for name in self.tasks]
+
+    @property
+    def embedded_descriptions(self) -> list[list[str]]:
+        """The descriptions that take part in each task's embedding, by task id; empty for a learned one."""
+        return [
+            [] if source == "learned" else descriptions_of(self.task_descriptions, name)
+            for name, source in zip(self.tasks, self.task_sources, strict=True)
+        ]
+
+    @property
+    def task_names(self) -> list[str]:
+        """The task names; a task's id is its place here."""
+        return list(self.tasks)
+
+    @property
+    def fallback_task(self) -> str:
+        """Task of calls that name none: the default task, or else the first."""
+        return self.default_task or self.task_names[0]
+
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:  # noqa: DOC502
+        """Rank and scaling at a module, with `rank_pattern` and `alpha_pattern`.
+
+        Args:
+            name: Path of the module in the base model.
+
+        Returns:
+            The rank r, and the factor ``lora_alpha / r`` on the generated update (dimensionless).
+
+        Raises:
+            ValueError: If several patterns match with different values.
+        """
+        r, alpha = self.r, self.lora_alpha
+        if ranks := self._matching("rank_pattern", name):
+            [r] = ranks
+        if alphas := self._matching("alpha_pattern", name):
+            [alpha] = alphas
+        return r, alpha / r
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether a learned gain per position follows the normalisation."""
+        if self.normalization == "adaptive":
+            return self.init_weights == "zero_gain"
+        return self.normalization in UNIT_NORMALIZATIONS and self.normalization_factors != "A"
+
+    @property
+    def normalization_options(self) -> dict[str, Any]:
+        """The options of the normalisation and its gain, by name without the prefix."""
+        names = options_of(self.normalization, self.normalization_factors)
+        return {name: getattr(self, f"normalization_{name}") for name in names}
+
+    @property
+    def has_zero_heads(self) -> bool:
+        """Whether the heads that emit B start at zero."""
+        return bool(self.init_weights) and not self.has_gain
+
+    def _matching(self, field_name: str, name: str) -> set[Any]:
+        """The value of the patterns that match a module, in a set; empty if none does."""
+        patterns: dict[str, Any] = getattr(self, field_name)
+        matching = {key: value for key, value in patterns.items() if get_pattern_key([key], name) == key}
+        if len(set(matching.values())) > 1:
+            # PEFT takes the first of them, but saves them in alphabetical order.
+            raise ValueError(
+                f"{field_name} gives module {name!r} several values: {shown(matching)}. Only one pattern may match a "
+                "module, since a file does not keep their order."
+            )
+        return set(matching.values())
+
+    def _check_tasks(self) -> None:
+        self.tasks, self.task_descriptions = checked_tasks(self.tasks, self.task_descriptions, self.default_task)
+        self.task_embedding = checked_sources(self.task_embedding, self.tasks, self.task_descriptions)
+        has_text = any(source != "learned" for source in self.task_sources)
+        check_text_fields(has_text, self.text_encoder, self.text_encoder_revision, self.text_embedding_dim)
+
+    def _check_modules(self) -> None:
+        if self.bias != "none":
+            raise ValueError(
+                f"bias={shown(self.bias)} is not supported: a hyperadapter generates weights, not biases. Use "
+                "bias='none'; to train a module in full, name it in modules_to_save."
+            )
+        if self.target_parameters is not None:
+            raise ValueError(
+                f"target_parameters={shown(self.target_parameters)} is not supported: a parameter that is no linear "
+                "layer of its own, such as fused experts, does not see which row of the batch its input comes from, so "
+                "tasks could not be mixed. Name linear modules in target_modules instead, or train the module in "
+                "full with modules_to_save."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                check_expression(name, value)
+            elif value is not None:
+                setattr(self, name, set(check_names(name, value)))
+        if self.modules_to_save is not None:
+            # PEFT extends the list for some task types.
+            self.modules_to_save = check_names("modules_to_save", self.modules_to_save)
+            for value in self.modules_to_save:
+                check_expression("modules_to_save entry", value, r"(^|.*\.)", r"($|\..*)")
+
+    def _check_normalization_options(self) -> None:
+        defaults = options_of(self.normalization, self.normalization_factors)
+        for option in sorted({name for method in NORMALIZATIONS for name in options_of(method)}):
+            name = f"normalization_{option}"
+            value = getattr(self, name)
+            if option not in defaults:
+                if value is not None:
+                    takers = [method for method in NORMALIZATIONS if option in options_of(method)]
+                    raise ValueError(
+                        f"{name}={shown(value)} has no effect with normalization={self.normalization!r}"
+                        f"{self._factors_shown()}. Drop it, or choose one of {', '.join(takers)}."
+                    )
+            elif value is None:
+                setattr(self, name, defaults[option])
+            elif option in ("bound", "ridge", "temperature"):
+                check_number(name, value)
+            elif option == "factors":
+                check_choice(name, value, ("both", "A"))
+            else:
+                check_integer(name, value, MAX_ITERATIONS)
+        if self.normalization_order is not None and self.normalization_order not in (2, 4, 8, 16, 32):
+            raise ValueError(f"normalization_order={self.normalization_order} must be 2, 4, 8, 16 or 32.")
+
+    def _check_start(self) -> None:
+        if isinstance(self.init_weights, bool):
+            return
+        check_choice("init_weights", self.init_weights, (True, False, "zero_head", "zero_gain"))
+        if self.init_weights == "zero_head" and self.has_gain:
+            raise ValueError(
+                f"init_weights='zero_head' is impossible with normalization={self.normalization!r}: the unit norm of "
+                "a zero matrix is undefined and its gradient is infinite. Use init_weights='zero_gain' (or True), or "
+                f"a bounded normalization ({', '.join(BOUNDED_NORMALIZATIONS)})."
+            )
+        if self.init_weights == "zero_gain" and not self.has_gain:
+            raise ValueError(
+                f"init_weights='zero_gain' is impossible with normalization={self.normalization!r}"
+                f"{self._factors_shown()}, which has no gain. Use init_weights='zero_head' (or True), or a unit "
+                f"normalization ({', '.join(UNIT_NORMALIZATIONS)})."
+            )
+
+    def _factors_shown(self) -> str:
+        is_one_sided = self.normalization == "whitening" and self.normalization_factors == "A"
+        return " and normalization_factors='A'" if is_one_sided else ""

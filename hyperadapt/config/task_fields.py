@@ -1,0 +1,205 @@
+"""Conditions: the tasks of a configuration, their descriptions, and where the embedding of each comes from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hyperadapt.config.checks import check_integer, check_type, shown
+
+SOURCES = ("learned", "text", "both")
+# Before the name of a text encoder that is no model but a function.
+FUNCTION = "function:"
+
+
+def checked_tasks(tasks: Any, descriptions: Any, default: Any) -> tuple[list[str], dict[str, str | list[str]] | None]:
+    """Check the tasks of an adapter.
+
+    Args:
+        tasks: A list of names, or a dict from name to one description or a list of them.
+        descriptions: A dict from name to one description or a list of them, or None.
+        default: The default task, or None.
+
+    Returns:
+        Names and descriptions; new objects.
+
+    Raises:
+        TypeError: If one has the wrong type.
+        ValueError: If a name or a description is empty or wrong, or both arguments describe the tasks.
+    """
+    if isinstance(tasks, dict):
+        if descriptions is not None:
+            raise ValueError(
+                f"tasks={shown(tasks)} already gives descriptions, and so does task_descriptions. Pass one of the two."
+            )
+        # A list keeps its order in JSON; PEFT saves dicts sorted by key, which would renumber the tasks.
+        tasks, descriptions = list(tasks), tasks
+    if not isinstance(tasks, list | tuple):
+        raise TypeError(
+            f"tasks={shown(tasks)} must be a list of names or a dict from name to description, not "
+            f"{type(tasks).__name__}."
+        )
+    names = list(tasks)
+    if not names:
+        raise ValueError("tasks=[] names no task. Name at least one, or leave the field out for one task 'default'.")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"tasks={shown(names)} holds {shown(name)}; every task needs a non-empty name.")
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise ValueError(f"tasks={shown(names)} names {shown(duplicates)} more than once; task names must be unique.")
+    if descriptions is not None:
+        _check_task_descriptions(descriptions, names)
+        descriptions = dict(descriptions)
+    if default is not None and default not in names:
+        raise ValueError(f"default_task={shown(default)} is not among the tasks {shown(names)}. Name one of them.")
+    return names, descriptions
+
+
+def _check_task_descriptions(descriptions: Any, names: list[str]) -> None:
+    if not isinstance(descriptions, dict):
+        raise TypeError(
+            f"task_descriptions={shown(descriptions)} must be a dict from task name to description, not "
+            f"{type(descriptions).__name__}."
+        )
+    known = set(names)
+    for name, description in descriptions.items():
+        if name not in known:
+            raise ValueError(
+                f"task_descriptions describes {shown(name)}, which is not among the tasks {shown(names)}. Add it to "
+                "tasks, or drop its description."
+            )
+        check_description(name, description)
+
+
+def check_description(name: str, description: Any) -> None:
+    """Check the description of a task.
+
+    Args:
+        name: The task.
+        description: A text, or a list of texts that each describe the task.
+
+    Raises:
+        ValueError: If there is no text, or an empty one.
+    """
+    texts = description if isinstance(description, list | tuple) else [description]
+    for text in texts or [description]:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"The description of task {shown(name)} is {shown(description)}; write a non-empty text, or a list of "
+                "them."
+            )
+
+
+def descriptions_of(task_descriptions: Mapping[str, str | list[str]] | None, task: str) -> list[str]:
+    """The descriptions of a task.
+
+    Args:
+        task_descriptions: Those of all tasks.
+        task: The task.
+
+    Returns:
+        A list, empty if there is none.
+    """
+    description = (task_descriptions or {}).get(task, [])
+    return [description] if isinstance(description, str) else list(description)
+
+
+def checked_sources(
+    task_embedding: Any, tasks: Sequence[str], task_descriptions: Mapping[str, str | list[str]] | None
+) -> str | dict[str, str]:
+    """Check where the embedding of each task comes from.
+
+    Args:
+        task_embedding: One of ``SOURCES`` for all tasks, or a dict from task name to one of them.
+        tasks: The task names.
+        task_descriptions: Their descriptions.
+
+    Returns:
+        One source if all tasks share it, or the dict.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If a source or a task is unknown, a task has none, or lacks the description that its source needs.
+    """
+    if not isinstance(task_embedding, str | dict):
+        raise TypeError(
+            f"task_embedding={shown(task_embedding)} must be one of {SOURCES}, or a dict from task name to one of "
+            f"them, not {type(task_embedding).__name__}."
+        )
+    known, described = set(tasks), task_descriptions or {}
+    sources = dict.fromkeys(tasks, task_embedding) if isinstance(task_embedding, str) else dict(task_embedding)
+    for name, source in sources.items():
+        if source not in SOURCES:
+            raise ValueError(
+                f"task_embedding={shown(source)} is unknown. Choose one of {', '.join(map(repr, SOURCES))}."
+            )
+        if name not in known:
+            raise ValueError(f"task_embedding names {shown(name)}, which is not among the tasks {shown(list(tasks))}.")
+    for name in tasks:
+        if name not in sources:
+            raise ValueError(
+                f"task_embedding={shown(task_embedding)} gives no source for task {shown(name)}. Give every task one "
+                f"of {', '.join(map(repr, SOURCES))}."
+            )
+        if sources[name] != "learned" and name not in described:
+            raise ValueError(
+                f"task_embedding={sources[name]!r} needs a description of task {shown(name)}. Pass tasks as a dict "
+                "from name to description, or give the task task_embedding='learned'."
+            )
+    return sources[tasks[0]] if len(set(sources.values())) == 1 else sources
+
+
+def check_text_fields(has_text: bool, text_encoder: Any, revision: Any, text_embedding_dim: Any) -> None:
+    """Check the fields that say how descriptions become vectors.
+
+    Args:
+        has_text: Whether any task needs them.
+        text_encoder: A name, a function, or None.
+        revision: Revision of the encoder, or None.
+        text_embedding_dim: Size of a vector; None if not known yet.
+
+    Raises:
+        TypeError: If one is of another type.
+        ValueError: If the encoder is missing, or a field would have no effect.
+    """
+    if text_encoder is not None and not isinstance(text_encoder, str) and not callable(text_encoder):
+        raise TypeError(
+            f"text_encoder={shown(text_encoder)} must be the name or folder of a sentence-transformers model, or a "
+            f"function from a list of texts to a tensor, not {type(text_encoder).__name__}."
+        )
+    check_type("text_encoder_revision", revision, str, "a string")
+    if text_embedding_dim is not None:
+        check_integer("text_embedding_dim", text_embedding_dim)
+    if has_text:
+        if text_encoder is None or text_encoder == "":
+            raise ValueError(
+                "task_embedding asks for text, but text_encoder is not given. Name a sentence-transformers model, or "
+                "pass a function from a list of texts to a tensor of shape (texts, dim)."
+            )
+        return
+    fields = {
+        "text_encoder": text_encoder, "text_encoder_revision": revision, "text_embedding_dim": text_embedding_dim
+    }  # fmt: skip
+    for name, value in fields.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={shown(value)} has no effect: every task's embedding is learned. Set task_embedding='text' or "
+                "'both', or drop it."
+            )
+
+
+def encoder_name(text_encoder: object) -> str | None:
+    """How a text encoder is called in files.
+
+    Args:
+        text_encoder: A name, a function, or None.
+
+    Returns:
+        The name; ``function:<module>.<name>`` of a function.
+    """
+    if text_encoder is None or isinstance(text_encoder, str):
+        return text_encoder
+    kind = text_encoder if hasattr(text_encoder, "__qualname__") else type(text_encoder)
+    return f"{FUNCTION}{kind.__module__}.{kind.__qualname__}"

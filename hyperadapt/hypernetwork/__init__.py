@@ -1,0 +1,1 @@
+"""From task embeddings to the normalised factors of every position."""

@@ -1,0 +1,289 @@
+"""The hypernetwork: from a task embedding and a position to the LoRA factors there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, rms_norm
+
+from hyperadapt.hypernetwork.positions import Position
+
+# Sinkhorn's mixing starts close to the identity: equal logits would make it constant, and the update of rank 1.
+MIXING_DIAGONAL = 4.0
+# Share of the factors' variance at the start that all tasks have in common.
+SHARED = 0.5
+
+
+class Generated(NamedTuple):
+    """Factors of the positions of one shape and rank; a tuple for the same reason as ``Factors``.
+
+    Args:
+        positions: The positions.
+        lora_A: Shape ``(tasks, positions, r, in_features)``.
+        lora_B: Shape ``(tasks, positions, out_features, r)``, a transposed view of contiguous rows.
+        logits: Mixing logits, shape ``(tasks, positions, r, r)``; None unless asked for.
+    """
+
+    positions: list[Position]
+    lora_A: Tensor
+    lora_B: Tensor
+    logits: Tensor | None
+
+
+class Hypernetwork(nn.Module):
+    """Generates the factors of every position for several tasks in a few batched products.
+
+    The task embedding, the layer embedding, the module embedding (and for ``head="row"`` the
+    embedding of the row within the factor) are each normalised to root mean square 1, projected
+    and added: the input has constant magnitude, so training cannot amplify the output by inflating
+    an embedding. A trunk of pre-normalised residual blocks follows, and one linear head per size of
+    output, shared by all positions with that size.
+
+    To what the heads emit, every position adds factors of its own, which all tasks share: parameters like those of one
+    LoRA. They learn what the tasks have in common as quickly as a LoRA does, without a detour through heads in which
+    positions interfere (DECISIONS.md), and the heads what tells the tasks apart.
+
+    With ``conditioning="gated"`` the trunk's output is multiplied by another projection of the task embedding, whose
+    entries have a sign of their own for each task. Tasks are then nearly orthogonal to the heads, and only the shared
+    factors are common to them; otherwise an embedding that is close to another gives factors that are close.
+
+    Source: Text-to-LoRA (arXiv 2506.06105) for the inputs and the three kinds of head;
+    magnitude-invariant inputs after "Magnitude Invariant Parametrizations Improve Hypernetwork
+    Learning" (ICLR 2024), here by normalising instead of encoding; the gate is a diagonal form of the multiplicative
+    interactions of Jayakumar et al. (ICLR 2020); shared factors after the bias initialisation of Beck et al. (2023),
+    here for each position; initial scale see ``Head``.
+
+    Args:
+        positions: The adapted modules.
+        task_embedding_dim: Size of the task, layer, module and row embeddings.
+        hypernetwork_dim: Hidden size of the trunk.
+        hypernetwork_depth: Number of residual blocks.
+        head: ``"row"``, ``"factor"`` or ``"pair"``.
+        variance_B: Variance of the entries of B at the start, in squared units of the generated weight; None keeps
+            the variance of the activation, 1/r.
+        mixing: Whether to generate mixing logits too.
+        conditioning: ``"additive"``, or ``"gated"`` to multiply as well.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[Position],
+        *,
+        task_embedding_dim: int,
+        hypernetwork_dim: int,
+        hypernetwork_depth: int,
+        head: str,
+        variance_B: float | None = None,
+        mixing: bool = False,
+        conditioning: str = "gated",
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.slots = max(position.r for position in positions) if head == "row" else 1
+        layer_indices: list[int | None] = list(dict.fromkeys(position.layer_index for position in positions))
+        modules = list(dict.fromkeys(position.module for position in positions))
+        self._rows = {
+            position.name: (layer_indices.index(position.layer_index), modules.index(position.module))
+            for position in positions
+        }
+
+        self.layer_embedding = nn.Parameter(torch.randn(len(layer_indices), task_embedding_dim))
+        self.module_embedding = nn.Parameter(torch.randn(len(modules), task_embedding_dim))
+        names = ["task", "layer", "module"]
+        if self.slots > 1:
+            self.row_embedding = nn.Parameter(torch.randn(self.slots, task_embedding_dim))
+            names.append("row")
+        self.is_gated = conditioning == "gated"
+        if self.is_gated:
+            names.append("gate")
+        # A sum of projections is one projection of the concatenation, without repeating each
+        # embedding for every combination of task, layer, module and row.
+        self.inputs = nn.ModuleDict(
+            {name: nn.Linear(task_embedding_dim, hypernetwork_dim, bias=False) for name in names}
+        )
+        self.trunk = nn.ModuleList(ResidualBlock(hypernetwork_dim) for _ in range(hypernetwork_depth))
+        self.heads = nn.ModuleDict()
+        self.shared = nn.ParameterDict()
+        groups: dict[str, list[Position]] = {}
+        for position in positions:
+            groups.setdefault(_shape(position), []).append(position)
+        self._places = {member.name: place for members in groups.values() for place, member in enumerate(members)}
+        for shape, members in groups.items():
+            position, r = members[0], members[0].r
+            for factor, size in (("A", position.in_features), ("B", position.out_features)):
+                # The factors' variances keep the variance of the activation: A reads `in_features`
+                # inputs (one of an embedding), B reads r (see `Head`).
+                variance = 1 / (position.fan_in or position.in_features)
+                if factor == "B":
+                    variance = 1 / r if variance_B is None else variance_B
+                start = math.sqrt(SHARED * variance) * torch.randn(len(members), r, size)
+                self.shared[f"{factor}_{shape}"] = nn.Parameter(start)
+                key = self._head_key(factor, position)
+                if key not in self.heads:
+                    outputs = size if head == "row" else r * size
+                    self.heads[key] = Head(hypernetwork_dim, outputs, variance=(1 - SHARED) * variance)
+        self.mixing = mixing
+        for r in sorted({position.r for position in positions}) if mixing else ():
+            self.heads[f"mixing_r{r}"] = Head(hypernetwork_dim, r if head == "row" else r * r, variance=0.0)
+
+    def forward(self, task_embeddings: Tensor, positions: Sequence[Position]) -> list[Generated]:
+        """Generate the factors of some positions.
+
+        Args:
+            task_embeddings: Shape ``(tasks, task_embedding_dim)``; only the direction counts.
+            positions: Positions among those of the constructor.
+
+        Returns:
+            One group for each shape and rank among the positions, in the dtype of the hypernetwork.
+        """
+        groups: dict[str, list[Position]] = {}
+        for position in positions:
+            groups.setdefault(_shape(position), []).append(position)
+        # In the groups' order, in which each group's part is a view.
+        hidden = self._hidden(task_embeddings, [position for members in groups.values() for position in members])
+        parts = torch.split(hidden, [len(members) for members in groups.values()], dim=1)
+        generated = []
+        for members, group_hidden in zip(groups.values(), parts, strict=True):
+            r = members[0].r
+            if r < self.slots:
+                group_hidden = group_hidden[:, :, :r]
+            shape = (len(task_embeddings), len(members), r, -1)
+            lora_A, lora_B = (
+                self.heads[self._head_key(factor, members[0])](group_hidden).reshape(shape)
+                + self._shared(factor, members)
+                for factor in "AB"
+            )
+            logits = None
+            if self.mixing:
+                diagonal = MIXING_DIAGONAL * torch.eye(r, dtype=lora_A.dtype, device=lora_A.device)
+                logits = diagonal + self.heads[f"mixing_r{r}"](group_hidden).reshape(shape)
+            generated.append(Generated(members, lora_A, lora_B.mT, logits))
+        return generated
+
+    def _shared(self, factor: str, members: Sequence[Position]) -> Tensor:
+        """What all tasks share of a factor of some positions of one shape, (positions, r, size)."""
+        shared: Tensor = self.shared[f"{factor}_{_shape(members[0])}"]
+        places = [self._places[position.name] for position in members]
+        return shared if places == list(range(len(shared))) else shared[index_tensor(places, shared.device)]
+
+    def _hidden(self, task_embeddings: Tensor, positions: Sequence[Position]) -> Tensor:
+        """Trunk output of shape (tasks, positions, slots, hypernetwork_dim), root mean square 1."""
+        layers, modules = zip(*(self._rows[position.name] for position in positions), strict=True)
+        device = self.layer_embedding.device
+        hidden = (
+            self._project("task", task_embeddings.to(self.layer_embedding.dtype))[:, None, None]
+            + self._project("layer", self.layer_embedding)[index_tensor(layers, device)][None, :, None]
+            + self._project("module", self.module_embedding)[index_tensor(modules, device)][None, :, None]
+        )
+        if self.slots > 1:
+            hidden = hidden + self._project("row", self.row_embedding)
+        for block in self.trunk:
+            hidden = block(hidden)
+        hidden = rms_norm(hidden, hidden.shape[-1:])
+        if self.is_gated:
+            gate = self._project("gate", task_embeddings.to(self.layer_embedding.dtype))
+            hidden = rms_norm(hidden * gate[:, None, None], hidden.shape[-1:])
+        return hidden
+
+    def _project(self, name: str, embedding: Tensor) -> Tensor:
+        projected: Tensor = self.inputs[name](rms_norm(embedding, embedding.shape[-1:]))
+        return projected
+
+    def _head_key(self, factor: str, position: Position) -> str:
+        if self.head == "pair":
+            size = f"{position.in_features}x{position.out_features}"
+        else:
+            size = str(position.in_features if factor == "A" else position.out_features)
+        fan_in = f"_fan{position.fan_in}" if factor == "A" and position.fan_in else ""
+        return f"{factor}_{size}_r{position.r}{fan_in}"
+
+
+def _shape(position: Position) -> str:
+    """Name of a position's shape; positions with the same name are generated together."""
+    fan_in = f"_fan{position.fan_in}" if position.fan_in else ""
+    return f"{position.in_features}x{position.out_features}_r{position.r}{fan_in}"
+
+
+def index_tensor(indices: Sequence[int], device: torch.device) -> Tensor:
+    """Indices on a device, without waiting for what it still has to do, as indexing with a list would.
+
+    Args:
+        indices: The indices.
+        device: The device.
+
+    Returns:
+        int64, shape ``(indices,)``.
+    """
+    return torch.tensor(indices, device="cpu").to(device, non_blocking=True)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-normalised residual block: ``x + W₂·gelu(W₁·rms_norm(x))``.
+
+    Args:
+        dim: Size of input and output; the hidden layer has twice the size.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, 2 * dim)
+        self.contract = nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to the last dimension.
+
+        Args:
+            x: Shape ``(..., dim)``.
+
+        Returns:
+            Same shape and dtype.
+        """
+        update: Tensor = self.contract(gelu(self.expand(rms_norm(x, x.shape[-1:]))))
+        return x + update
+
+
+class Head(nn.Module):
+    """Linear read-out ``W·z / dim`` whose initial output has a given variance.
+
+    The input z has root mean square exactly 1, so over random W the output has variance
+    ``dim · Var(W) · mean(z²) / dim² = Var(W) / dim``: with a target variance v,
+
+        Var(W) = v · dim.
+
+    v itself is hyperfan-in: a generated A of shape ``(r, in)`` that reads inputs of unit variance gives
+    unit variance when v = 1/in, and B of shape ``(out, r)`` when v = 1/r, each split between a head and the factors
+    that all tasks share.
+
+    The factor 1/dim makes the step size of the *output* that of the learning rate: Adam moves every
+    entry of W by about lr, hence ``W·z / dim`` by at most ``lr · mean|z| ≤ lr``, whatever the width. A learning rate
+    that suits LoRA thus suits the hypernetwork.
+
+    Source: hyperfan initialisation, Chang et al., "Principled Weight Initialization for
+    Hypernetworks" (ICLR 2020), equations for linear layers; output multiplier as in maximal update
+    parametrisation, Yang et al. 2022.
+
+    Args:
+        dim: Size of the input.
+        size: Size of the output.
+        variance: Variance of an output entry at the start, in squared units of the generated weight.
+    """
+
+    def __init__(self, dim: int, size: int, *, variance: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(torch.randn(size, dim) * math.sqrt(variance * dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Read out the last dimension.
+
+        Args:
+            z: Shape ``(..., dim)``, root mean square 1.
+
+        Returns:
+            Shape ``(..., size)``.
+        """
+        return nn.functional.linear(z / self.dim, self.weight)

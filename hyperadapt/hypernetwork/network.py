@@ -1,0 +1,197 @@
+"""Everything one adapter learns: task embeddings, the hypernetwork, and the gains of its normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.hypernetwork.factors import Factors
+from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork, index_tensor
+from hyperadapt.hypernetwork.positions import Position
+from hyperadapt.normalization.formulas import adaptive_scale
+from hyperadapt.normalization.gram import grams
+from hyperadapt.normalization.normalize import core_from_grams
+from hyperadapt.tasks.embedding import TaskEmbedding
+
+
+class HyperAdapterNetwork(nn.Module):
+    """Generates the normalised adapters of one PEFT adapter name for any of its tasks.
+
+    Args:
+        config: The adapter's configuration.
+        positions: The adapted modules.
+        base_norms: Frobenius norm of each position's base weight, shape ``(positions,)``, float32. Kept
+            with the adapter, so that bounds and gains mean the same on a quantised or merged base.
+    """
+
+    base_norms: Tensor
+
+    def __init__(self, config: HyperAdapterConfig, positions: Sequence[Position], base_norms: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.positions = list(positions)
+        self._index = {position.name: index for index, position in enumerate(self.positions)}
+        self.task_embedding = TaskEmbedding(
+            config.task_sources,
+            [len(descriptions) for descriptions in config.embedded_descriptions],
+            config.task_embedding_dim,
+            config.text_embedding_dim,
+        )
+        self.hypernetwork = Hypernetwork(
+            self.positions,
+            task_embedding_dim=config.task_embedding_dim,
+            hypernetwork_dim=config.hypernetwork_dim,
+            hypernetwork_depth=config.hypernetwork_depth,
+            head=config.head,
+            variance_B=_start_variance(config),
+            mixing=config.normalization == "sinkhorn",
+            conditioning=config.conditioning,
+        )
+        self.register_buffer("base_norms", base_norms)
+        if config.has_gain:
+            start = torch.zeros if config.init_weights else torch.ones
+            self.gain = nn.Parameter(start(len(self.positions)))
+        if config.normalization == "adaptive":
+            # Half of the full strength, at the configured bound; the sigmoid keeps it in (0, 1).
+            self.strength_logit = nn.Parameter(torch.zeros(len(self.positions)))
+            self.log_bound = nn.Parameter(torch.zeros(len(self.positions)))
+
+    def adaptive_state(self) -> dict[str, tuple[float, float]]:
+        """What ``normalization="adaptive"`` has learned.
+
+        Returns:
+            By position name, the strength α in (0, 1) and the bound in units of the base weight's Frobenius norm.
+
+        Raises:
+            ValueError: If the normalisation is another one.
+        """
+        if self.config.normalization != "adaptive":
+            raise ValueError(
+                f"normalization={self.config.normalization!r} learns no strength and bound; only 'adaptive' does."
+            )
+        everything = torch.arange(len(self.positions), device=self.base_norms.device)
+        strengths, bounds = (values.tolist() for values in self._adaptive(everything))
+        return {
+            position.name: (strength, bound)
+            for position, strength, bound in zip(self.positions, strengths, bounds, strict=True)
+        }
+
+    def forward(
+        self, tasks: Tensor, positions: Sequence[Position] | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Factors]:
+        """Generate and normalise adapters.
+
+        Runs in the network's own dtype also under autocast: it is a small share of the work, and the
+        factors and their Gram matrices deserve the precision.
+
+        Args:
+            tasks: Task ids ``(tasks,)``, int64, or task embeddings ``(tasks, task_embedding_dim)``, on any device.
+            positions: The positions to generate; None for all.
+            dtype: Of the A and B that are returned; None for the network's own.
+
+        Returns:
+            Factors of each position by its name.
+        """
+        positions = self.positions if positions is None else positions
+        # Looked up in here, where sharded training has gathered the parameters.
+        tasks = tasks.to(self.hypernetwork.layer_embedding.device, non_blocking=True)
+        task_embeddings = tasks if tasks.is_floating_point() else self.task_embedding(tasks)
+        kind = task_embeddings.device.type
+        # The device "meta" knows no autocast.
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            by_rank: dict[int, list[Generated]] = {}
+            for group in self.hypernetwork(task_embeddings, positions):
+                by_rank.setdefault(group.positions[0].r, []).append(group)
+            return {
+                name: factors
+                for groups in by_rank.values()
+                for name, factors in self._normalized(groups, dtype).items()
+            }
+
+    def _normalized(self, generated: Sequence[Generated], dtype: torch.dtype | None) -> dict[str, Factors]:
+        """Factors by position name of groups of one rank."""
+        order = [position for group in generated for position in group.positions]
+        gram_A, gram_B = _grams(generated)
+        logits = [group.logits for group in generated if group.logits is not None]
+        cores = self._cores(gram_A, gram_B, torch.cat(logits, dim=1) if logits else None, order)
+        cores = cores.to(generated[0].lora_A.dtype)
+        factors = (
+            (lora_A, lora_B)
+            for group in generated
+            # Taking single positions with `unbind` has one backward for all; indexing would make a
+            # gradient of the size of the whole group for each.
+            for lora_A, lora_B in zip(
+                *(part.to(dtype or part.dtype).unbind(1) for part in (group.lora_A, group.lora_B)), strict=True
+            )
+        )
+        return {
+            position.name: Factors(lora_A, lora_B, core)
+            for position, (lora_A, lora_B), core in zip(order, factors, cores.unbind(1), strict=True)
+        }
+
+    def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
+        """Cores (tasks, positions, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
+        config, scaling = self.config, _scaling(positions, gram_A)
+        indices = index_tensor([self._index[position.name] for position in positions], gram_A.device)
+        base_norms = self.base_norms[indices].to(gram_A.dtype)
+        options = config.normalization_options
+        if "bound" in options:
+            options["bound"] = options["bound"] * base_norms
+        if config.normalization == "adaptive":
+            strength, bound = self._adaptive(indices)
+            options.update(strength=strength.to(gram_A.dtype), bound=bound.to(gram_A.dtype) * base_norms)
+        if config.normalization == "sinkhorn":
+            options["logits"] = logits
+        if not config.has_gain:
+            # A bound holds for the update as applied, so the scaling goes in before the normalisation.
+            return scaling * core_from_grams(gram_A, gram_B * scaling**2, config.normalization, **options)
+        gain = self.gain[indices].to(gram_A.dtype) * base_norms
+        method, bound, strength = config.normalization, options.pop("bound"), options.pop("strength", 1.0)
+        if method == "adaptive":
+            method = "frobenius"
+        bound = bound / _largest_norm(method, positions[0].r)
+        # What is bounded is the gained update, whose norm is the gain's (or at most a multiple of it).
+        gain = adaptive_scale(gain.square(), bound, strength) * gain
+        return gain[:, None, None] * core_from_grams(gram_A, gram_B, method, **options)
+
+    def _adaptive(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Strength, and bound in units of the base weight, of the positions."""
+        # Beyond e^±10 a bound means all or nothing; without limits a diverging run would overflow it.
+        strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].clamp(-10, 10).exp()
+        return strength, self.config.normalization_options["bound"] * factor
+
+
+def _start_variance(config: HyperAdapterConfig) -> float | None:
+    """Variance of B's entries at the start; None for that which keeps the activation's."""
+    if config.has_zero_heads:
+        return 0.0
+    # Before a unit norm only ratios count. Adam's steps are the smaller in proportion, the larger B starts: at 1 in
+    # place of 1/r, rates three times as high train as well (DECISIONS.md).
+    return 1.0 if config.has_gain else None
+
+
+def _largest_norm(method: str, r: int) -> float:
+    """The largest Frobenius norm of an update of rank r and unit norm."""
+    # Σσᵢ² ≤ r where σ₁ ≤ 1. A sum of r matrices of norm 1, or a mean of such sums, may reach r.
+    exponents = {"frobenius": 0.0, "weight_norm": 1.0, "sinkhorn": 1.0}
+    return float(r ** exponents.get(method, 0.5))
+
+
+def _scaling(positions: Sequence[Position], like: Tensor) -> float | Tensor:
+    """The scaling that all positions share, or theirs as a tensor of shape (positions, 1, 1)."""
+    values = [position.scaling for position in positions]
+    if len(set(values)) == 1:
+        return values[0]
+    return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)[:, None, None]
+
+
+def _grams(generated: Sequence[Generated]) -> tuple[Tensor, Tensor]:
+    """Gram matrices of all factors, each of shape (tasks, positions, r, r), in one operator call."""
+    tasks, _, r, _ = generated[0].lora_A.shape
+    factors = [*(group.lora_A for group in generated), *(group.lora_B.mT for group in generated)]
+    parts = [part.reshape(tasks, -1, r, r) for part in grams([factor.flatten(0, 1) for factor in factors])]
+    return torch.cat(parts[: len(generated)], dim=1), torch.cat(parts[len(generated) :], dim=1)

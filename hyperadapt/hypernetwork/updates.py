@@ -1,0 +1,88 @@
+"""Inner products and singular values of updates B·S·A from products of the size of the rank.
+
+Factors are not unique: B·M and M⁻¹·A give the same update for every invertible M. So updates are compared, never
+their factors, and without forming them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hyperadapt.hypernetwork.factors import Factors, times_core
+
+
+def inner_product(x: Factors, y: Factors) -> Tensor:  # noqa: DOC502
+    """Frobenius inner product of updates, entry by entry of their leading dimensions.
+
+    ⟨B₁·S₁·A₁, B₂·S₂·A₂⟩ = ⟨S₁ᵀ·(B₁ᵀ·B₂)·S₂, A₁·A₂ᵀ⟩, a sum over r₁ × r₂ products. Differentiable.
+
+    Args:
+        x: Updates with leading dimensions ``(...)``, such as tasks.
+        y: Updates of the same shape, but any rank, in the same dtype; leading dimensions broadcast.
+
+    Returns:
+        Shape ``(...)``, in squared units of the weights, in the dtype of the factors.
+
+    Raises:
+        ValueError: If the updates have different shapes.
+    """
+    _check_shapes(x, y)
+    outer = times_core(times_core(y.lora_B.mT @ x.lora_B, x.core).mT, y.core)
+    return (outer * (x.lora_A @ y.lora_A.mT)).sum((-2, -1))
+
+
+@torch.no_grad()
+def pairwise_inner_products(x: Factors, y: Factors) -> Tensor:  # noqa: DOC502
+    """Frobenius inner product of every update of one position with every other.
+
+    Works in float64, so that the difference of two nearly equal updates can be told from the result.
+
+    Args:
+        x: Updates of T tasks.
+        y: Updates of U tasks, of the same shape, but any rank.
+
+    Returns:
+        Shape ``(T, U)``, float64, in squared units of the weights; no gradient.
+
+    Raises:
+        ValueError: If the updates have different shapes.
+    """
+    _check_shapes(x, y)
+    (x_A, x_B), (y_A, y_B) = _rows(x), _rows(y)
+    blocks = (x_B.flatten(0, 1) @ y_B.flatten(0, 1).T) * (x_A.flatten(0, 1) @ y_A.flatten(0, 1).T)
+    return blocks.reshape(*x_A.shape[:2], *y_A.shape[:2]).sum((1, 3))
+
+
+@torch.no_grad()
+def singular_values(factors: Factors) -> Tensor:
+    """Singular values of updates.
+
+    With the QR factors of B·S and Aᵀ they are those of a matrix of the size of the rank. Unlike Gram matrices, which
+    square the condition, QR keeps values far below the largest.
+
+    Args:
+        factors: Updates with leading dimensions ``(...)``.
+
+    Returns:
+        Shape ``(..., min(r, out_features, in_features))``, float64, descending, in units of the weights; no gradient.
+    """
+    lora_A, lora_B = _rows(factors)
+    inner = torch.linalg.qr(lora_B.mT, mode="r").R @ torch.linalg.qr(lora_A.mT, mode="r").R.mT
+    values: Tensor = torch.linalg.svdvals(inner)
+    return values
+
+
+def _rows(factors: Factors) -> tuple[Tensor, Tensor]:
+    """A and (B·S)ᵀ in float64, each of shape (..., r, features)."""
+    factors = Factors(*(tensor.double() for tensor in factors))
+    return factors.lora_A, factors.outer().mT
+
+
+def _check_shapes(x: Factors, y: Factors) -> None:
+    x_shape, y_shape = ((one.lora_B.shape[-2], one.lora_A.shape[-1]) for one in (x, y))
+    if x_shape != y_shape:
+        raise ValueError(
+            f"Updates of shape {tuple(x_shape)} and {tuple(y_shape)} have no inner product; compare those of one "
+            "position."
+        )

@@ -1,0 +1,1 @@
+"""Ordinary LoRA folders: written from tasks, or read to be distilled."""

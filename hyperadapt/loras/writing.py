@@ -1,0 +1,203 @@
+"""The files of an exported LoRA, in the format of each program that reads it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hyperadapt.config.checks import shown
+from hyperadapt.tuner.layer import HyperAdapterEmbedding, HyperAdapterLayer, HyperAdapterLinear
+
+# Servers make room for LoRAs of these ranks.
+RANKS = (8, 16, 32, 64, 128, 256)
+_PREFIX = "base_model.model."
+_DECODER_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.(?P<key>.+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """The LoRA of one task, of one rank everywhere; its scaling is in the factors.
+
+    Args:
+        base_model: The model that it adapts.
+        config: Its configuration in PEFT.
+        factors: By module path the tensors by the ends of their names in a saved adapter, such as ``lora_A.weight``;
+            A has `config.r` rows, B has as many columns.
+        saved: Parameters of the modules trained in full, by name in a saved adapter.
+    """
+
+    base_model: nn.Module
+    config: LoraConfig
+    factors: Mapping[str, Mapping[str, Tensor]]
+    saved: Mapping[str, Tensor]
+
+    def named_factors(self, prefix: str) -> dict[str, Tensor]:
+        """The factors by their names in a file.
+
+        Args:
+            prefix: What the names start with.
+
+        Returns:
+            A and B of all modules.
+        """
+        return {f"{prefix}{path}.{end}": tensor for path, pair in self.factors.items() for end, tensor in pair.items()}
+
+
+def uniform_rank(ranks: Iterable[int]) -> int:
+    """The rank that a LoRA gets everywhere.
+
+    Args:
+        ranks: The ranks of its modules.
+
+    Returns:
+        The smallest of ``RANKS`` that holds all; if there is none, the largest rank itself.
+    """
+    largest = max(ranks)
+    return next((rank for rank in RANKS if rank >= largest), largest)
+
+
+def padded(tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
+    """Factors of a higher rank with exactly the same product.
+
+    Args:
+        tensors: A and B of a module, in this order, as ``HyperAdapterLayer.lora_tensors`` gives them.
+        r: The rank.
+
+    Returns:
+        A with rows of zeros added, B with columns of zeros added, on the CPU.
+    """
+    return {name: _with_zeros(tensor.cpu(), r, dim) for dim, (name, tensor) in enumerate(tensors.items())}
+
+
+def _with_zeros(tensor: Tensor, size: int, dim: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def _write_peft(lora: Lora, folder: Path) -> None:
+    """What PEFT, vLLM, SGLang and other servers load."""
+    tensors = lora.named_factors(_PREFIX) | dict(lora.saved)
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    lora.config.save_pretrained(str(folder))
+
+
+def _write_gguf_ready(lora: Lora, folder: Path) -> None:
+    """What llama.cpp's convert_lora_to_gguf.py reads, with the config.json that it reads of the base model."""
+    base_model = lora.base_model
+    if not isinstance(base_model, PreTrainedModel):
+        raise ValueError(
+            f"format='gguf-ready' is for models of transformers, which llama.cpp can convert, but the base model is a "
+            f"{type(base_model).__name__}. Choose another format."
+        )
+    _check_modules(lora, "gguf-ready", "linear layers (not Conv1D, which llama.cpp's converter transposes)", _is_linear)
+    _write_peft(lora, folder)
+    config = copy.deepcopy(base_model.config)
+    config.architectures = config.architectures or [type(base_model).__name__]
+    # The converter refuses ways of quantisation that it cannot undo, even though it reads no weights of the base.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+
+
+def _write_mlx(lora: Lora, folder: Path) -> None:
+    """The adapter folder of mlx-lm, which numbers layers from the last one."""
+    _check_modules(lora, "mlx", "linear layers in model.layers", _is_in_decoder_layer)
+    matches = [match for match in map(_DECODER_LAYER.fullmatch, lora.factors) if match is not None]
+    layers = len(list(lora.base_model.get_submodule("model.layers").children()))
+    config = {
+        "model": lora.config.base_model_name_or_path,
+        "fine_tune_type": "lora",
+        "num_layers": layers - min(int(match["index"]) for match in matches),
+        "lora_parameters": {
+            "rank": lora.config.r,
+            "scale": 1.0,
+            "dropout": 0.0,
+            "keys": sorted({match["key"] for match in matches}),
+        },
+    }
+    ends = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
+    tensors = {
+        # MLX reads no float64.
+        f"{path}.{ends[end]}": (tensor.float() if tensor.dtype == torch.float64 else tensor).T.contiguous()
+        for path, pair in lora.factors.items()
+        for end, tensor in pair.items()
+    }
+    save_file(tensors, folder / "adapters.safetensors", metadata={"format": "mlx"})
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=4), encoding="utf-8")
+
+
+def _write_diffusers(lora: Lora, folder: Path) -> None:
+    """The one file that a pipeline's load_lora_weights takes, its names starting with the pipeline's component."""
+    kind = type(lora.base_model)
+    if not any(one.__name__ == "ModelMixin" and one.__module__.startswith("diffusers.") for one in kind.__mro__):
+        raise ValueError(
+            f"format='diffusers' is for models of diffusers, but the base model is a {kind.__name__}. Choose another "
+            "format."
+        )
+    _check_modules(lora, "diffusers", "linear layers and convolutions", _is_no_embedding)
+    component = "unet" if "UNet" in kind.__name__ else "transformer"
+    # diffusers hands all of these to LoraConfig, where an older PEFT refuses a field that it does not know.
+    fields = {name: getattr(lora.config, name) for name in ("r", "lora_alpha", "bias", "target_modules")}
+    metadata = {f"{component}.{name}": value for name, value in fields.items()}
+    save_file(
+        lora.named_factors(f"{component}."),
+        folder / "pytorch_lora_weights.safetensors",
+        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, default=sorted)},
+    )
+
+
+# Each writes into an empty folder.
+FORMATS: dict[str, Callable[[Lora, Path], None]] = {
+    "peft": _write_peft,
+    "gguf-ready": _write_gguf_ready,
+    "mlx": _write_mlx,
+    "diffusers": _write_diffusers,
+}
+
+
+def _check_modules(lora: Lora, format: str, taken: str, takes: Callable[[str, HyperAdapterLayer], bool]) -> None:
+    """Refuse modules that a format has no place for."""
+    others = []
+    for path in lora.factors:
+        layer = lora.base_model.get_submodule(path)
+        assert isinstance(layer, HyperAdapterLayer)
+        if not takes(path, layer):
+            others.append(path)
+    if others:
+        raise ValueError(
+            f"format={format!r} takes {taken}, but the adapter also adapts {shown(others)}. Export with "
+            "format='peft', or train with these in exclude_modules."
+        )
+    modules = {name.removeprefix(_PREFIX).rpartition(".")[0] for name in lora.saved}
+    # Beside them PEFT saves what an adapted embedding held before, which the base model has.
+    trained = sorted(module for module in modules if not module.endswith(".base_layer"))
+    if trained:
+        raise ValueError(
+            f"format={format!r} has no place for modules trained in full, but modules_to_save has {shown(trained)}. "
+            "Export with format='peft', or train without them."
+        )
+
+
+def _is_linear(_: str, layer: HyperAdapterLayer) -> bool:
+    return isinstance(layer, HyperAdapterLinear) and not isinstance(layer.get_base_layer(), Conv1D)
+
+
+def _is_in_decoder_layer(path: str, layer: HyperAdapterLayer) -> bool:
+    return isinstance(layer, HyperAdapterLinear) and _DECODER_LAYER.fullmatch(path) is not None
+
+
+def _is_no_embedding(_: str, layer: HyperAdapterLayer) -> bool:
+    return not isinstance(layer, HyperAdapterEmbedding)

@@ -1,0 +1,171 @@
+"""Every normalisation as a core S, an r×r matrix computed from the Gram matrices of the factors.
+
+Each function takes ``gram_A = A·Aᵀ`` and ``gram_B = Bᵀ·B`` of shape ``(..., r, r)``, float32 or float64, and its own
+options as keywords, and returns S of the same shape and dtype, so that the normalised update is B·S·A; or, where S is a
+multiple of the identity, the factor, of shape ``(..., 1, 1)``. All are finite, with finite gradients, at zero, at
+rank-deficient and at repeated spectra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hyperadapt.normalization.matrix_functions import (
+    inverse_sqrt,
+    polar_factor,
+    reciprocal,
+    sinkhorn,
+    spectral_norm,
+    sqrt,
+)
+
+Core = Callable[..., Tensor]
+
+
+def frobenius_norm_squared(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    """Squared Frobenius norm of B·A from the factors' Gram matrices.
+
+    Never forms the product: ‖B·A‖² = ⟨A·Aᵀ, Bᵀ·B⟩. Rounding can make the sum of a nearly
+    cancelling product negative, so it is clamped at zero.
+
+    Args:
+        gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
+        gram_B: Bᵀ·B, same shape and dtype.
+
+    Returns:
+        Shape ``(...)``, in squared units of the weights.
+
+    Raises:
+        ValueError: If the two shapes differ.
+    """
+    if gram_A.shape != gram_B.shape:
+        raise ValueError(f"gram_A has shape {tuple(gram_A.shape)} but gram_B has shape {tuple(gram_B.shape)}.")
+    return (gram_A * gram_B).sum(dim=(-2, -1)).clamp(min=0)
+
+
+def adaptive_scale(f_squared: Tensor, bound: float | Tensor, strength: float | Tensor) -> Tensor:
+    """Scale (1 + f²/c²)^(-α/2) of an update of norm f: 1 near zero; at α = 1 it keeps the norm below c.
+
+    Args:
+        f_squared: f², shape ``(...)``, float32 or float64, in squared units of the weights.
+        bound: c above 0, a number or a shape that broadcasts, in units of the weights.
+        strength: α, likewise, dimensionless.
+
+    Returns:
+        Shape ``(...)``, same dtype, dimensionless.
+    """
+    exponent = strength.to(f_squared) / -2 if isinstance(strength, Tensor) else strength / -2
+    return (1 + f_squared / _squared(bound, f_squared)) ** exponent
+
+
+def _none(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    return torch.ones_like(frobenius_norm_squared(gram_A, gram_B))[..., None, None]
+
+
+def _soft_frobenius(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
+    return _adaptive(gram_A, gram_B, bound=bound, strength=1.0)
+
+
+def _frobenius_clip(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
+    f_squared = frobenius_norm_squared(gram_A, gram_B)
+    c_squared = _squared(bound, f_squared)
+    clipped = f_squared > c_squared
+    # The inner `where` keeps the gradient inside of the bound 0 instead of 0·inf.
+    scale = torch.where(clipped, c_squared, 1).sqrt() * torch.where(clipped, f_squared, 1).rsqrt()
+    return scale[..., None, None]
+
+
+def _adaptive(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor, strength: float | Tensor) -> Tensor:
+    return adaptive_scale(frobenius_norm_squared(gram_A, gram_B), bound, strength)[..., None, None]
+
+
+def _frobenius(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    return _inverse_root(frobenius_norm_squared(gram_A, gram_B))[..., None, None]
+
+
+def _spectral(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    return reciprocal(spectral_norm(gram_A, gram_B))[..., None, None]
+
+
+def _schatten(gram_A: Tensor, gram_B: Tensor, *, order: int = 8) -> Tensor:
+    # K = G_B·G_A has the eigenvalues σ²; its trace is f². Dividing by constants close to the trace, at first and
+    # after every squaring, keeps powers of small numbers from underflowing and their gradients from overflowing.
+    f_squared = frobenius_norm_squared(gram_A, gram_B)
+    nonzero = f_squared >= torch.finfo(f_squared.dtype).tiny
+    divisor = torch.where(nonzero, f_squared, 1).detach()
+    power, logarithm, exponent = gram_B @ gram_A / divisor[..., None, None], divisor.log(), 1
+    while 2 * exponent < order:
+        power, exponent = power @ power, 2 * exponent
+        divisor = _positive_trace(power).detach()
+        power, logarithm = power / divisor[..., None, None], 2 * logarithm + divisor.log()
+    logarithm = logarithm + _positive_trace(power).log()
+    return torch.where(nonzero, (-logarithm / (2 * exponent)).exp(), 0)[..., None, None]
+
+
+def _polar(gram_A: Tensor, gram_B: Tensor, *, ridge: float = 1e-5) -> Tensor:
+    gram_A, gram_B = _ridged(gram_A, ridge), _ridged(gram_B, ridge)
+    return inverse_sqrt(gram_B) @ polar_factor(sqrt(gram_B) @ sqrt(gram_A)) @ inverse_sqrt(gram_A)
+
+
+def _whitening(gram_A: Tensor, gram_B: Tensor, *, ridge: float = 1e-5, factors: str = "both") -> Tensor:
+    core = inverse_sqrt(_ridged(gram_A, ridge))
+    return core if factors == "A" else inverse_sqrt(_ridged(gram_B, ridge)) @ core
+
+
+def _weight_norm(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    return torch.diag_embed(_inverse_lengths(gram_A) * _inverse_lengths(gram_B))
+
+
+def _sinkhorn(
+    gram_A: Tensor, gram_B: Tensor, *, logits: Tensor, iterations: int = 20, temperature: float = 1.0
+) -> Tensor:
+    mixing = sinkhorn(logits.to(gram_A.dtype), iterations=iterations, temperature=temperature)
+    return _inverse_lengths(gram_B).unsqueeze(-1) * mixing * _inverse_lengths(gram_A).unsqueeze(-2)
+
+
+CORES: dict[str, Core] = {
+    "none": _none,
+    "soft_frobenius": _soft_frobenius,
+    "frobenius_clip": _frobenius_clip,
+    "adaptive": _adaptive,
+    "frobenius": _frobenius,
+    "spectral": _spectral,
+    "schatten": _schatten,
+    "polar": _polar,
+    "whitening": _whitening,
+    "weight_norm": _weight_norm,
+    "sinkhorn": _sinkhorn,
+}
+
+
+def _squared(bound: float | Tensor, like: Tensor) -> Tensor:
+    # A number is filled in on the device; copying it there would make the host wait.
+    return (bound.to(like) if isinstance(bound, Tensor) else like.new_full((), bound)).square()
+
+
+def _inverse_root(x: Tensor) -> Tensor:
+    """1/√x, and 0 where x is 0 or subnormal; see ``reciprocal`` for the two steps."""
+    normal = x >= torch.finfo(x.dtype).tiny
+    safe = torch.where(normal, x, 1)
+    scale = safe.detach()
+    return torch.where(normal, (safe / scale).rsqrt() * scale.rsqrt(), 0)
+
+
+def _positive_trace(matrix: Tensor) -> Tensor:
+    """Trace, and 1 where it is not above 0."""
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.where(trace > 0, trace, 1)
+
+
+def _inverse_lengths(gram: Tensor) -> Tensor:
+    """1 over the lengths of the rows of A (columns of B), 0 for zero rows."""
+    return _inverse_root(gram.diagonal(dim1=-2, dim2=-1))
+
+
+def _ridged(gram: Tensor, ridge: float) -> Tensor:
+    """G + ridge·mean eigenvalue·I, which limits the gradient where G is nearly singular."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return gram + (ridge * mean)[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

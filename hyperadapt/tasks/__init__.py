@@ -1,0 +1,1 @@
+"""From a task's name or description to its embedding."""

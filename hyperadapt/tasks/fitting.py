@@ -1,0 +1,172 @@
+"""Fitting the embedding of a new task to labelled examples, with everything else frozen."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from hyperadapt.config.checks import shown
+
+Examples: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
+Call: TypeAlias = Callable[[Tensor, Mapping[str, Any]], Any]
+BATCH_SIZE = 32
+
+
+def fit_task_embedding(  # noqa: DOC503
+    model: nn.Module,
+    call: Call,
+    starts: Tensor,
+    examples: Examples,
+    *,
+    data_collator: Callable[[list[Any]], Any] | None = None,
+    training_arguments: TrainingArguments | None = None,
+) -> Tensor:
+    """Fit one task embedding with ``Trainer``, from the best of some starting points.
+
+    Dropout is off: an embedding has few numbers, and is regular enough.
+
+    Args:
+        model: The model; frozen meanwhile, and left as it was.
+        call: Runs the model on a batch with a task embedding of shape ``(task_embedding_dim,)`` for all rows.
+        starts: Starting points, shape ``(starts, task_embedding_dim)``; the one with the lowest loss is taken.
+        examples: Rows of model inputs, labels included.
+        data_collator: Makes batches of rows; None stacks them.
+        training_arguments: None for a short run that suits 8 to 64 examples.
+
+    Returns:
+        The embedding, shape ``(task_embedding_dim,)``, detached.
+
+    Raises:
+        TypeError: If `examples` is no sequence of rows.
+        ValueError: If there is no example, or the loss is not finite.
+    """
+    rows = _rows(examples)
+    device = starts.device
+    with _frozen(model), tempfile.TemporaryDirectory() as folder:
+        fitted = _FittedTask(_best_start(call, starts, rows, data_collator or default_data_collator), call)
+        trainer = Trainer(
+            fitted,
+            training_arguments or default_arguments(folder, len(rows), device),
+            data_collator or default_data_collator,
+            train_dataset=rows,
+        )
+        # Trainer warns of models that say nothing about gradient accumulation.
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train()
+    embedding = fitted.task_embedding.detach().to(device)
+    if not embedding.isfinite().all():
+        raise ValueError(
+            "The new task's embedding is not finite after fitting it. Check the examples, or pass training_arguments "
+            "with a smaller learning_rate."
+        )
+    return embedding
+
+
+def default_arguments(folder: str, num_examples: int, device: torch.device) -> TrainingArguments:
+    """A short run for few examples.
+
+    Args:
+        folder: Where Trainer may write.
+        num_examples: Number of examples.
+        device: Where the model is.
+
+    Returns:
+        The arguments.
+    """
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=40,
+        per_device_train_batch_size=min(num_examples, BATCH_SIZE),
+        learning_rate=0.2,
+        weight_decay=0.0,
+        lr_scheduler_type="cosine",
+        optim="adamw_torch",
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class _FittedTask(nn.Module):
+    """A task embedding as the only parameter of a model.
+
+    Args:
+        start: Where it starts, shape ``(task_embedding_dim,)``.
+        call: As in ``fit_task_embedding``. Not a submodule: Trainer moves, wraps and switches what it sees.
+    """
+
+    def __init__(self, start: Tensor, call: Call) -> None:
+        super().__init__()
+        self.task_embedding = nn.Parameter(start.clone())
+        self.call = call
+
+    def forward(self, **batch: Any) -> Any:
+        return self.call(self.task_embedding, batch)
+
+
+def _rows(examples: Examples) -> list[Any]:
+    if not isinstance(examples, Dataset | Sequence) or isinstance(examples, str):
+        raise TypeError(
+            f"examples is of type {type(examples).__name__}, but must be a datasets.Dataset or a list of rows, each a "
+            "dict of model inputs with labels."
+        )
+    rows = list(examples)
+    if not rows:
+        raise ValueError("examples has no rows. Give some labelled examples, 8 to 64 are enough.")
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"Row {index} of examples is {shown(row)}, but must be a dict of model inputs with labels.")
+    return rows
+
+
+@torch.no_grad()
+def _best_start(call: Call, starts: Tensor, rows: list[Any], collate: Callable[[list[Any]], Any]) -> Tensor:
+    batches = [collate(rows[index : index + BATCH_SIZE]) for index in range(0, len(rows), BATCH_SIZE)]
+    losses = []
+    for start in starts:
+        total = 0.0
+        for index, batch in enumerate(batches):
+            inputs = {
+                name: value.to(starts.device) if isinstance(value, Tensor) else value for name, value in batch.items()
+            }
+            loss = getattr(call(start, inputs), "loss", None)
+            if loss is None:
+                raise ValueError(
+                    f"The model gave no loss for columns {sorted(inputs)}. Every example needs the labels that the "
+                    "model is trained with."
+                )
+            total += float(loss) * len(rows[index * BATCH_SIZE : (index + 1) * BATCH_SIZE])
+        losses.append(total)
+    values = torch.tensor(losses)
+    if not values.isfinite().any():
+        raise ValueError(f"The loss of the examples is {losses[0]} from every starting point. Check their labels.")
+    return starts[int(values.nan_to_num(torch.inf).argmin())]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Without gradients by parameters, and in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,64 @@
+"""Sizes of updates and of gradients at every position, to see which one diverges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperadapt.hypernetwork.factors import Factors
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.normalization.formulas import frobenius_norm_squared
+
+
+class PositionMonitor:
+    """Watches what a network generates, and the gradients of it, while the model trains.
+
+    Args:
+        network: The network.
+    """
+
+    def __init__(self, network: HyperAdapterNetwork) -> None:
+        self._updates: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._passes = 0
+        network.register_forward_hook(self._watch)
+
+    def collect(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What was seen since the last call, in this process.
+
+        Returns:
+            By position name: the largest ‖ΔW‖_F / ‖W₀‖_F of any task, dimensionless; and the norm of the gradient by
+            the factors A and B of all tasks of a forward pass, as the root mean square over the passes.
+        """
+        updates = {name: float(value) for name, value in self._updates.items()}
+        gradients = {name: float((total / self._passes).sqrt()) for name, total in self._gradients.items()}
+        self._updates, self._gradients, self._passes = {}, {}, 0
+        return updates, gradients
+
+    def _watch(self, network: nn.Module, inputs: Sequence[Any], generated: dict[str, Factors]) -> None:
+        assert isinstance(network, HyperAdapterNetwork)
+        if not network.training or not torch.is_grad_enabled():
+            return
+        self._passes += 1
+        for position, base_norm in zip(network.positions, network.base_norms, strict=True):
+            name, factors = position.name, generated[position.name]
+            update = _largest_norm(factors) / base_norm
+            self._updates[name] = torch.maximum(self._updates.get(name, update), update)
+            for tensor in (factors.lora_A, factors.lora_B):
+                tensor.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        total = gradient.detach().float().square().sum()
+        self._gradients[name] = self._gradients[name] + total if name in self._gradients else total
+
+
+@torch.no_grad()
+def _largest_norm(factors: Factors) -> Tensor:
+    """Largest ‖B·S·A‖_F of any task, without the product."""
+    factors = Factors(*(tensor.float() for tensor in factors))
+    A, B = factors.lora_A, factors.outer()
+    return frobenius_norm_squared(A @ A.mT, B.mT @ B).amax().sqrt()

@@ -1,0 +1,1 @@
+"""The method of PEFT: the model, its layers, and their files."""

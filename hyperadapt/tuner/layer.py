@@ -1,0 +1,386 @@
+"""The adapted layers: thin wrappers that apply generated factors and can merge them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hyperadapt.hypernetwork.factors import Convolution, Factors
+from hyperadapt.hypernetwork.positions import Position
+from hyperadapt.routing.router import Router
+
+
+class HyperAdapterLayer(nn.Module, BaseTunerLayer):
+    """Wraps a module of the base model; owns no weights of its own. Each type of module has a subclass.
+
+    Args:
+        base_layer: The module.
+        router: Where the current forward pass's factors are found.
+        quantization_backend: PEFT's backend for the base layer; None if it is not quantised.
+    """
+
+    # A property: PEFT's generic code reaches the tuner's networks through any layer, for
+    # requires_grad, deletion and status, without their being registered here.
+    adapter_layer_names = ("hyperadapter_networks",)
+    other_param_names = ("hyperadapter_position", "hyperadapter_dropout")
+
+    def __init__(self, base_layer: nn.Module, router: Router, quantization_backend: QuantizationBackend | None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.router = router
+        self.quantization_backend = quantization_backend
+        self.hyperadapter_position: dict[str, Position] = {}
+        self.hyperadapter_dropout = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._merged_factors: dict[str, Factors] = {}
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the factor A."""
+        in_features, _ = _get_in_out_features(self.get_base_layer())
+        assert in_features is not None
+        return in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the factor B."""
+        _, out_features = _get_in_out_features(self.get_base_layer())
+        assert out_features is not None
+        return out_features
+
+    @property
+    def fan_in(self) -> int | None:
+        """How many inputs act on an output at once; None for all of them."""
+        return None
+
+    @property
+    def hyperadapter_networks(self) -> nn.ModuleDict:
+        """The tuner's networks by adapter name."""
+        return self.router.networks
+
+    def update_layer(self, adapter_name: str, position: Position, lora_dropout: float) -> None:
+        """Take part in one more adapter.
+
+        Args:
+            adapter_name: The adapter.
+            position: The layer's position.
+            lora_dropout: Dropout probability on the adapter's input.
+        """
+        self.hyperadapter_position[adapter_name] = position
+        self.hyperadapter_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Undo ``update_layer``.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        self.hyperadapter_position.pop(adapter_name, None)
+        if adapter_name in self.hyperadapter_dropout:
+            del self.hyperadapter_dropout[adapter_name]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer plus the active adapters' updates.
+
+        Args:
+            x: Input of the base layer.
+            *args: Passed to the base layer.
+            **kwargs: Passed to the base layer.
+
+        Returns:
+            Shape and dtype of the base layer's output.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        active = [
+            name
+            for name in self.active_adapters
+            if name in self.hyperadapter_position and name not in self.merged_adapters
+        ]
+        if active and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        for name in active:
+            position = self.hyperadapter_position[name]
+            factors, rows = self.router.lookup(name, position, x)
+            rows = None if rows is None else rows.to(x.device)
+            result = self._add_update(result, name, x, factors.to(x.device), rows)
+        return result.to(dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Dense update of the task in force.
+
+        Args:
+            adapter_name: The adapter.
+
+        Returns:
+            Shape of the base weight.
+        """
+        return self._dense(self._factors_in_force(adapter_name))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: DOC502
+        """Add the update of the task in force to the base weight.
+
+        Args:
+            safe_merge: Whether to refuse a merge that gives weights that are not finite.
+            adapter_names: The adapters to merge; None for the active ones.
+
+        Raises:
+            TypeError: If the base layer is quantised in a way that cannot be merged into.
+            ValueError: If `safe_merge` finds weights that are not finite.
+        """
+        self.check_mergeable()
+        if safe_merge:
+            self.check_finite(adapter_names)
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.hyperadapter_position:
+                continue
+            factors = self._factors_in_force(name)
+            weight = self.get_base_weight()
+            self.set_base_weight(weight + self._dense(factors).to(weight))
+            self._merged_factors[name] = factors
+            self.merged_adapters.append(name)
+            self.router.merged[name] = self.router.task_in_force(name)
+
+    def check_mergeable(self) -> None:
+        """Check that the base weight can be written to.
+
+        Raises:
+            TypeError: If it is quantised in a way that PEFT cannot merge into.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"Merging into {backend.backend_name} layers is not possible: PEFT cannot write to their weights. Use "
+                "the task unmerged (set_task), or export it with export_lora."
+            )
+        # Where all is merged already, merging only warns.
+        if not set(self.active_adapters) <= set(self.merged_adapters):
+            self._check_readable()
+
+    def check_finite(self, adapter_names: list[str] | None = None) -> None:
+        """Check what ``merge`` would write.
+
+        Args:
+            adapter_names: The adapters to merge; None for the active ones.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        merged = self.get_base_weight()
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.hyperadapter_position and name not in self.merged_adapters:
+                merged = merged + self._dense(self._factors_in_force(name)).to(merged)
+                if not torch.isfinite(merged).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken at module "
+                        f"{self.hyperadapter_position[name].name!r}; nothing was merged."
+                    )
+
+    def unmerge(self) -> None:
+        """Subtract what was merged, whatever has been pinned or trained since."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._check_readable()
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            weight = self.get_base_weight()
+            self.set_base_weight(weight - self._dense(self._merged_factors.pop(name)).to(weight))
+            self.router.merged.pop(name, None)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether bitsandbytes has laid 4-bit weights out for inference, as on some CPUs; PEFT misreads them then."""
+        state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
+        return bool(getattr(state, "packing_format_for_cpu", False))
+
+    def _check_readable(self) -> None:
+        if self.is_packed:
+            raise TypeError(
+                "bitsandbytes has laid these 4-bit weights out for inference on this CPU, and PEFT misreads them now. "
+                "Load the base model and the adapter again and merge before the first forward pass, or use the task "
+                "unmerged (set_task)."
+            )
+
+    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
+        """One task's update as PEFT's LoRA layer for this type of module would hold it, with a scaling of 1.
+
+        Args:
+            factors: Factors of one task.
+
+        Returns:
+            LoRA's A and B by the ends of their names in a saved adapter.
+        """
+        return {"lora_A.weight": factors.lora_A[0], "lora_B.weight": factors.outer()[0]}
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` can read the update; it takes linear layers.
+
+        Args:
+            adapter_name: The adapter.
+
+        Returns:
+            True for linear layers.
+        """
+        return isinstance(self, HyperAdapterLinear)
+
+    def _factors_in_force(self, adapter_name: str) -> Factors:
+        position = self.hyperadapter_position[adapter_name]
+        task = self.router.task_in_force(adapter_name)
+        with torch.no_grad():
+            return self.router.factors_of_task(adapter_name, task, [position])[position.name]
+
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        """The output with what an adapter adds to it."""
+        raise NotImplementedError
+
+    def _dense(self, factors: Factors) -> Tensor:
+        """The update of the base weight, in its shape."""
+        raise NotImplementedError
+
+    def _adapter_input(self, adapter_name: str, x: Tensor, factors: Factors) -> Tensor:
+        dropped: Tensor = self.hyperadapter_dropout[adapter_name](self._cast_input_dtype(x, factors.lora_A.dtype))
+        return dropped
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT would move the network, which all layers share, to the device of the last one, be it meta, and round its
+        # weights and norms to the base's dtype.
+        position = self.hyperadapter_position.get(adapter_name)
+        if position is None or position != self.router.network(adapter_name).positions[0]:
+            return
+        network = self.router.network(adapter_name)
+        with align_module_device(self.get_base_layer()):
+            device = self.weight.device if device is None else torch.device(device)
+        if device.type != "meta" and not any(parameter.is_meta for parameter in network.parameters()):
+            network.to(device)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.hyperadapter_position)
+
+    def extra_repr(self) -> str:
+        """As PEFT's layers show it: the backend of a quantised base layer.
+
+        Returns:
+            The text, empty without a backend.
+        """
+        shown: str = quantization_extra_repr(self)
+        return shown
+
+    def __repr__(self) -> str:
+        return "hyperadapt." + super().__repr__()
+
+
+class HyperAdapterLinear(HyperAdapterLayer):
+    """Adapts ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer.
+
+    PEFT's ``"all-linear"`` finds layers that are already adapted by "Linear" in the name of their class.
+    """
+
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        return factors.apply(self._adapter_input(adapter_name, x, factors), rows, onto=result)
+
+    def _dense(self, factors: Factors) -> Tensor:
+        delta_weight = factors.delta_weight()[0]
+        return delta_weight.T if isinstance(self.get_base_layer(), Conv1D) else delta_weight
+
+
+class HyperAdapterEmbedding(HyperAdapterLayer):
+    """Adapts ``nn.Embedding``; as with PEFT's LoRA, there is no dropout and a padding index keeps its embedding."""
+
+    @property
+    def fan_in(self) -> int:
+        """One: the input picks a column of A."""
+        return 1
+
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        update = factors.embed(x, rows)
+        if self.padding_idx is not None:
+            update = update.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
+        scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
+        return result + (update if scale is None else update * scale.to(update.dtype))
+
+    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
+        """As in ``HyperAdapterLayer``; the padding index gets a column of zeros in A.
+
+        Args:
+            factors: Factors of one task.
+
+        Returns:
+            ``lora_embedding_A`` and ``lora_embedding_B``.
+        """
+        lora_A, lora_B = super().lora_tensors(factors).values()
+        return {"lora_embedding_A": self._without_padding(lora_A), "lora_embedding_B": lora_B}
+
+    def _dense(self, factors: Factors) -> Tensor:
+        return self._without_padding(factors.delta_weight()[0]).T
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The base layer's padding index."""
+        base_layer = self.get_base_layer()
+        assert isinstance(base_layer, nn.Embedding)
+        return base_layer.padding_idx
+
+    def _without_padding(self, columns: Tensor) -> Tensor:
+        """Zeros in the column of the padding index."""
+        if self.padding_idx is None:
+            return columns
+        return columns.index_fill(1, torch.tensor(self.padding_idx, device=columns.device), 0)
+
+
+class HyperAdapterConvolution(HyperAdapterLayer):
+    """Adapts ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, as the matrix of output channels by kernel entries."""
+
+    @property
+    def in_features(self) -> int:
+        """Entries of one output channel's kernel."""
+        return math.prod(self.convolution.weight.shape[1:])
+
+    @property
+    def convolution(self) -> Convolution:
+        """The base layer."""
+        base_layer = self.get_base_layer()
+        assert isinstance(base_layer, Convolution)
+        return base_layer
+
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        return result + factors.convolve(self._adapter_input(adapter_name, x, factors), rows, self.convolution)
+
+    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
+        """As in ``HyperAdapterLayer``; A is a convolution with the base layer's kernel, B one with a kernel of size 1.
+
+        Args:
+            factors: Factors of one task.
+
+        Returns:
+            LoRA's A and B.
+        """
+        kernel = self.convolution.weight.shape[1:]
+        lora_A, lora_B = super().lora_tensors(factors).values()
+        return {
+            "lora_A.weight": lora_A.reshape(-1, *kernel),
+            "lora_B.weight": lora_B.reshape(*lora_B.shape, *(1 for _ in kernel[1:])),
+        }
+
+    def _dense(self, factors: Factors) -> Tensor:
+        return factors.delta_weight()[0].reshape(self.convolution.weight.shape)

@@ -1,0 +1,236 @@
+"""Adapters from files: limits on their size, a check of their weights, and nothing left behind by a failed load."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from hyperadapt.config.checks import shown
+from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.hypernetwork.positions import Position
+from hyperadapt.tuner.layer import HyperAdapterLayer
+
+# Of parameters, unless the base model is large.
+MAX_PARAMETERS = 2**30
+# A narrower float needs scales that the file does not hold.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SHOWN_PROBLEMS = 5
+_NETWORKS = "hyperadapter_networks."
+
+
+def check_size(config: HyperAdapterConfig, positions: Sequence[Position], base_model: nn.Module) -> None:
+    """Refuse a network, or generated adapters, out of all proportion, before any memory is taken.
+
+    Args:
+        config: The adapter's configuration.
+        positions: The adapted modules.
+        base_model: The base model, by whose size the limit grows.
+
+    Raises:
+        ValueError: If there are more parameters, or numbers in one task's adapters, than 2**30 and than four times
+            the base model's parameters.
+    """
+    limit = max(MAX_PARAMETERS, 4 * sum(parameter.numel() for parameter in base_model.parameters()))
+    generated = sum(p.r * (p.in_features + p.out_features + p.r) for p in positions)
+    if generated > limit:
+        raise ValueError(
+            f"One task's adapters would hold {generated:,} numbers, more than the limit of {limit:,} (2**30, or 4 "
+            "times the base model). Reduce r or rank_pattern, or leave modules out with exclude_modules."
+        )
+    with torch.device("meta"):
+        network = HyperAdapterNetwork(config, positions, torch.empty(len(positions)))
+    sizes: Counter[str] = Counter()
+    for name, parameter in network.named_parameters():
+        part = next((part for part in ("heads", "shared", "trunk", "task_embedding") if f"{part}." in name), "inputs")
+        sizes[part] += parameter.numel()
+    if not network.task_embedding.is_all_learned:
+        sizes["descriptions"] = network.task_embedding.text_vectors.numel()
+    if sizes.total() > limit:
+        fields = {
+            "heads": "r, rank_pattern or hypernetwork_dim, or choose head='row'",
+            "shared": "r or rank_pattern, or leave modules out with exclude_modules",
+            "trunk": "hypernetwork_dim or hypernetwork_depth",
+            "task_embedding": "task_embedding_dim or the number of tasks",
+            "descriptions": "text_embedding_dim or the number of descriptions",
+            "inputs": "task_embedding_dim or hypernetwork_dim",
+        }
+        [(part, size)] = sizes.most_common(1)
+        raise ValueError(
+            f"The network would have {sizes.total():,} parameters, more than the limit of {limit:,} (2**30, or 4 times "
+            f"the base model), {size:,} of them in {part}. Reduce {fields[part]}."
+        )
+
+
+def check_saved_modules(base_model: nn.Module, adapter_name: str) -> None:
+    """Refuse a module of `modules_to_save` inside of which modules are adapted.
+
+    PEFT leaves modules out of adapting by whole components of their names, but saves all whose names end with an entry.
+
+    Args:
+        base_model: The base model, wrapped.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for path, module in base_model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
+            continue
+        for name, inner in module.original_module.named_modules():
+            if isinstance(inner, HyperAdapterLayer):
+                raise ValueError(
+                    f"modules_to_save takes in {path!r}, whose part {name!r} is adapted, too. PEFT takes every module "
+                    "whose name ends with an entry of modules_to_save: write a longer ending, or take the part out of "
+                    "target_modules."
+                )
+
+
+def checked_state_dict(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Any], renamed: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Check that the weights of an adapter are complete, fit, and replace nothing but the adapter's own.
+
+    Args:
+        model: The model with the adapter in place.
+        adapter_name: The adapter.
+        state_dict: The weights under the names of the file.
+        renamed: The weights under the names of the model.
+
+    Returns:
+        The weights under the names of the model, in the dtypes of the model.
+
+    Raises:
+        ValueError: If anything is missing, unexpected or of the wrong shape or dtype.
+    """
+    expected = model.state_dict()
+    marker = f"{_NETWORKS}{adapter_name}."
+    own = [name for name in expected if marker in name]
+    # Where only one process reads the file, the others pass nothing.
+    if not own or not state_dict:
+        return dict(renamed)
+    # Renaming lets such a name through, to whichever adapter it names.
+    problems = [f"{shown(name)} is unexpected" for name in state_dict if _NETWORKS in name and name in expected]
+    others = _other_names(model, adapter_name)
+    for name, value in renamed.items():
+        known = expected.get(name) if marker in name or name in others else None
+        problem = "is unexpected" if known is None else _mismatch(name, value, known)
+        if problem:
+            problems.append(f"{shown(name.replace(marker, _NETWORKS))} {problem}")
+    problems += [f"{shown(name.replace(marker, _NETWORKS))} is missing" for name in own if name not in renamed]
+    if problems:
+        rest = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise ValueError(
+            f"The weights for adapter {adapter_name!r} do not fit its configuration and this base model: "
+            f"{'; '.join(problems[:_SHOWN_PROBLEMS])}{rest}. Load the adapter with its own adapter_config.json on the "
+            "base model it was made for; if it was, the file is damaged: get it again."
+        )
+    # Loaded by assignment, tensors of several dtypes would meet in one product.
+    return {name: value.to(expected[name].dtype) for name, value in renamed.items()}
+
+
+def guard_loading(model: PeftModel) -> None:
+    """Have a ``PeftModel`` leave nothing behind of an adapter that cannot be loaded.
+
+    Args:
+        model: The model; only this instance is changed.
+    """
+    # A partial, unlike a closure, follows the model through copy and pickle.
+    model.__dict__["load_adapter"] = functools.partial(_load_adapter, model)
+
+
+def unwrap_saved_modules(model: nn.Module, adapter_name: str) -> None:
+    """Undo the wrapping of `modules_to_save` for an adapter.
+
+    Args:
+        model: The base model.
+        adapter_name: The adapter.
+    """
+    unwrapped: list[str] = []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, AuxiliaryTrainingWrapper) or name.startswith(tuple(unwrapped)):
+            continue
+        if module._adapters - {adapter_name}:
+            active = [other for other in module.active_adapters if other != adapter_name]
+            module.delete_adapter(adapter_name, new_active_adapters=active)
+        else:
+            model.set_submodule(name, module.original_module)
+            unwrapped.append(f"{name}.")
+
+
+def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """``PeftModel.load_adapter``, and on an error the model as it was before."""
+    # PeftModel.from_pretrained adds the adapter itself and then loads it; any other caller has a use for the adapter.
+    from_pretrained = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+    is_new = adapter_name not in model.peft_config or sys._getframe(1).f_code is from_pretrained
+    try:
+        result = type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
+        missing = [name for name in result.missing_keys if f"{_NETWORKS}{adapter_name}." in name]
+        if missing:
+            raise ValueError(
+                f"The file of adapter {adapter_name!r} has no weights of a hyperadapter: {shown(missing)} are missing. "
+                "The file is damaged or another one: get it again."
+            )
+    except Exception as error:
+        if is_new and adapter_name in model.peft_config:
+            _discard(model.base_model, adapter_name)
+        # PEFT looks up the modules_to_save without a check.
+        if isinstance(error, KeyError) and str(error.args[0]).startswith("base_model."):
+            raise ValueError(
+                f"The file of adapter {adapter_name!r} lacks the tensor {shown(error.args[0])}, part of a module of "
+                "modules_to_save. Load it with its own adapter_config.json on the base model it was made for."
+            ) from error
+        raise
+    return result
+
+
+def _discard(tuner: Any, adapter_name: str) -> None:
+    tuner._remove_adapter(tuner.model, adapter_name)
+    del tuner.peft_config[adapter_name]
+    if not tuner.peft_config:
+        tuner._observer.remove()
+        # Left by the tuner; with it, the next tuner would warn of a second adapter.
+        del tuner.model.peft_config
+
+
+def _other_names(model: nn.Module, adapter_name: str) -> set[str]:
+    """What a file may hold besides the network: `modules_to_save`, and embeddings that PEFT saved along."""
+    names = set()
+    embeddings = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        # Models without embeddings, such as vision models, may say so by an error.
+        with suppress(AttributeError, NotImplementedError):
+            embeddings.append(getattr(model, getter)())
+    # A copy of a module is equal to nothing, so identity tells.
+    identities = {id(layer) for layer in embeddings}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            saved = module.adapter_state_dict_load_map(adapter_name)  # type: ignore[no-untyped-call]
+            names |= {f"{path}.{name}" for name in saved.values()}
+        elif id(module) in identities:
+            names |= {f"{path}.{name}" for name in module.state_dict()}
+    return names
+
+
+def _mismatch(name: str, value: Any, expected: Tensor) -> str:
+    """What is wrong with a value for a tensor of the model; empty if nothing."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return "is no ordinary tensor"
+    if value.shape != expected.shape:
+        return f"has shape {tuple(value.shape)} instead of {tuple(expected.shape)}"
+    if value.dtype != expected.dtype and not (value.dtype in DTYPES and expected.is_floating_point()):
+        return f"has dtype {value.dtype} instead of {expected.dtype}"
+    if _NETWORKS in name and name.endswith(".base_norms") and not ((value > 0) & value.isfinite()).all():
+        return "holds a norm that is not finite and above 0"
+    if _NETWORKS in name and name.endswith(".text_vectors") and not value.isfinite().all():
+        return "holds a vector that is not finite"
+    return ""

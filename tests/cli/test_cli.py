@@ -1,0 +1,249 @@
+"""The command line: results on the standard output, errors in a line, exit codes, and the whole way to the Hub."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from examples import write_recipe
+from examples.text_tasks import encoder_path
+from hyperadapt import cli
+from hyperadapt.cards.card import MARKER
+from hyperadapt.runs import load_run, train
+from tests.support import tiny_runs
+from tests.support.card_schema import check_card
+from tests.support.helpers import ROOT, run_python
+from tests.support.hub_server import HubServer
+
+
+class CommandLine:
+    """Runs commands in this process.
+
+    Args:
+        monkeypatch: Sets the arguments.
+        capsys: Reads what is printed.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+        self.stderr = ""
+
+    def __call__(self, *arguments: object, code: int = 0) -> str:
+        """The standard output of a command that ends with an exit code."""
+        self.monkeypatch.setattr("sys.argv", ["hyperadapt", *map(str, arguments)])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        output = self.capsys.readouterr()
+        self.stderr = output.err
+        assert (exit_info.value.code or 0) == code, output.err + output.out
+        return output.out
+
+    def json(self, *arguments: object, code: int = 0) -> Any:
+        """What a command prints for machines, which is nothing but one JSON object."""
+        return json.loads(self(*arguments, "--json", code=code))
+
+
+@pytest.fixture
+def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a tiny model, with text descriptions; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    return train(tiny_runs.recipe(folder))
+
+
+@pytest.fixture
+def adapter(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run that may be changed, beside it: its recipe names files relative to the folder."""
+    return Path(shutil.copytree(trained, trained.parent / tmp_path.name))
+
+
+def test_the_whole_way(
+    hub: HubServer, hyperadapt: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train -> evaluate -> add-task -> export -> push -> load in a fresh process, with real MiniLM weights."""
+    try:
+        minilm = encoder_path()
+        base = "sentence-transformers/all-MiniLM-L6-v2"
+        hub.add_repo(base, {str(path.relative_to(minilm)): path for path in minilm.rglob("*") if path.is_file()})
+        options = ["--tasks", "trec6", "movie_sent", "--rows", "60", "--steps", "4", "--base-model", base]
+        monkeypatch.setattr("sys.argv", ["write_recipe", str(tmp_path / "data"), *options])
+        write_recipe.main()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    adapter, exported = tmp_path / "adapter", tmp_path / "lora"
+
+    result = hyperadapt.json("train", tmp_path / "data" / "recipe.yaml", "--output", adapter)
+    assert result["folder"] == str(adapter)
+    assert set(result["tasks"]) == {"trec6", "movie_sent"}
+    again = hyperadapt.json("evaluate", adapter)
+    assert again["tasks"]["trec6"] == result["tasks"]["trec6"]
+    held_out = tmp_path / "data" / "nyt_sent"
+    hyperadapt(
+        "add-task", adapter, "nyt_sent", "--examples", held_out / "examples.jsonl", "--test", held_out / "test.jsonl"
+    )
+    results = hyperadapt.json("evaluate", adapter)
+    assert set(results["tasks"]) == {"trec6", "movie_sent", "nyt_sent"}
+    assert results["tasks"]["trec6"] == result["tasks"]["trec6"]
+    hyperadapt("export", adapter, exported, "--task", "nyt_sent")
+    assert "published: " in hyperadapt("push", adapter, "user/first")
+    hyperadapt("push", exported, "user/first-nyt", "--private")
+
+    card = ModelCard(hub.files("user/first")["README.md"].decode())
+    check_card(card)
+    assert card.data.base_model == base
+    scores = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert scores["nyt_sent", "accuracy"] == results["tasks"]["nyt_sent"]["accuracy"]
+    assert "![Cosines between the tasks' updates](figures/cosines.png)" in card.text
+    assert "figures/cosines.png" in hub.files("user/first")
+    lora_card = ModelCard(hub.files("user/first-nyt")["README.md"].decode())
+    check_card(lora_card)
+    assert lora_card.data.library_name == "peft"
+
+    # A fresh process that knows nothing but the two cards runs their code as it is written.
+    codes = [re.findall(r"```python\n(.*?)```", one.text, re.DOTALL)[0] for one in (lora_card, card)]
+    check = (
+        "import sys\nassert not any(name.startswith('hyperadapt') for name in sys.modules)\n"
+        "lora = model(**inputs).logits.detach()\n"
+    )
+    compare = (
+        "import torch\nlive = model(**inputs, tasks='nyt_sent').logits.detach()\n"
+        "assert torch.allclose(lora, live, atol=1e-4), (lora, live)\n"
+        "assert not torch.equal(live, model(**inputs, tasks='trec6').logits.detach())\n"
+    )
+    for name, value in hub.environment().items():
+        monkeypatch.setenv(name, value)
+    run_python("\n".join([codes[0], check, codes[1], compare]))
+
+
+def test_commands_print_for_people(hyperadapt: CommandLine, adapter: Path) -> None:
+    lines = hyperadapt("evaluate", adapter).splitlines()
+    assert lines[0] == "test split"
+    assert lines[1].split() == ["task", "rows", "majority", "accuracy", "loss"]
+    assert [line.split()[0] for line in lines[2:]] == ["reviews", "letters", "mail", "mean"]
+    assert hyperadapt("diagnose", adapter).startswith("3 tasks at ")
+    assert "Gram matrices by " in hyperadapt("doctor")
+    for name in ("train", "add-task", "generate", "export", "push", "card", "plot", "doctor"):
+        assert name in hyperadapt("--help")
+    assert "--format" in hyperadapt("export", "--help")
+
+
+def test_commands_print_for_machines(hyperadapt: CommandLine, adapter: Path, tmp_path: Path) -> None:
+    results = hyperadapt.json("evaluate", adapter, "--task", "mail", "--split", "validation")
+    assert list(results["tasks"]) == ["mail"]
+    assert results["tasks"]["mail"]["rows"] == 12
+    # Of some tasks alone, nothing is recorded.
+    assert load_run(adapter).record.results["split"] == "test"
+    diagnosis = hyperadapt.json("diagnose", adapter, "--task", "mail", "--task", "letters")
+    assert diagnosis["tasks"] == ["mail", "letters"]
+    assert 0 <= diagnosis["share"] <= 1
+    files = hyperadapt.json("plot", adapter, tmp_path / "pictures")["files"]
+    assert {Path(file).suffix for file in files} == {".png", ".svg"}
+    assert all(Path(file).exists() for file in files)
+    assert hyperadapt.json("doctor")["versions"]["python"].startswith("3.")
+    folders = hyperadapt.json("export", adapter, tmp_path / "all", "--all")["folders"]
+    assert set(folders) == {"reviews", "letters", "mail"}
+    assert all((Path(folder) / "adapter_model.safetensors").exists() for folder in folders.values())
+    card = hyperadapt.json("card", adapter)["card"]
+    check_card(ModelCard.load(card))
+
+
+def test_a_description_becomes_a_lora_on_the_command_line(
+    hyperadapt: CommandLine, adapter: Path, tmp_path: Path
+) -> None:
+    output = hyperadapt("generate", adapter, tmp_path / "lora", "--description", "Find the tone.", code=1)
+    assert output == ""
+    assert "error: This adapter was trained without descriptions" in hyperadapt.stderr
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_card_of_ones_own_is_kept(hyperadapt: CommandLine, adapter: Path) -> None:
+    hyperadapt("card", adapter)
+    path = adapter / "README.md"
+    assert MARKER in path.read_text()
+    path.write_text(path.read_text().replace(MARKER, "My own words.").replace("## Tasks", "## Mine"))
+    hyperadapt("evaluate", adapter)
+    assert "My own words." in path.read_text()
+    assert "## Mine" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["evaluate", "nowhere/at/all"], 1, "error: "),
+        (["evaluate", "ADAPTER", "--split", "other"], 1, "split='other' is unknown."),
+        (["evaluate", "ADAPTER", "--task", "unknown"], 1, "tasks names ['unknown'], which are no tasks of the run."),
+        (["export", "ADAPTER", "OUT", "--task", "unknown"], 1, "Unknown task 'unknown'."),
+        (["export", "ADAPTER", "OUT", "--task", "mail", "--format", "zip"], 1, "format='zip'"),
+        (["export", "ADAPTER", "OUT"], 2, "Give the tasks with --task NAME, or all of them with --all."),
+        (["add-task", "user/repo", "new", "--description", "x"], 2, "is no folder. Name a folder to write to"),
+        (
+            ["add-task", "ADAPTER", "mail", "--description", "x", "--label", "mail"],
+            1,
+            "There already is a task 'mail'.",
+        ),
+        (["diagnose", "ADAPTER", "--task", "unknown"], 1, "Unknown task 'unknown'."),
+        (["push", "EMPTY", "user/repo"], 1, "holds no adapter"),
+        (["train", "RECIPE"], 2, "RECIPE:2: "),
+        (["train", "no-file.yaml"], 2, "does not exist"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_errors_are_told_in_a_line(
+    hyperadapt: CommandLine, adapter: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("base_model: base\nadapters: {}\n")
+    places = {"ADAPTER": adapter, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty", "RECIPE": recipe}
+    before = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
+    assert hyperadapt(*[places.get(one, one) for one in arguments], code=code) == ""
+    text = re.sub(r"\s*[│╭╮╰╯─]\s*|\s+", " ", hyperadapt.stderr)
+    assert message.replace("RECIPE", str(recipe)) in text
+    assert "Traceback" not in hyperadapt.stderr
+    assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_for_machines(hyperadapt: CommandLine, adapter: Path) -> None:
+    error = hyperadapt.json("evaluate", adapter, "--task", "unknown", code=1)["error"]
+    assert error["type"] == "ValueError"
+    assert error["message"].startswith("tasks names ['unknown']")
+
+
+def test_a_traceback_can_be_asked_for(hyperadapt: CommandLine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERADAPT_TRACEBACK", "1")
+    monkeypatch.setattr("sys.argv", ["hyperadapt", "evaluate", str(adapter), "--task", "unknown"])
+    with pytest.raises(ValueError, match="tasks names"):
+        cli.main()
+
+
+def test_an_interrupted_command(hyperadapt: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyperadapt.cli.doctor.report", interrupt)
+    hyperadapt("doctor", code=130)
+
+
+def test_the_module_is_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "hyperadapt", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert json.loads(result.stdout)["versions"]["hyperadapt"]
+
+
+def test_the_installed_command_is_the_same() -> None:
+    [script] = entry_points(group="console_scripts", name="hyperadapt")
+    assert script.load() is cli.main

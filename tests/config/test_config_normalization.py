@@ -1,0 +1,239 @@
+"""Tests of the configuration's normalisation: options of each method, defaults, starts, saving, refusals."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig
+
+from hyperadapt.config import HEADS, HyperAdapterConfig
+from hyperadapt.normalization.methods import (
+    BOUNDED_NORMALIZATIONS,
+    NORMALIZATION_OPTIONS,
+    NORMALIZATIONS,
+    UNIT_NORMALIZATIONS,
+)
+
+OPTIONS = ("bound", "ridge", "factors", "order", "iterations", "temperature")
+# Stated here once more, so that a changed default is noticed.
+BOUND = 0.2
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "soft_frobenius": {"bound": BOUND},
+    "frobenius_clip": {"bound": BOUND},
+    "adaptive": {"bound": BOUND},
+    "frobenius": {"bound": BOUND},
+    "spectral": {"bound": BOUND},
+    "schatten": {"order": 8, "bound": BOUND},
+    "polar": {"ridge": 1e-5, "bound": BOUND},
+    "whitening": {"ridge": 1e-5, "factors": "both", "bound": BOUND},
+    "weight_norm": {"bound": BOUND},
+    "sinkhorn": {"iterations": 20, "temperature": 1.0, "bound": BOUND},
+}
+# One legal value beside the default.
+OTHER_VALUES = {"bound": 0.125, "ridge": 1e-3, "factors": "A", "order": 16, "iterations": 7, "temperature": 0.5}
+BOUNDED = ("soft_frobenius", "frobenius_clip", "adaptive")
+UNIT = ("frobenius", "spectral", "schatten", "polar", "whitening", "weight_norm", "sinkhorn")
+
+
+def takers(option: str) -> list[str]:
+    return [method for method, options in DEFAULTS.items() if option in options]
+
+
+def test_the_families_are_complete() -> None:
+    # The bound of a unit normalisation is its gain's: the normalisation itself does not know it.
+    own = {
+        method: {name: value for name, value in options.items() if method not in UNIT or name != "bound"}
+        for method, options in DEFAULTS.items()
+    }
+    assert own == NORMALIZATION_OPTIONS
+    assert tuple(DEFAULTS) == NORMALIZATIONS == ("none", *BOUNDED, *UNIT)
+    assert BOUNDED_NORMALIZATIONS == BOUNDED
+    assert UNIT_NORMALIZATIONS == UNIT
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("normalization", DEFAULTS)
+@pytest.mark.parametrize("init_weights", [True, False])
+def test_every_head_and_normalization_is_valid(head: str, normalization: str, init_weights: bool) -> None:
+    config = HyperAdapterConfig(head=head, normalization=normalization, init_weights=init_weights)
+    assert config.has_gain == (normalization in UNIT)
+    assert config.has_zero_heads == (init_weights and normalization not in UNIT)
+
+
+@pytest.mark.parametrize("normalization", DEFAULTS)
+def test_defaults_are_filled_in_for_the_options_of_the_method_alone(normalization: str) -> None:
+    config = HyperAdapterConfig(normalization=normalization)
+    filled = {option: getattr(config, f"normalization_{option}") for option in OPTIONS}
+    assert filled == dict.fromkeys(OPTIONS) | DEFAULTS[normalization]
+    assert config.normalization_options == DEFAULTS[normalization]
+
+
+def test_changed_options_do_not_leak_into_other_configs() -> None:
+    config = HyperAdapterConfig(normalization="whitening")
+    config.normalization_options["ridge"] = 1.0
+    assert config.normalization_ridge == 1e-5
+    assert HyperAdapterConfig(normalization="whitening").normalization_ridge == 1e-5
+    assert HyperAdapterConfig(normalization="whitening").normalization_options == DEFAULTS["whitening"]
+
+
+@pytest.mark.parametrize("config_class", [PeftConfig, HyperAdapterConfig])
+@pytest.mark.parametrize("default", [True, False])
+@pytest.mark.parametrize("normalization", DEFAULTS)
+def test_a_saved_config_loads_equal(
+    tmp_path: Path, config_class: type[PeftConfig], normalization: str, default: bool
+) -> None:
+    options = DEFAULTS[normalization] if default else {name: OTHER_VALUES[name] for name in DEFAULTS[normalization]}
+    if options.get("factors") == "A":
+        del options["bound"]
+    given = {} if default else {f"normalization_{name}": value for name, value in options.items()}
+    config = HyperAdapterConfig(normalization=normalization, **given)
+    config.save_pretrained(str(tmp_path))
+    loaded = config_class.from_pretrained(str(tmp_path))
+    assert loaded == config
+    assert loaded.normalization_options == options
+    assert [type(value) for value in loaded.normalization_options.values()] == [type(v) for v in options.values()]
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("bound", [1, 1e-30, 1e30]),
+        ("ridge", [1, 1e-13]),
+        ("factors", ["both", "A"]),
+        ("order", [2, 4, 8, 16, 32]),
+        ("iterations", [1, 1000]),
+        ("temperature", [1, 1e-3, 100.0]),
+    ],
+)
+def test_legal_values_are_kept(option: str, values: list[Any]) -> None:
+    for normalization in takers(option):
+        for value in values:
+            config = HyperAdapterConfig(normalization=normalization, **{f"normalization_{option}": value})
+            assert config.normalization_options[option] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_gain"),
+    [
+        *(({"normalization": method, "init_weights": "zero_gain"}, True) for method in UNIT),
+        *(({"normalization": method, "init_weights": "zero_head"}, False) for method in ("none", *BOUNDED)),
+        ({"normalization": "adaptive", "init_weights": "zero_gain"}, True),
+        ({"normalization": "whitening", "normalization_factors": "A", "init_weights": "zero_head"}, False),
+        ({"normalization": "whitening", "normalization_factors": "A"}, False),
+        ({"normalization": "whitening", "normalization_factors": "both"}, True),
+    ],
+    ids=str,
+)
+def test_named_starts(arguments: dict[str, Any], has_gain: bool) -> None:
+    config = HyperAdapterConfig(**arguments)
+    assert config.has_gain == has_gain
+    assert config.has_zero_heads == (not has_gain)
+
+
+def test_a_random_start_adds_neither_a_gain_nor_zero_heads() -> None:
+    assert not HyperAdapterConfig(normalization="adaptive", init_weights=False).has_gain
+    config = HyperAdapterConfig(normalization="whitening", normalization_factors="A", init_weights=False)
+    assert not config.has_gain
+    assert not config.has_zero_heads
+
+
+# Configuration, exception, and how the message begins: the offending value, the cause and a remedy.
+BAD = [
+    *(
+        ({"normalization": takers(option)[0], name: value}, ValueError, f"{name}={value} must be a finite number above")
+        for option in ("bound", "ridge", "temperature")
+        for name in [f"normalization_{option}"]
+        for value in (0, -0.5, math.nan, math.inf)
+    ),
+    *(
+        (
+            {"normalization": takers(option)[0], name: value},
+            TypeError,
+            f"{name}={value!r} must be a number, not {type(value).__name__}.",
+        )
+        for option in ("bound", "ridge", "temperature")
+        for name in [f"normalization_{option}"]
+        for value in ("1", True, [1.0])
+    ),
+    *(
+        ({"normalization": takers(option)[0], name: value}, TypeError, f"{name}={value!r} must be an integer, not ")
+        for option in ("order", "iterations")
+        for name in [f"normalization_{option}"]
+        for value in ("8", 8.0, True)
+    ),
+    *(
+        ({"normalization": takers(option)[0], name: value}, ValueError, f"{name}={value} must be at least 1.")
+        for option in ("order", "iterations")
+        for name in [f"normalization_{option}"]
+        for value in (0, -2)
+    ),
+    *(
+        (
+            {"normalization": "schatten", "normalization_order": order},
+            ValueError,
+            f"normalization_order={order} must be 2, 4, 8, 16 or 32.",
+        )
+        for order in (1, 3, 6, 12, 64)
+    ),
+    *(
+        (
+            {"normalization": "whitening", "normalization_factors": factors},
+            ValueError,
+            f"normalization_factors={factors!r} is unknown. Choose one of 'both', 'A'.",
+        )
+        for factors in ("B", "a", "", True, ["A"])
+    ),
+    *(
+        (
+            {"normalization": normalization, f"normalization_{option}": OTHER_VALUES[option]},
+            ValueError,
+            f"normalization_{option}={OTHER_VALUES[option]!r} has no effect with normalization={normalization!r}. "
+            f"Drop it, or choose one of {', '.join(takers(option))}.",
+        )
+        for option in OPTIONS
+        for normalization in DEFAULTS
+        if normalization not in takers(option)
+    ),
+    *(
+        (
+            {"normalization": normalization, "init_weights": "zero_head"},
+            ValueError,
+            f"init_weights='zero_head' is impossible with normalization={normalization!r}: the unit norm of a zero "
+            "matrix is undefined and its gradient is infinite. Use init_weights='zero_gain' (or True), or a bounded "
+            f"normalization ({', '.join(BOUNDED)}).",
+        )
+        for normalization in UNIT
+    ),
+    (
+        {"normalization": "whitening", "normalization_factors": "A", "normalization_bound": 0.1},
+        ValueError,
+        "normalization_bound=0.1 has no effect with normalization='whitening' and normalization_factors='A'. Drop it, "
+        f"or choose one of {', '.join(takers('bound'))}.",
+    ),
+    *(
+        (
+            arguments | {"init_weights": "zero_gain"},
+            ValueError,
+            f"init_weights='zero_gain' is impossible with {words}, which has no gain. Use init_weights='zero_head' (or "
+            f"True), or a unit normalization ({', '.join(UNIT)}).",
+        )
+        for arguments, words in (
+            ({"normalization": "none"}, "normalization='none'"),
+            ({"normalization": "soft_frobenius"}, "normalization='soft_frobenius'"),
+            ({"normalization": "frobenius_clip"}, "normalization='frobenius_clip'"),
+            (
+                {"normalization": "whitening", "normalization_factors": "A"},
+                "normalization='whitening' and normalization_factors='A'",
+            ),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[str(case[0]) for case in BAD])
+def test_bad_options_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        HyperAdapterConfig(**arguments)

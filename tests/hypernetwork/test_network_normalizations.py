@@ -1,0 +1,206 @@
+"""Tests of what single normalisations add to an adapter's network: learned bounds, mixing, and nothing elsewhere."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperadapt.config import HEADS
+from hyperadapt.hypernetwork.hypernetwork import Generated
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.normalization.methods import NORMALIZATIONS, UNIT_NORMALIZATIONS
+from tests.hypernetwork.test_network import BASE_NORMS, LONGEST, POSITIONS, generate, make_network, norms
+from tests.support.tolerances import EPS_FLOAT32, FLOAT32_FORMULA, norm_error, sample_variance_error
+
+WHITENING_A = {"normalization": "whitening", "normalization_factors": "A"}
+EACH = [*({"normalization": method} for method in NORMALIZATIONS), WHITENING_A]
+
+
+def loss(network: HyperAdapterNetwork) -> Tensor:
+    """A function of the updates that no symmetry makes stationary."""
+    torch.manual_seed(1)
+    return sum((one.delta_weight() * torch.randn(one.delta_weight().shape)).sum() for one in generate(network).values())
+
+
+def generated(network: HyperAdapterNetwork) -> list[Generated]:
+    return network.hypernetwork(network.task_embedding(torch.arange(3)), network.positions)
+
+
+@pytest.mark.parametrize("init_weights", [True, False])
+@pytest.mark.parametrize("changes", EACH, ids=str)
+def test_parameters_exist_only_where_they_are_used(changes: dict[str, Any], init_weights: bool) -> None:
+    network = make_network(**changes, init_weights=init_weights)
+    plain = {name for name, _ in make_network(normalization="none").named_parameters()}
+    extra = {name for name, _ in network.named_parameters()} - plain
+    method = changes["normalization"]
+    expected = set()
+    if method in UNIT_NORMALIZATIONS and changes != WHITENING_A:
+        expected |= {"gain"}
+        assert torch.equal(network.gain, torch.zeros(5) if init_weights else torch.ones(5))
+    if method == "adaptive":
+        expected |= {"strength_logit", "log_bound"}
+    if method == "sinkhorn":
+        expected |= {"hypernetwork.heads.mixing_r2.weight"}
+    assert extra == expected
+
+
+@pytest.mark.parametrize("changes", EACH, ids=str)
+def test_zero_heads_only_where_zero_is_defined(changes: dict[str, Any]) -> None:
+    network = make_network(**changes, init_weights=True)
+    hypernetwork = network.hypernetwork
+    is_zero = {name: bool((head.weight == 0).all()) for name, head in hypernetwork.heads.items()}
+    is_zero |= {f"{name} shared": bool((shared == 0).all()) for name, shared in hypernetwork.shared.items()}
+    assert not any(zero for name, zero in is_zero.items() if name.startswith("A"))
+    zeros = [zero for name, zero in is_zero.items() if name.startswith("B")]
+    assert all(zeros) == (not hasattr(network, "gain"))
+    assert any(zeros) == all(zeros)
+
+
+@pytest.mark.parametrize("changes", EACH, ids=str)
+def test_training_can_leave_its_start(changes: dict[str, Any]) -> None:
+    network = make_network(**changes, init_weights=True)
+    loss(network).backward()
+    moving = [name for name, p in network.named_parameters() if p.grad is not None and (p.grad != 0).any()]
+    assert moving
+    for parameter in network.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+    # Either the gain moves, or the heads of B.
+    assert all(name == "gain" or name.startswith(("hypernetwork.heads.B", "hypernetwork.shared.B")) for name in moving)
+
+
+def test_adaptive_starts_halfway_at_the_configured_bound() -> None:
+    state = make_network(normalization="adaptive", normalization_bound=0.25).adaptive_state()
+    assert state == {position.name: (0.5, 0.25) for position in POSITIONS}
+
+
+def test_adaptive_state_reports_each_position_under_its_name() -> None:
+    network = make_network(normalization="adaptive", normalization_bound=0.25)
+    with torch.no_grad():
+        network.strength_logit.copy_(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
+        network.log_bound.copy_(torch.tensor([0.5, 0.25, 0.0, -0.25, -0.5]))
+    for index, (name, (strength, bound)) in enumerate(network.adaptive_state().items()):
+        assert name == POSITIONS[index].name
+        assert strength == pytest.approx(1 / (1 + torch.tensor(2.0 - index).exp().item()), rel=FLOAT32_FORMULA)
+        assert bound == pytest.approx(0.25 * torch.tensor(0.5 - index / 4).exp().item(), rel=FLOAT32_FORMULA)
+        assert type(strength) is type(bound) is float
+
+
+@pytest.mark.parametrize("normalization", [method for method in NORMALIZATIONS if method != "adaptive"])
+def test_adaptive_state_is_refused_for_other_methods(normalization: str) -> None:
+    message = re.escape(f"normalization={normalization!r} learns no strength and bound; only 'adaptive' does.")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_network(normalization=normalization).adaptive_state()
+
+
+@pytest.mark.parametrize("changes", [{}, {"init_weights": "zero_gain"}], ids=str)
+def test_learned_strengths_and_bounds_act_on_their_own_positions(changes: dict[str, Any]) -> None:
+    network = make_network(normalization="adaptive", lora_alpha=64, **changes)
+    if changes:
+        with torch.no_grad():
+            network.gain.copy_(torch.tensor([0.5, -2.0, 1.0, 0.1, 3.0]))
+    names = [name for name in ("strength_logit", "log_bound", "gain") if hasattr(network, name)]
+    for index in range(5):
+        [*gradients] = torch.autograd.grad(
+            norms(generate(network))[:, index].sum(), [getattr(network, n) for n in names]
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            assert gradient.nonzero().flatten().tolist() == [index], name
+        # More strength makes the update smaller, and a larger bound larger.
+        assert gradients[0][index] < 0 < gradients[1][index]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_adaptive_with_a_gain_bounds_the_gained_update(strength: float) -> None:
+    network = make_network(normalization="adaptive", normalization_bound=0.25, init_weights="zero_gain")
+    gains = torch.tensor([0.5, -2.0, 1e3, 1e-3, 0.0])
+    with torch.no_grad():
+        network.gain.copy_(gains)
+        network.strength_logit.fill_({0.0: -200.0, 0.5: 0.0, 1.0: 200.0}[strength])
+        network.log_bound.copy_(torch.tensor([0.0, 0.5, -0.5, 1.0, 0.0]))
+    gained = (gains * BASE_NORMS).double()
+    bounds = 0.25 * network.log_bound.detach().double().exp() * BASE_NORMS
+    expected = gained.abs() * (1 + (gained / bounds) ** 2) ** (-strength / 2)
+    error = norm_error(LONGEST, EPS_FLOAT32)
+    torch.testing.assert_close(norms(generate(network)), expected.expand(3, -1), rtol=error, atol=0)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("r", [2, 4])
+def test_mixing_starts_near_the_identity_and_the_same_everywhere(head: str, r: int) -> None:
+    groups = generated(make_network(normalization="sinkhorn", head=head, r=r, init_weights=True))
+    assert sum(len(group.positions) for group in groups) == len(POSITIONS)
+    for group in groups:
+        assert group.logits is not None
+        assert torch.equal(group.logits, 4 * torch.eye(r).expand(3, len(group.positions), r, r))
+        mixing = group.logits.softmax(-1)
+        # exp(4) = 55 against at most three ones.
+        assert (mixing.diagonal(dim1=-2, dim2=-1) > 0.9).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_mixing_logits_receive_gradients_and_act(head: str) -> None:
+    network = make_network(normalization="sinkhorn", normalization_bound=1e6, head=head, r=4)
+    mixing = network.hypernetwork.heads["mixing_r4"]
+    assert mixing.weight.shape == ((4 if head == "row" else 16), 16)
+    before = {name: one.core for name, one in generate(network).items()}
+    loss(network).backward()
+    assert mixing.weight.grad is not None
+    assert (mixing.weight.grad != 0).any(dim=1).all()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        mixing.weight.copy_(8 * torch.randn(mixing.weight.shape))
+    for name, one in generate(network).items():
+        assert not torch.allclose(one.core, before[name], atol=0.01), name
+    for group in generated(network):
+        assert group.logits is not None
+        # Every task and position mixes in its own way.
+        assert len(torch.unique(group.logits.flatten(0, 1), dim=0)) == 3 * len(group.positions)
+        assert not torch.allclose(group.logits, group.logits.mT)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_each_cores_mixing_is_that_of_its_own_position(head: str) -> None:
+    network = make_network(
+        normalization="sinkhorn", normalization_bound=1e6, head=head, normalization_iterations=3, r=4
+    )
+    torch.manual_seed(2)
+    with torch.no_grad():
+        network.hypernetwork.heads["mixing_r4"].weight.copy_(
+            8 * torch.randn(network.hypernetwork.heads["mixing_r4"].weight.shape)
+        )
+        network.gain.copy_(torch.arange(1.0, 6.0))
+    factors = generate(network)
+    for group in generated(network):
+        assert group.logits is not None
+        mixing = group.logits.exp()
+        for _ in range(3):
+            mixing = mixing / mixing.sum(-2, keepdim=True)
+            mixing = mixing / mixing.sum(-1, keepdim=True)
+        for index, position in enumerate(group.positions):
+            one, place = factors[position.name], network.positions.index(position)
+            unit = one.core * one.lora_B.norm(dim=-2).unsqueeze(-1) * one.lora_A.norm(dim=-1).unsqueeze(-2)
+            expected = (place + 1) * BASE_NORMS[place] * mixing[:, index]
+            torch.testing.assert_close(unit, expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "variance"),
+    [
+        ({"normalization": "frobenius"}, 1.0),
+        ({"normalization": "adaptive", "init_weights": "zero_gain"}, 1.0),
+        ({"normalization": "soft_frobenius", "init_weights": False}, 1 / 8),
+        (WHITENING_A, 0.0),
+    ],
+    ids=str,
+)
+def test_b_starts_at_unit_variance_before_a_unit_norm(changes: dict[str, Any], variance: float) -> None:
+    network = make_network(**({"init_weights": True, "r": 8, "hypernetwork_dim": 64} | changes))
+    # Half of the variance is the heads', whose outputs are products divided by the dimension.
+    heads, shared = network.hypernetwork.heads, network.hypernetwork.shared
+    from_heads = [head.weight.square().mean().item() / 64 for name, head in heads.items() if name.startswith("B")]
+    from_shared = [values for name, values in shared.items() if name.startswith("B")]
+    for part in (*from_heads, *(values.square().mean().item() for values in from_shared)):
+        error = sample_variance_error(min(values.numel() for values in from_shared))
+        assert part == pytest.approx(variance / 2, rel=error)

@@ -1,0 +1,294 @@
+"""Tests of matrix normalisation at its limits: bounds, unit norms, zero, lost rank, repeated spectra, scales."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from hyperadapt.normalization.formulas import frobenius_norm_squared
+from hyperadapt.normalization.methods import BOUNDED_NORMALIZATIONS, UNIT_NORMALIZATIONS
+from hyperadapt.normalization.normalize import gram_matrices, normalize
+from tests.support.dense_updates import (
+    CASES,
+    IN,
+    METHODS,
+    OUT,
+    R,
+    core_update,
+    dense_update,
+    make_factors,
+    tolerance,
+    with_logits,
+)
+from tests.support.tolerances import (
+    BFLOAT16_PRODUCT,
+    EPS_FLOAT64,
+    FLOAT32_FORMULA,
+    FLOAT64_CONDITIONED,
+    FLOAT64_EXACT,
+    FLOAT64_GRADCHECK,
+    RIDGE,
+    RIDGED_RANK_DEFICIENT,
+    norm_error,
+)
+
+FORMULA = {torch.bfloat16: BFLOAT16_PRODUCT, torch.float32: FLOAT32_FORMULA, torch.float64: FLOAT64_EXACT}
+WHITENING_A: tuple[str, dict[str, Any]] = ("whitening", {"factors": "A"})
+METHODS_AND_A = [*METHODS, WHITENING_A]
+UNIT = [(method, options) for method, options in METHODS if method in UNIT_NORMALIZATIONS]
+# At α = 1 `adaptive` is bounded too.
+BOUNDED = [(method, {"strength": 1.0} if method == "adaptive" else {}) for method in BOUNDED_NORMALIZATIONS]
+parametrize_methods = pytest.mark.parametrize(("method", "options"), METHODS_AND_A, ids=str)
+parametrize_unit = pytest.mark.parametrize(("method", "options"), UNIT, ids=str)
+parametrize_bounded = pytest.mark.parametrize(("method", "options"), BOUNDED, ids=str)
+
+
+def singular_values(update: Tensor) -> Tensor:
+    return torch.linalg.svdvals(update)[..., :R]
+
+
+def gradients(value: Tensor, factors: tuple[Tensor, Tensor], direction: Tensor | None = None) -> tuple[Tensor, ...]:
+    direction = torch.ones_like(value) if direction is None else direction
+    return torch.autograd.grad(value, factors, direction, retain_graph=True, materialize_grads=True)
+
+
+@parametrize_bounded
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_the_bound_holds_and_huge_updates_approach_it(
+    method: str, options: dict[str, Any], dtype: torch.dtype, scale: float
+) -> None:
+    bound = torch.tensor([0.5, 9.0], dtype=torch.float64)
+    lora_A, lora_B = make_factors(50, 2, dtype=dtype)
+    A, B = scale * lora_A.detach(), scale * lora_B.detach()
+    core = normalize(A, B, method, bound=bound.to(dtype).expand(50, 2), **options)
+    norms = torch.linalg.matrix_norm(B.double() @ core.double() @ A.double())
+    error = norm_error(IN, torch.finfo(dtype).eps)
+    assert (norms <= bound * (1 + error)).all()
+    if scale > 1:
+        assert (norms >= bound * (1 - error)).all()
+
+
+def test_adaptive_lies_between_no_normalization_and_the_soft_bound() -> None:
+    factors = make_factors(4)
+    for strength, method in ((0.0, "none"), (1.0, "soft_frobenius")):
+        expected = core_update(*factors, method, **({"bound": 2.0} if strength else {}))
+        actual = core_update(*factors, "adaptive", bound=2.0, strength=strength)
+        assert_close(actual, expected, rtol=FLOAT64_EXACT, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_the_unit_norm_is_one(dtype: torch.dtype, scale: float) -> None:
+    lora_A, lora_B = (scale * tensor.detach() for tensor in make_factors(50, dtype=dtype))
+    core = normalize(lora_A, lora_B, "frobenius").double()
+    norms = torch.linalg.matrix_norm(lora_B.double() @ core @ lora_A.double())
+    error = norm_error(IN, torch.finfo(dtype).eps)
+    assert_close(norms, torch.ones_like(norms), rtol=0, atol=error)
+
+
+def test_singular_values_are_as_documented() -> None:
+    factors = make_factors(50)
+    spectral, polar, whitening, white_A = (
+        singular_values(core_update(*factors, method, **options))
+        for method, options in (
+            ("spectral", {}),
+            ("polar", {"ridge": RIDGE}),
+            ("whitening", {"ridge": RIDGE}),
+            ("whitening", {"ridge": RIDGE, "factors": "A"}),
+        )
+    )
+    ones = torch.ones_like(spectral)
+    assert_close(spectral[:, 0], ones[:, 0], rtol=0, atol=FLOAT64_EXACT)
+    assert_close(polar, ones, rtol=0, atol=FLOAT64_CONDITIONED)
+    assert_close(whitening, ones, rtol=0, atol=FLOAT64_CONDITIONED)
+    assert_close(white_A, singular_values(factors[1]), rtol=FLOAT64_CONDITIONED, atol=0)
+    for order in (2, 4, 8, 16, 32):
+        largest = singular_values(core_update(*factors, "schatten", order=order))[:, 0]
+        assert (largest <= 1 + FLOAT64_EXACT).all()
+        assert (largest >= R ** (-1 / order)).all()
+    for method, options in (("weight_norm", {}), ("sinkhorn", {})):
+        update = core_update(*factors, method, **with_logits(method, options, 50))
+        assert (torch.linalg.matrix_norm(update) <= R).all()
+
+
+@parametrize_unit
+def test_the_scale_of_the_factors_does_not_matter(method: str, options: dict[str, Any]) -> None:
+    lora_A, lora_B = make_factors(3)
+    options = with_logits(method, options, 3)
+    expected = core_update(lora_A, lora_B, method, **options)
+    # Powers of 2 scale without rounding, so that only the smallest numbers could be different.
+    for scale_A, scale_B in ((2.0**10, 2.0**-30), (2.0**-20, 2.0**-20), (2.0**30, 2.0**30)):
+        A, B = (scale_A * lora_A).detach().requires_grad_(), (scale_B * lora_B).detach().requires_grad_()
+        actual = core_update(A, B, method, **options)
+        assert_close(actual, expected, rtol=tolerance(method), atol=tolerance(method))
+        direction = torch.randn_like(actual)
+        scaled = tuple(s * g for s, g in zip((scale_A, scale_B), gradients(actual, (A, B), direction), strict=True))
+        unscaled = gradients(expected, (lora_A, lora_B), direction)
+        assert_close(scaled, unscaled, rtol=tolerance(method), atol=tolerance(method))
+
+
+def test_whitening_of_a_alone_keeps_the_scale_of_b() -> None:
+    lora_A, lora_B = make_factors(3)
+    expected = core_update(lora_A, lora_B, "whitening", factors="A")
+    actual = core_update(2.0**10 * lora_A, 4 * lora_B, "whitening", factors="A")
+    assert_close(actual, 4 * expected, rtol=FLOAT64_CONDITIONED, atol=FLOAT64_CONDITIONED)
+
+
+@parametrize_unit
+@pytest.mark.parametrize("scale", [1e-18, 1e-15, 1e-12, 1e-8, 1e-6, 1e8])
+def test_gradients_do_not_overflow_where_the_scale_is_extreme(
+    method: str, options: dict[str, Any], scale: float
+) -> None:
+    lora_A, lora_B = ((scale * t).detach().requires_grad_() for t in make_factors(3, dtype=torch.float32))
+    options = with_logits(method, options, 3)
+    update = core_update(lora_A, lora_B, method, **options)
+    direction = torch.randn_like(update)
+    actual = [scale * gradient for gradient in gradients(update, (lora_A, lora_B), direction)]
+    assert all(tensor.isfinite().all() for tensor in (update, *actual))
+    # Where f² is below the normal numbers of float32, 1.2e-38, the update counts as zero.
+    if scale**4 < 1e-40 and method in ("frobenius", "schatten"):
+        assert all((tensor == 0).all() for tensor in (update, *actual))
+    else:
+        assert all((tensor != 0).any() for tensor in (update, *actual))
+
+
+@parametrize_unit
+def test_at_rank_one_all_unit_norms_are_the_same(method: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    lora_A, lora_B = torch.randn(4, 1, IN, dtype=torch.float64), torch.randn(4, OUT, 1, dtype=torch.float64)
+    options = options | ({"logits": torch.randn(4, 1, 1)} if method == "sinkhorn" else {})
+    options = options | ({"ridge": RIDGE} if method in ("polar", "whitening") else {})
+    actual = core_update(lora_A, lora_B, method, **options)
+    assert_close(actual, dense_update(lora_A, lora_B, "frobenius"), rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+
+
+@parametrize_methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("zero", ["A", "B", "both"])
+def test_zero_factors_have_finite_values_and_gradients(
+    method: str, options: dict[str, Any], dtype: torch.dtype, zero: str
+) -> None:
+    lora_A, lora_B = make_factors(2, dtype=dtype)
+    with torch.no_grad():
+        for name, tensor in (("A", lora_A), ("B", lora_B)):
+            if zero in (name, "both"):
+                tensor.zero_()
+    core = normalize(lora_A, lora_B, method, **with_logits(method, options, 2))
+    if (method, options) == WHITENING_A and zero == "B":
+        assert (singular_values(core) > 0).all()
+    elif method in UNIT_NORMALIZATIONS:
+        assert (core == 0).all()
+    else:
+        assert torch.equal(core, torch.eye(R).expand_as(core).to(core))
+
+    update = lora_B @ core.to(dtype) @ lora_A
+    direction = torch.randn_like(update)
+    # The derivative of B·S·A at a product of zero is that of the plain product with a constant core.
+    constant = core.detach().to(dtype)
+    expected = (lora_B @ constant).mT @ direction, direction @ lora_A.mT @ constant.mT
+    assert_close(gradients(update, (lora_A, lora_B), direction), expected, rtol=FORMULA[dtype], atol=FORMULA[dtype])
+    # The core's own gradients, which the zero product hides.
+    if core.requires_grad:
+        for gradient in gradients(core, (lora_A, lora_B), torch.randn_like(core)):
+            assert gradient.isfinite().all()
+
+
+def rank_deficient_factors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """A with two equal rows in all pairs, and B with a zero column in the second."""
+    lora_A, lora_B = make_factors(2, dtype=dtype)
+    with torch.no_grad():
+        lora_A[:, 1] = lora_A[:, 0]
+        lora_B[1, :, 2] = 0
+    return lora_A, lora_B
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [case for case in CASES if tolerance(case[0]) == FLOAT64_EXACT], ids=str
+)
+def test_rank_deficient_factors_equal_the_dense_update(method: str, options: dict[str, Any]) -> None:
+    factors = rank_deficient_factors()
+    options = with_logits(method, options, 2)
+    actual, expected = (function(*factors, method, **options) for function in (core_update, dense_update))
+    assert_close(actual, expected, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+    direction = torch.randn_like(actual)
+    actual_gradients, expected_gradients = (gradients(update, factors, direction) for update in (actual, expected))
+    if method in ("weight_norm", "sinkhorn"):
+        # A zero column has no direction, hence the gradient 0 here; the dense formula's is huge.
+        assert (actual_gradients[1][1, :, 2] == 0).all()
+        expected_gradients[1][1, :, 2] = 0
+    assert_close(actual_gradients, expected_gradients, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+
+
+def test_orthogonal_updates_of_rank_deficient_factors_lose_only_the_lost_direction() -> None:
+    lora_A, lora_B = (factor[0] for factor in rank_deficient_factors())
+
+    def orthogonal_part(matrix: Tensor, rank: int) -> Tensor:
+        left, values, right_h = torch.linalg.svd(matrix, full_matrices=False)
+        assert (values[rank:] < FLOAT64_EXACT).all()
+        return left[:, :rank] @ right_h[:rank]
+
+    polar, whitening = (core_update(lora_A, lora_B, method, ridge=RIDGE) for method in ("polar", "whitening"))
+    assert_close(polar, orthogonal_part(lora_B @ lora_A, 2), rtol=0, atol=RIDGED_RANK_DEFICIENT)
+    expected = orthogonal_part(lora_B, 3) @ orthogonal_part(lora_A, 2)
+    assert_close(whitening, expected, rtol=0, atol=RIDGED_RANK_DEFICIENT)
+
+
+@parametrize_methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_deficient_factors_have_finite_gradients(method: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    factors = rank_deficient_factors(dtype)
+    update = core_update(*factors, method, **with_logits(method, options, 2))
+    assert all(tensor.isfinite().all() for tensor in (update, *gradients(update, factors, torch.randn_like(update))))
+
+
+@parametrize_methods
+@pytest.mark.parametrize("rotated", [False, True])
+def test_repeated_singular_values_have_the_right_gradient(method: str, options: dict[str, Any], rotated: bool) -> None:
+    torch.manual_seed(0)
+    # Exactly tied: unit matrices; tied up to rounding: random orthogonal ones.
+    orthogonal_A, orthogonal_B = torch.eye(R, IN).double(), torch.eye(OUT, R).double()
+    if rotated:
+        orthogonal_A, orthogonal_B = (torch.linalg.qr(torch.randn(n, R).double())[0] for n in (IN, OUT))
+        orthogonal_A = orthogonal_A.mT
+    factors = (3 * orthogonal_A).requires_grad_(), (2 * orthogonal_B).requires_grad_()
+    options = with_logits(method, options)
+    update = core_update(*factors, method, **options)
+    assert all(tensor.isfinite().all() for tensor in (update, *gradients(update, factors)))
+    if method != "spectral":
+        # The spectral norm alone has a kink here.
+        assert torch.autograd.gradcheck(
+            lambda A, B: core_update(A, B, method, **options), factors, rtol=FLOAT64_GRADCHECK, atol=FLOAT64_GRADCHECK
+        )
+
+
+def test_a_nearly_cancelling_product_never_has_a_negative_squared_norm() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(200, 1, IN), torch.randn(200, OUT, 1)
+    factors = (
+        torch.cat([a, a + 1e-4 * torch.randn_like(a)], dim=1).requires_grad_(),
+        torch.cat([b, -b + 1e-4 * torch.randn_like(b)], dim=2).requires_grad_(),
+    )
+    grams = gram_matrices(*factors)
+    assert ((grams[0] * grams[1]).sum(dim=(-2, -1)) < 0).any(), "no case of this sample cancels"
+    assert (frobenius_norm_squared(*grams) >= 0).all()
+    for method, options in METHODS_AND_A:
+        given = options | ({"logits": torch.randn(2, 2)} if method == "sinkhorn" else {})
+        update = core_update(*factors, method, **given)
+        assert all(tensor.isfinite().all() for tensor in (update, *gradients(update, factors))), method
+
+
+@parametrize_bounded
+def test_gradients_are_finite_where_the_norm_equals_the_bound(method: str, options: dict[str, Any]) -> None:
+    # ‖B·A‖ = 5 exactly; clipping takes the gradient of the inside there.
+    lora_A = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    lora_B = torch.tensor([[1.0]], dtype=torch.float64, requires_grad=True)
+    core = normalize(lora_A, lora_B, method, bound=5.0, **options)
+    expected = 1.0 if method == "frobenius_clip" else math.sqrt(0.5)
+    assert core.item() == pytest.approx(expected, rel=4 * EPS_FLOAT64)
+    for gradient in gradients(lora_B @ core @ lora_A, (lora_A, lora_B)):
+        assert gradient.isfinite().all()
+        assert (gradient != 0).all()

@@ -1,0 +1,99 @@
+"""Scores of classes and of completions against ones made by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax, one_hot
+
+from hyperadapt.runs.evaluation import class_scores, completion_scores
+from tests.support.tiny_runs import SPECIAL, WORDS, tokenizer
+
+IDS = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+
+
+class Answers(nn.Module):
+    """Logits looked up by a row's second token; generates each prompt's last token, and then the end."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(logits)
+        self.device = torch.device("cpu")
+        self.batches: list[dict[str, Any]] = []
+
+    def forward(self, input_ids: Tensor, tasks: str, **batch: Tensor) -> Any:
+        self.batches.append({"input_ids": input_ids, "tasks": tasks, **batch})
+        return SimpleNamespace(logits=self.table[input_ids[:, 1]])
+
+
+class Echo(Answers):
+    def forward(self, input_ids: Tensor, tasks: str, **batch: Tensor) -> Any:
+        self.batches.append({"input_ids": input_ids, "tasks": tasks, **batch})
+        return {"logits": self.table[input_ids]}
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        self.batches.append({"input_ids": input_ids, "attention_mask": attention_mask, **options})
+        answer = torch.full((len(input_ids), max_new_tokens), options["eos_token_id"])
+        answer[:, 0] = input_ids[:, -1]
+        return torch.cat([input_ids, answer], 1)
+
+
+def test_classes_compete_within_their_task() -> None:
+    logits = torch.zeros(len(IDS), 4)
+    # Class 3 belongs to another task and is always the highest.
+    logits[:, 3] = 9.0
+    logits[IDS["a"], 2], logits[IDS["b"], 0] = 1.0, 2.0
+    model = Answers(logits)
+    words = ["a", "b", "b", "a", "b"]
+    rows = [{"input_ids": [2, IDS[word], *[3] * (5 - place)]} for place, word in enumerate(words)]
+    dataset = Dataset.from_list([row | {"labels": label} for row, label in zip(rows, [2, 0, 2, 2, 2], strict=True)])
+    seen: list[int] = []
+    scores = class_scores(model, tokenizer("SEQ_CLS"), dataset, "one", [2, 0], batch_size=2, progress=seen.append)
+    own = logits[:, [2, 0]][[IDS[word] for word in words]]
+    assert scores["loss"] == pytest.approx(float(cross_entropy(own, torch.tensor([0, 1, 0, 0, 0]))))
+    assert scores | {"loss": 0} == {"accuracy": 3 / 5, "loss": 0, "rows": 5, "majority": 4 / 5}
+    assert seen == [2, 2, 1]
+    assert [batch["input_ids"].shape for batch in model.batches] == [(2, 4), (2, 6), (1, 7)]
+    assert {batch["tasks"] for batch in model.batches} == {"one"}
+
+
+def dialogues(rows: Sequence[tuple[str, str]]) -> Dataset:
+    tokens = [([IDS[word] for word in prompt.split()], [IDS[word] for word in end.split()]) for prompt, end in rows]
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": prompt + end,
+                "attention_mask": [1] * len(prompt + end),
+                "labels": [-100] * len(prompt) + end,
+            }
+            for prompt, end in tokens
+        ]
+    )
+
+
+def test_completions_are_compared_to_the_letter() -> None:
+    words = tokenizer("CAUSAL_LM")
+    words.pad_token = words.eos_token
+    # The next token is the same as the last, with some probability.
+    model = Echo(one_hot(torch.arange(len(IDS)), len(IDS)).float() * 3)
+    rows = [("<s> a", "a </s>"), ("<s> a b c", "b </s>"), ("<s> a yes", "yes yes </s>"), ("<s> b", "a </s>")]
+    seen: list[int] = []
+    scores = completion_scores(model, words, dialogues(rows), "one", batch_size=3, progress=seen.append)
+    assert scores["accuracy"] == 1 / 4
+    assert (scores["rows"], scores["majority"], seen) == (4, 1 / 2, [3, 1])
+    same, other = (-log_softmax(torch.tensor([3.0] + [0.0] * (len(IDS) - 1)), 0))[:2].tolist()
+    # Tokens that repeat the one before: a; -; yes, yes; -. The others: </s>; b, </s>; </s>; a, </s>.
+    assert math.isclose(scores["loss"], (3 * same + 6 * other) / 9, rel_tol=1e-5)
+    prompts = model.batches[1]
+    assert prompts["input_ids"].tolist() == [
+        [IDS[word] for word in text.split()] for text in ("</s> </s> <s> a", "</s> </s> <s> b", "<s> a b c")
+    ]
+    assert prompts["attention_mask"].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+    assert prompts["tasks"] == "one"

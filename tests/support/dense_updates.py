@@ -1,0 +1,113 @@
+"""Normalised updates by each method's definition, from the dense matrices, for the tests of normalisation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize as unit_length
+
+from hyperadapt.normalization import normalize
+from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from tests.support.tolerances import FLOAT64_CONDITIONED, FLOAT64_EXACT, RIDGE
+
+OUT, R, IN = 5, 3, 7
+# Method and options. The factors of seed 0 have norms of about √105 = 10: a bound of 1.5 clips them all, 100 none.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}),
+    ("soft_frobenius", {"bound": 8.0}),
+    ("frobenius_clip", {"bound": 1.5}),
+    ("frobenius_clip", {"bound": 100.0}),
+    ("adaptive", {"bound": 8.0, "strength": 0.25}),
+    ("frobenius", {}),
+    ("spectral", {}),
+    ("schatten", {}),
+    *(("schatten", {"order": order}) for order in (2, 4, 16, 32)),
+    ("polar", {"ridge": RIDGE}),
+    ("polar", {"ridge": 0.1}),
+    ("whitening", {"ridge": RIDGE}),
+    ("whitening", {"ridge": 0.1, "factors": "both"}),
+    ("whitening", {"ridge": RIDGE, "factors": "A"}),
+    ("whitening", {"ridge": 0.1, "factors": "A"}),
+    ("weight_norm", {}),
+    ("sinkhorn", {}),
+    ("sinkhorn", {"iterations": 3, "temperature": 0.5}),
+]
+# Every method once, with its default options where it has any.
+METHODS = [
+    (method, ({"bound": 2.0} if "bound" in options else {}) | ({"strength": 0.5} if method == "adaptive" else {}))
+    for method, options in NORMALIZATION_OPTIONS.items()
+]
+assert {method for method, _ in CASES} == set(NORMALIZATIONS)
+
+
+def make_factors(*leading: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random factors A and B that require gradients."""
+    torch.manual_seed(seed)
+    lora_A = torch.randn(*leading, R, IN, dtype=torch.float64)
+    lora_B = torch.randn(*leading, OUT, R, dtype=torch.float64)
+    return lora_A.to(dtype).requires_grad_(), lora_B.to(dtype).requires_grad_()
+
+
+def with_logits(method: str, options: dict[str, Any], *leading: int) -> dict[str, Any]:
+    """The options, with the generated ones of ``"sinkhorn"``."""
+    if method != "sinkhorn":
+        return options
+    generator = torch.Generator().manual_seed(1)
+    return options | {"logits": torch.randn(*leading, R, R, generator=generator, dtype=torch.float64)}
+
+
+def core_update(lora_A: Tensor, lora_B: Tensor, method: str, **options: Any) -> Tensor:
+    """The normalised update through its core."""
+    return lora_B @ normalize(lora_A, lora_B, method, **options).to(lora_A.dtype) @ lora_A
+
+
+def tolerance(method: str) -> float:
+    """Of float64 updates; inverse square roots multiply errors with a condition number."""
+    return FLOAT64_CONDITIONED if method in ("polar", "whitening") else FLOAT64_EXACT
+
+
+def dense_update(lora_A: Tensor, lora_B: Tensor, method: str, **options: Any) -> Tensor:
+    """The normalised update by the method's definition."""
+    product = lora_B @ lora_A
+    norm = torch.linalg.matrix_norm(product, keepdim=True)
+    spectrum = torch.linalg.svdvals(product)[..., None]
+    bound, strength = (
+        torch.as_tensor(options.get(name, 1.0), dtype=norm.dtype)[..., None, None] for name in ("bound", "strength")
+    )
+    if method == "none":
+        return product
+    if method == "soft_frobenius":
+        return product / torch.sqrt(1 + (norm / bound) ** 2)
+    if method == "frobenius_clip":
+        return product * (bound / norm).clamp(max=1)
+    if method == "adaptive":
+        return product / torch.sqrt(1 + (norm / bound) ** 2) ** strength
+    if method == "frobenius":
+        return product / norm
+    if method == "spectral":
+        return product / spectrum[..., :1, :]
+    if method == "schatten":
+        order = options.get("order", 8)
+        return product / (spectrum**order).sum(-2, keepdim=True) ** (1 / order)
+    if method == "weight_norm":
+        return unit_length(lora_B, dim=-2) @ unit_length(lora_A, dim=-1)
+    if method == "sinkhorn":
+        mixing = (options["logits"] / options.get("temperature", 1.0)).exp()
+        for _ in range(options.get("iterations", 20)):
+            mixing = mixing / mixing.sum(-2, keepdim=True)
+            mixing = mixing / mixing.sum(-1, keepdim=True)
+        return unit_length(lora_B, dim=-2) @ mixing @ unit_length(lora_A, dim=-1)
+    white_A, root_A = _whitened(lora_A, options["ridge"])
+    white_B, root_B = _whitened(lora_B.mT, options["ridge"])
+    if method == "whitening":
+        return lora_B @ white_A if options.get("factors") == "A" else white_B.mT @ white_A
+    assert method == "polar"
+    left, _, right_h = torch.linalg.svd(root_B @ root_A)
+    return white_B.mT @ (left @ right_h) @ white_A
+
+
+def _whitened(factor: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Of a factor with r rows, its rows made orthonormal up to the ridge, and the ridged root of its Gram matrix."""
+    left, values, right_h = torch.linalg.svd(factor, full_matrices=False)
+    ridged = (values.square() + ridge * values.square().mean(-1, keepdim=True)).sqrt()
+    return left * (values / ridged).unsqueeze(-2) @ right_h, left * ridged.unsqueeze(-2) @ left.mT

@@ -1,0 +1,302 @@
+"""Training many tasks through Trainer: what is logged by task, and the task column cannot be lost unnoticed."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from torch.testing import assert_close
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
+from transformers.utils import logging
+
+from hyperadapt.trainer import HyperAdapterTrainer, TaskCollator, concatenate_tasks
+from tests.support.card_schema import check_card
+from tests.support.helpers import TASKS, adapted_model, base_model, example_batch
+from tests.support.tolerances import FLOAT32_FORWARD
+
+
+def task_rows(name: str, count: int, seed: int) -> Dataset:
+    batch = example_batch(name, rows=count, seed=seed)
+    return Dataset.from_dict({key: value.tolist() for key, value in batch.items()} | {"unused": list(range(count))})
+
+
+def data(name: str) -> dict[str, Dataset]:
+    return {task: task_rows(name, 4 * (index + 1), seed=index) for index, task in enumerate(TASKS)}
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(**options | changes)
+
+
+def record(model: PeftModel) -> list[dict[str, Any]]:
+    """The batches that the model will have been called with."""
+    batches: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(kwargs), with_kwargs=True)
+    return batches
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_losses_by_task(name: str, tmp_path: Path) -> None:
+    model = adapted_model(name)
+    batches = record(model)
+    # At a rate of zero, the losses can be computed after the fact.
+    trainer = HyperAdapterTrainer(model, arguments(tmp_path, learning_rate=0.0), train_dataset=data(name))
+    trainer.train()
+    model.eval()
+    batches, logs = list(batches), [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(batches) == 4
+    for entry, pair in zip(logs, (batches[:2], batches[2:]), strict=True):
+        columns = {key: torch.cat([batch[key] for batch in pair]) for key in ("tasks", *example_batch(name))}
+        ids = columns.pop("tasks")
+        assert len(ids) == 12
+        assert {key for key in entry if key.startswith("loss_")} == {f"loss_{TASKS[task]}" for task in ids.unique()}
+        for task in ids.unique():
+            alone = {key: value[ids == task] for key, value in columns.items()}
+            with torch.no_grad():
+                expected = model(**alone, tasks=TASKS[task]).loss.item()
+            assert_close(entry[f"loss_{TASKS[task]}"], expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+
+
+def test_losses_by_task_can_be_left_out(tmp_path: Path) -> None:
+    options = arguments(tmp_path, label_smoothing_factor=0.1)
+    trainer = HyperAdapterTrainer(adapted_model("bert"), options, train_dataset=data("bert"), log_task_losses=False)
+    trainer.train()
+    assert not any(key.startswith("loss_") for entry in trainer.state.log_history for key in entry)
+    smoothed = HyperAdapterTrainer(adapted_model("bert"), options, train_dataset=data("bert"))
+    smoothed.train()
+    assert any(key.startswith("loss_") for entry in smoothed.state.log_history for key in entry)
+
+
+def test_a_collator_that_carries_tasks_is_taken_as_it_is(tmp_path: Path) -> None:
+    collator = TaskCollator(default_data_collator)
+    model = adapted_model("bert")
+    batches = record(model)
+    trainer = HyperAdapterTrainer(model, arguments(tmp_path), collator, data("bert"))
+    trainer.train()
+    assert trainer.data_collator is collator
+    assert all(len(batch["tasks"]) == 6 for batch in batches)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_batches_are_drawn_by_task(limit: int, tmp_path: Path) -> None:
+    model = adapted_model("bert")
+    batches = record(model)
+    options = arguments(tmp_path, max_steps=-1, num_train_epochs=4)
+    trainer = HyperAdapterTrainer(
+        model, options, train_dataset=data("bert"), temperature=1e6, max_tasks_per_batch=limit
+    )
+    trainer.train()
+    ids = [batch["tasks"] for batch in batches]
+    assert max(len(batch.unique()) for batch in ids) == limit
+    counts = torch.cat(ids).bincount()
+    # The sizes are 4, 8 and 12, but the tasks are alike at this temperature, to one unit each epoch.
+    assert counts.max() - counts.min() <= 4 * 6 // limit
+    order = [batch["input_ids"].tolist() for batch in batches]
+    assert order[: len(order) // 4] != order[len(order) // 4 : len(order) // 2]
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def test_evaluation_by_task_and_the_best_model_on_the_mean(tmp_path: Path) -> None:
+    model = adapted_model("bert")
+    options = arguments(
+        tmp_path,
+        max_steps=8,
+        learning_rate=5e-2,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="mean_accuracy",
+        greater_is_better=True,
+    )
+    trainer = HyperAdapterTrainer(
+        model, options, train_dataset=data("bert"), eval_dataset=data("bert"), compute_metrics=accuracy
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    means = {entry["step"]: entry["eval_mean_accuracy"] for entry in history if "eval_mean_accuracy" in entry}
+    assert list(means) == [2, 4, 6, 8]
+    for step, mean in means.items():
+        single = [
+            entry[f"eval_{t}_accuracy"]
+            for t in TASKS
+            for entry in history
+            if f"eval_{t}_accuracy" in entry and entry["step"] == step
+        ]
+        assert len(single) == 3
+        assert math.isclose(mean, sum(single) / 3)
+    best = max(means, key=lambda step: (means[step], -step))
+    assert trainer.state.best_metric == means[best]
+    assert Path(trainer.state.best_model_checkpoint) == tmp_path / f"checkpoint-{best}"
+    final = trainer.evaluate()
+    assert final["eval_mean_accuracy"] == means[best]
+    assert "eval_mean_runtime" not in final
+    # Also for data that the trainer was not made with.
+    other = trainer.evaluate({"beta": data("bert")["beta"]}, metric_key_prefix="test")
+    assert other["test_mean_loss"] == other["test_beta_loss"] == final["eval_beta_loss"]
+
+
+def test_the_card_tells_the_last_results_and_the_training(tmp_path: Path) -> None:
+    model = adapted_model("bert", task_type="SEQ_CLS")
+    data_of_tasks = data("bert")
+    trainer = HyperAdapterTrainer(
+        model,
+        arguments(tmp_path, eval_strategy="steps", eval_steps=2, seed=7),
+        train_dataset=data_of_tasks,
+        eval_dataset=data_of_tasks,
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(language="en", tags="mine", model_name="my-adapter", dataset="not used")
+    card = ModelCard.load(tmp_path / "README.md")
+    check_card(card)
+    assert card.data.model_name == "my-adapter"
+    assert card.data.tags[-1] == "mine"
+    last = trainer.state.log_history
+    expected = {}
+    for task in TASKS:
+        [entry] = [entry for entry in last if f"eval_{task}_loss" in entry and entry["step"] == 4]
+        expected |= {(task, name): entry[f"eval_{task}_{name}"] for name in ("accuracy", "loss")}
+    assert {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results} == expected
+    for text in ("- steps: 4", "- batch size: 6", "- learning rate: 0.01", "- seed: 7"):
+        assert text in card.text
+    (tmp_path / "README.md").write_text("# My own words")
+    trainer.create_model_card()
+    assert "# My own words" in (tmp_path / "README.md").read_text()
+
+
+def test_a_task_that_diverged_makes_no_best_model(tmp_path: Path) -> None:
+    def broken(prediction: Any) -> dict[str, Any]:
+        return {"score": math.nan, "kind": "text"}
+
+    options = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=2, metric_for_best_model="mean_score", greater_is_better=True
+    )
+    trainer = HyperAdapterTrainer(
+        adapted_model("bert"), options, train_dataset=data("bert"), eval_dataset=data("bert"), compute_metrics=broken
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_global_step is None
+    metrics = trainer.evaluate()
+    assert math.isnan(metrics["eval_mean_score"])
+    assert "eval_mean_kind" not in metrics
+
+
+def test_early_stopping_on_the_mean(tmp_path: Path) -> None:
+    options = arguments(
+        tmp_path,
+        max_steps=20,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_mean_loss",
+        greater_is_better=False,
+    )
+    callback = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = HyperAdapterTrainer(
+        adapted_model("bert"), options, train_dataset=data("bert"), eval_dataset=data("bert"), callbacks=[callback]
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_a_position_that_diverges_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted_model("bert", normalization="none")
+    trainer = HyperAdapterTrainer(model, arguments(tmp_path), train_dataset=data("bert"), log_positions=True)
+    network = model.base_model.router.network("default")
+    names = [position.name for position in network.positions]
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logs:
+        for name in names:
+            assert entry[f"update_norm/{name}"] > 0
+            assert entry[f"grad_norm/{name}"] > 0
+    assert not caplog.records
+    with torch.no_grad():
+        network.base_norms[2] = 0.0
+    logging.enable_propagation()
+    try:
+        trainer.train()
+    finally:
+        logging.disable_propagation()
+    assert f"not finite at 1 of {len(names)} positions, the first of them {names[2]!r}" in caplog.text
+
+
+def concatenated(name: str) -> Dataset:
+    return concatenate_tasks(data(name), TASKS)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_plain_trainer_works_or_refuses(wrapped: bool, tmp_path: Path) -> None:
+    collator = TaskCollator(default_data_collator) if wrapped else default_data_collator
+    message = (
+        "Row 0 of the batch has no column 'tasks'" if wrapped else "trains 3 tasks, but this batch does not say which"
+    )
+    rows = concatenated("bert").remove_columns("unused")
+    trainer = Trainer(adapted_model("bert"), arguments(tmp_path), collator, train_dataset=rows)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    model = adapted_model("bert")
+    batches = record(model)
+    Trainer(model, arguments(tmp_path, remove_unused_columns=False), collator, train_dataset=rows).train()
+    assert all(len(batch["tasks"]) == 6 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"train_dataset": data("bert")["alpha"]},
+            ValueError,
+            "train_dataset has no column 'tasks', only ['input_ids'",
+        ),
+        ({"train_dataset": [{"input_ids": [1]}]}, TypeError, "train_dataset is of type list, but must be"),
+        ({"train_dataset": {"delta": data("bert")["alpha"]}}, ValueError, "Unknown task 'delta'"),
+        ({"eval_dataset": {"mean": data("bert")["alpha"]}}, ValueError, "eval_dataset has a task 'mean'"),
+        ({"eval_dataset": {"delta": data("bert")["alpha"]}}, ValueError, "Unknown task 'delta'"),
+        (
+            {"model": None, "model_init": base_model},
+            TypeError,
+            "got model=None, but must know the tasks from the start",
+        ),
+        ({"model": base_model("bert")}, TypeError, "BertForSequenceClassification has no hyperadapter"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": adapted_model("bert"), "train_dataset": data("bert")}
+    with pytest.raises(error, match=re.escape(message)):
+        HyperAdapterTrainer(args=arguments(tmp_path), **options | changes)
+
+
+def test_another_way_of_sampling_is_refused(tmp_path: Path) -> None:
+    options = arguments(tmp_path)
+    options.train_sampling_strategy = "group_by_length"
+    with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length' cannot be followed"):
+        HyperAdapterTrainer(adapted_model("bert"), options, train_dataset=data("bert"))

@@ -1,0 +1,198 @@
+"""torch.compile: one graph for forward and backward, and no new one when the mix of tasks changes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+
+from hyperadapt import use_tasks
+from tests.support.helpers import (
+    MIXED,
+    TASKS,
+    adapted_model,
+    adapter_parameters,
+    double,
+    enable_checkpointing,
+    example_batch,
+    letters,
+    logits,
+    two_adapters,
+)
+from tests.support.tolerances import FLOAT64_MODEL
+
+pytestmark = [
+    # Dynamo instantiates autograd functions while it traces them, and asks every tensor for its gradient; torch itself
+    # warns of both.
+    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
+
+CLOSE = {"rtol": FLOAT64_MODEL, "atol": FLOAT64_MODEL}
+MIXES = [[0, 1, 2, 0], [1, 1, 2, 0], [0, 0, 1, 1], [2, 2, 2, 2], [2, 1, 0, 2]]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(model: nn.Module) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
+    """The model as one graph (anything else raises), and what counts the compilations."""
+    if Version(torch.__version__) < Version("2.13"):
+        pytest.skip("an older torch breaks the graph where PEFT enters it")
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(model, backend=counter, fullgraph=True), counter
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    result = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
+    model.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "normalization", "num_tasks"),
+    [
+        ("bert", "soft_frobenius", 6),
+        ("llama", "soft_frobenius", 3),
+        ("llama", "spectral", 6),
+        ("llama", "sinkhorn", 3),
+        ("t5", "soft_frobenius", 3),
+    ],
+)
+def test_training_is_one_graph_for_any_mix(name: str, normalization: str, num_tasks: int) -> None:
+    tasks = [f"task {index}" for index in range(num_tasks)]
+    model = adapted_model(name, tasks=tasks, normalization=normalization).double().train()
+    graph, counter = compiled(model)
+    batch = double(example_batch(name))
+    for mix in MIXES:
+        ids = torch.tensor(mix)
+        expected = model(**batch, tasks=ids)
+        expected.loss.backward()
+        expected_gradients = gradients(model)
+        actual = graph(**batch, tasks=ids)
+        actual.loss.backward()
+        assert_close(actual.logits, expected.logits, **CLOSE)
+        assert_close(gradients(model), expected_gradients, **CLOSE)
+    assert counter.frame_count == 1
+
+
+def test_descriptions_are_part_of_the_graph() -> None:
+    sources = {"alpha": "text", "beta": "both", "gamma": "learned"}
+    descriptions = {"alpha": ["one", "two"], "beta": "three", "gamma": "four"}
+    model = adapted_model(
+        "llama", tasks=descriptions, task_embedding=sources, text_encoder=letters, conditioning="gated"
+    ).double()
+    graph, counter = compiled(model)
+    batch = double(example_batch("llama"))
+    for mix in MIXES:
+        expected, actual = (module(**batch, tasks=torch.tensor(mix) % 3) for module in (model, graph))
+        assert_close(actual.logits, expected.logits, **CLOSE)
+    assert counter.frame_count == 1
+    # In training the graph draws descriptions.
+    graph.train()
+    graph(**batch, tasks=torch.tensor([0, 1, 2, 1])).loss.backward()
+    assert all(value.isfinite().all() for value in gradients(model).values())
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_every_way_to_name_tasks(task_type: str | None) -> None:
+    model = adapted_model("llama", task_type=task_type).double()
+    batch = example_batch("llama", labels=False)
+    graph, _ = compiled(model)
+    embeddings = model.base_model.router.network("default").task_embedding.weight.detach()
+    mixed = torch.tensor([TASKS.index(task) for task in MIXED])
+    with torch.no_grad():
+        expected, alone = logits(model, batch, tasks=MIXED), logits(model, batch, tasks="beta")
+        assert (expected - alone).abs().max() > 0.1
+        assert_close(logits(graph, batch, tasks=MIXED), expected, **CLOSE)
+        assert_close(logits(graph, batch, tasks=mixed), expected, **CLOSE)
+        assert_close(logits(graph, batch, task_embeddings=embeddings[mixed]), expected, **CLOSE)
+        with use_tasks(model, mixed):
+            assert_close(logits(graph, batch), expected, **CLOSE)
+        assert_close(logits(graph, batch, tasks="beta"), alone, **CLOSE)
+        model.set_task("beta")
+        assert_close(logits(graph, batch), alone, **CLOSE)
+        model.merge_adapter()
+        assert_close(logits(graph, batch), alone, **CLOSE)
+
+
+def test_a_pinned_task_follows_the_parameters() -> None:
+    model = adapted_model("llama").double()
+    model.set_task("beta")
+    graph, counter = compiled(model)
+    batch = example_batch("llama", labels=False)
+    with torch.no_grad():
+        before = logits(graph, batch)
+        for parameter in adapter_parameters(model).values():
+            parameter.data.mul_(1.5)
+        after = logits(graph, batch)
+        model.set_task("beta")
+        assert_close(after, logits(model, batch), **CLOSE)
+    assert (after - before).abs().max() > 0.01
+    assert counter.frame_count == 1
+
+
+def test_two_adapters_at_once() -> None:
+    model = two_adapters().double()
+    model.base_model.set_adapter(["default", "second"])
+    batch, ids = example_batch("llama", labels=False), torch.tensor([0, 1, 1, 0])
+    graph, _ = compiled(model)
+    with torch.no_grad():
+        assert_close(logits(graph, batch, tasks=ids), logits(model, batch, tasks=ids), **CLOSE)
+
+
+def test_wrong_numbers_of_rows_and_ids_are_refused() -> None:
+    model = adapted_model("llama")
+    graph, _ = compiled(model)
+    batch = example_batch("llama", labels=False)
+    with torch.no_grad():
+        with pytest.raises(Exception, match="Got tasks for 2 rows, but the batch has 4"):
+            graph(**batch, tasks=torch.tensor([0, 1]))
+        for wrong in (9, -1):
+            with pytest.raises(IndexError, match="out of bounds"):
+                graph(**batch, tasks=torch.tensor([0, 1, 2, wrong]))
+
+
+def test_gradient_checkpointing() -> None:
+    model = adapted_model("llama").double().train()
+    batch, ids = double(example_batch("llama")), torch.tensor(MIXES[0])
+    model(**batch, tasks=ids).loss.backward()
+    expected = gradients(model)
+    enable_checkpointing(model, use_reentrant=False)
+    # Not one graph: the model's own checkpointing makes some of its own.
+    torch.compile(model, backend="aot_eager")(**batch, tasks=ids).loss.backward()
+    assert_close(gradients(model), expected, **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_trainer_with_inductor(tmp_path: Path) -> None:
+    def train(folder: str, **options: Any) -> Tensor:
+        model = adapted_model("llama", active=False)
+        batch = example_batch("llama", rows=8)
+        rows = [{key: value[row] for key, value in batch.items()} | {"tasks": row % 3} for row in range(8)]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
+        return torch.tensor(Trainer(model, arguments, train_dataset=rows).train().training_loss)
+
+    assert_close(train("compiled", torch_compile=True), train("eager"), rtol=1e-4, atol=0)
