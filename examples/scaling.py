@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "Qwen2.5-0.5B": Qwen2Config(

@@ -8,7 +8,8 @@ from hyperadapt.loras.distillation import Distillation, distill
 from hyperadapt.loras.export import export_lora, export_loras, generate_lora
 from hyperadapt.normalization.normalize import normalize
 from hyperadapt.plugin import register as _register
-from hyperadapt.tuner.model import HyperAdapterModel, use_tasks
+from hyperadapt.tuner.active import use_tasks
+from hyperadapt.tuner.model import HyperAdapterModel
 
 __version__ = "0.1.0"
 __all__ = [

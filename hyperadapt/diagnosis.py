@@ -13,8 +13,8 @@ from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.hypernetwork.updates import pairwise_inner_products, singular_values
-from hyperadapt.tasks.embedding import resolve_task_ids
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tasks.ids import resolve_task_ids
+from hyperadapt.tuner.active import find_tuner
 
 # A share of the squared norm: what tells the tasks' updates apart then is below a tenth (√0.01) of the updates' norm.
 # With random heads, before any training, the share is above 0.1.

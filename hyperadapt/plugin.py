@@ -1,27 +1,44 @@
-"""Registration of the method with PEFT."""
+"""All that is changed in PEFT.
+
+- Three mappings get this method, when the package is imported.
+- A ``PeftModel`` with a hyperadapter keeps ``tasks`` and ``task_embeddings`` from the base model, loads adapters with
+  checks of its own, and publishes with our card. It is changed when it is made; no other model is touched or watched.
+"""
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+from peft import PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from hyperadapt.config.config import HyperAdapterConfig, HyperAdapterType
+from hyperadapt.hub.push import create_or_update_model_card, push_to_hub
+from hyperadapt.tuner.loading import load_adapter
 from hyperadapt.tuner.model import HyperAdapterModel
+
+ROUTING_ARGUMENTS = ("tasks", "task_embeddings")
+METHODS: dict[str, Callable[..., Any]] = {
+    "load_adapter": load_adapter,
+    "push_to_hub": push_to_hub,
+    "create_or_update_model_card": create_or_update_model_card,
+}
 
 
 def register() -> None:
-    """Make PEFT know the method; harmless if done again.
+    """Make PEFT know the method; harmless if done again, and refused if another package has taken name or prefix.
 
     PEFT's ``register_peft_method`` takes only members of its closed ``PeftType`` enum, so the three
     mappings it fills are filled here, with a type of our own.
-
-    Raises:
-        RuntimeError: If another package has taken the name or the prefix.
     """
     kind, prefix = HyperAdapterType.HYPERADAPTER, HyperAdapterModel.prefix
     configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
@@ -41,3 +58,24 @@ def register() -> None:
     configs[kind] = HyperAdapterConfig
     tuners[kind] = HyperAdapterModel
     prefixes[kind] = prefix
+    HyperAdapterModel.on_injected = staticmethod(await_peft_model)
+
+
+def await_peft_model(tuner: nn.Module) -> None:
+    """Change the ``PeftModel`` that a new tuner becomes part of; a tuner is never told which.
+
+    PEFT strips the names in ``special_peft_forward_args`` everywhere, generate's argument check and disabled adapters
+    included. The hook goes when the tuner has found its model, or is gone.
+    """
+    reference = weakref.ref(tuner)
+
+    def adopt(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        own = reference()
+        if own is None or submodule is own:
+            handle.remove()
+        if own is not None and submodule is own and isinstance(module, PeftModel):
+            module.special_peft_forward_args.update(ROUTING_ARGUMENTS)
+            # Partials, unlike closures, follow the model through copy and pickle.
+            module.__dict__.update({name: functools.partial(method, module) for name, method in METHODS.items()})
+
+    handle = register_module_module_registration_hook(adopt)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.normalization import NORMALIZATIONS
-from hyperadapt.tasks.embedding import encoders
+from hyperadapt.tasks import encoders
 from hyperadapt.tuner import loading
 from hyperadapt.tuner.layer import HyperAdapterLayer
 from tests.support.helpers import WRITES_COMPLEX

@@ -1,15 +1,18 @@
 """The method as PEFT sees it."""
 
+import gc
 import re
 from pathlib import Path
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from torch import nn
+from torch.nn.modules.module import _global_module_registration_hooks
 
 from hyperadapt import HyperAdapterConfig, HyperAdapterModel
 from hyperadapt.config.config import HyperAdapterType
@@ -76,9 +79,10 @@ members = list(peft.PeftType)
 import hyperadapt
 assert list(peft.PeftType) == members
 assert "HYPERADAPTER" not in peft.PeftType.__members__
-import hyperadapt.config.config, hyperadapt.tuner.model, hyperadapt.plugin
 import importlib
-for module in (hyperadapt.config.config, hyperadapt.tuner.layer, hyperadapt.tuner.model, hyperadapt.plugin, hyperadapt):
+names = ["tuner." + name for name in ("layer", "layer_types", "loading", "building", "model")]
+names = ["config.config", *names, "plugin"]
+for module in [*(importlib.import_module("hyperadapt." + name) for name in names), hyperadapt]:
     importlib.reload(module)
 import torch
 model = peft.get_peft_model(
@@ -94,3 +98,57 @@ def test_importing_and_reloading_in_a_fresh_process() -> None:
     assert result.stdout == ""
     # PEFT imports torchao where it is installed, which may complain about its own libraries.
     assert "hyperadapt" not in result.stderr
+
+
+WATCHED = """
+import torch
+from torch.nn.modules import module
+from torch.optim import optimizer
+import hyperadapt
+from transformers import LlamaConfig, LlamaForCausalLM
+
+calls = []
+def own(hooks):
+    return [hook for hook in hooks.values() if "hyperadapt" in getattr(hook, "__module__", "")]
+for name, hooks in vars(module).items():
+    if name.startswith("_global_") and isinstance(hooks, dict):
+        assert own(hooks) == [], name
+for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks):
+    assert own(hooks) == []
+config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=16)
+import sys
+def watch(frame, event, argument):
+    if event == "call" and "hyperadapt" in frame.f_code.co_filename.split("site-packages")[-1]:
+        calls.append(frame.f_code.co_qualname)
+sys.setprofile(watch)
+model = LlamaForCausalLM(config)
+optimizer = torch.optim.AdamW(model.parameters())
+model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+optimizer.step()
+sys.setprofile(None)
+print(len(calls), calls[:3])
+"""
+
+
+def test_a_plain_model_calls_nothing_of_this_package() -> None:
+    assert run_python(WATCHED).stdout == "0 []\n"
+
+
+def watchers() -> list[object]:
+    return [hook for hook in _global_module_registration_hooks.values() if "hyperadapt" in hook.__module__]
+
+
+def test_the_hook_that_finds_the_peft_model_goes_when_it_has_found_it_or_its_tuner_is_gone() -> None:
+    config = HyperAdapterConfig(target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    assert watchers() == []
+    assert {"tasks", "task_embeddings"} <= model.special_peft_forward_args
+    with pytest.raises(ValueError, match="nothing"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), HyperAdapterConfig(target_modules=["nothing"]))
+    alone: HyperAdapterModel | None = HyperAdapterModel(nn.Sequential(nn.Linear(4, 4)), config, "default")
+    assert alone is not None
+    assert len(watchers()) >= 1
+    del alone
+    gc.collect()
+    nn.Sequential(nn.Linear(4, 4))
+    assert watchers() == []

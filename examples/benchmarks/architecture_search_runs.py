@@ -23,7 +23,7 @@ from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.hypernetwork import Generated
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.trainer import TASK_COLUMN
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 ALL = r".*\.(query|key|value|dense)"
 TARGETS = {

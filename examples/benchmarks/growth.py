@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from examples.benchmarks.growth_report import Row, report
 from examples.benchmarks.rows import environment, save_rows
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 METHODS = ("hyperadapt", "N LoRAs")
 QUANTILES = (0.2, 0.5, 0.8)

@@ -20,7 +20,7 @@ from examples.benchmarks.speed_calls import Call
 from examples.scaling import CONFIGS, adapted
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 TURN_MS = 50.0
 Turns = dict[str, list[float]]

@@ -22,7 +22,7 @@ from hyperadapt.cards.snippets import base_model_of, lora_usage, usage
 from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 CARD = "README.md"
 MARKER = "<!-- Written by hyperadapt, which may write it anew. Delete this line to keep your own words. -->"

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from torch import nn
 
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

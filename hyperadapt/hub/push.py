@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -22,12 +21,10 @@ from huggingface_hub.utils._validators import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from hyperadapt.cards.card import CARD, addressed, may_be_written_anew, write_card
 from hyperadapt.config.checks import shown
-from hyperadapt.tuner.model import HyperAdapterModel, find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 # Of PEFT, of MLX and of diffusers.
 _LAYOUTS = (
@@ -141,7 +138,7 @@ def push(  # noqa: DOC502, DOC503
     return _publish(Path(source), target)
 
 
-def _push_to_hub(
+def push_to_hub(
     model: PeftModel,
     repo_id: str,
     *,
@@ -159,19 +156,9 @@ def _push_to_hub(
     return _push_model(model, list(model.peft_config), target, tags or ())
 
 
-def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
+def create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
+    """The method of ``PeftModel``, which saving calls: our card."""
     write_card(model, output_dir)
-
-
-def _publish_with_cards(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Have a ``PeftModel`` write our card, where PEFT and transformers would write theirs."""
-    if isinstance(submodule, HyperAdapterModel) and isinstance(module, PeftModel):
-        # A partial, unlike a closure, follows the model through copy and pickle.
-        module.__dict__["push_to_hub"] = functools.partial(_push_to_hub, module)
-        module.__dict__["create_or_update_model_card"] = functools.partial(_create_or_update_model_card, module)
-
-
-register_module_module_registration_hook(_publish_with_cards)
 
 
 def _push_model(model: PeftModel, names: list[str], target: _Target, tags: Sequence[str] = ()) -> CommitInfo:

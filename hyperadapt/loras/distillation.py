@@ -19,8 +19,8 @@ from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.hypernetwork.updates import inner_product
 from hyperadapt.loras.reading import Lora, read_lora
-from hyperadapt.tasks.embedding import resolve_task_ids
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tasks.ids import resolve_task_ids
+from hyperadapt.tuner.active import find_tuner
 
 _MAX_STEPS = 10**9
 # Adam's first steps are of full size in every entry, whatever the gradient; a short rise keeps them from mattering.

@@ -20,9 +20,10 @@ from hyperadapt.config.task_fields import descriptions_of
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.loras.writing import FORMATS, Lora, padded, uniform_rank
-from hyperadapt.tasks.embedding import resolve_task_ids
+from hyperadapt.tasks.ids import resolve_task_ids
+from hyperadapt.tuner.active import find_tuner
 from hyperadapt.tuner.layer import HyperAdapterLayer
-from hyperadapt.tuner.model import HyperAdapterModel, find_tuner
+from hyperadapt.tuner.model import HyperAdapterModel
 
 # The network is called for so many tasks at once; the factors of that many are in memory.
 _TASKS_AT_ONCE = 16

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hyperadapt.config.checks import shown
-from hyperadapt.tuner.layer import HyperAdapterEmbedding, HyperAdapterLayer, HyperAdapterLinear
+from hyperadapt.tuner.layer import HyperAdapterLayer
+from hyperadapt.tuner.layer_types import HyperAdapterEmbedding, HyperAdapterLinear
 
 # Servers make room for LoRAs of these ranks.
 RANKS = (8, 16, 32, 64, 128, 256)

@@ -13,7 +13,7 @@ from torch import nn
 
 from hyperadapt.config.checks import check_choice, check_names
 from hyperadapt.diagnosis import diagnose
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 try:
     from matplotlib.figure import Figure

@@ -1,16 +1,13 @@
-"""The factors of the current forward pass, and which task each row of an activation uses."""
+"""One forward pass as data: the factors generated for it, and which task each row of an activation uses."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.positions import Position
@@ -32,7 +29,7 @@ class Routed:
 
 
 @dataclass
-class Scope:
+class ForwardPass:
     """One forward (or generate) call.
 
     Args:
@@ -49,14 +46,7 @@ class Scope:
     length: int | None = None
 
     def observe(self, model_input: Tensor) -> None:
-        """Take note of the base model's input; the first one must have a row per task, later ones may be beams.
-
-        Args:
-            model_input: Main input of the base model, shape ``(batch, ...)``.
-
-        Raises:
-            ValueError: If the number of tasks is not the number of rows.
-        """
+        """Note the base model's input ``(batch, ...)``; the first must have a row per task, later ones may be beams."""
         self.batch_size = len(model_input)
         # Token ids or embeddings; other inputs have no tokens in their second dimension.
         self.length = model_input.shape[1] if model_input.ndim in (2, 3) else None
@@ -68,19 +58,9 @@ class Scope:
         self.num_rows = None
 
     def rows_of(self, rows: Tensor, x: Tensor, position: Position) -> Tensor:
-        """The task of each element of an activation's first dimension.
+        """The task of each element of an activation's first dimension, shape ``(len(x),)``.
 
-        Args:
-            rows: Task of each row of the batch, shape ``(batch,)``.
-            x: The activation; its first dimension is the batch, the batch with each row repeated (beams,
-                windows), or the batch's tokens, flattened.
-            position: Where the activation goes in.
-
-        Returns:
-            Shape ``(len(x),)``.
-
-        Raises:
-            ValueError: If rows cannot be told apart in the activation.
+        That dimension is the batch, the batch with each row repeated (beams, windows), or the batch's flattened tokens.
         """
         size = len(x)
         if not self._keeps_rows(len(rows), x, position):
@@ -106,58 +86,8 @@ class Scope:
         return self.length is not None and size in (num_rows * self.length, self.batch_size * self.length)
 
 
-class ScopeOwner:
-    """What scopes are opened for. While a graph is traced, the open scope is kept here: contexts cannot be traced."""
-
-    def __init__(self) -> None:
-        self.traced_scope: Scope | None = None
-
-
-# By owner, and not an attribute of it: each thread sees its own forward pass, and a router can be copied.
-_current: ContextVar[Mapping[int, Scope]] = ContextVar("hyperadapt_scopes", default=MappingProxyType({}))
-
-
-def current_scope(owner: ScopeOwner) -> Scope | None:
-    """The scope that is open in this thread.
-
-    Args:
-        owner: Whose scope.
-
-    Returns:
-        The innermost scope, or None.
-    """
-    if torch.compiler.is_compiling() and owner.traced_scope is not None:
-        return owner.traced_scope
-    scope: Scope | None = _scope_of_context(owner)
-    return scope
-
-
-# Only reached by a graph of less than the whole model, which has to break here.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _scope_of_context(owner: ScopeOwner) -> Scope | None:
-    return _current.get().get(id(owner))
-
-
-@contextmanager
-def installed(owner: ScopeOwner, scope: Scope) -> Iterator[None]:
-    """Make a scope the current one of this thread.
-
-    Args:
-        owner: Whose scope.
-        scope: The scope.
-
-    Yields:
-        None.
-    """
-    if torch.compiler.is_compiling():
-        outer, owner.traced_scope = owner.traced_scope, scope
-        try:
-            yield
-        finally:
-            owner.traced_scope = outer
-        return
-    token = _current.set({**_current.get(), id(owner): scope})
-    try:
-        yield
-    finally:
-        _current.reset(token)
+def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first input of a base model that is a tensor with rows, from which their number is told; None without one."""
+    names = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
+    candidates = (*args[:1], *(kwargs.get(name) for name in names))
+    return next((value for value in candidates if isinstance(value, Tensor) and value.ndim), None)

@@ -5,111 +5,64 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextvars import ContextVar
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
-from hyperadapt.routing.forward_pass import Routed, Scope, ScopeOwner, current_scope, installed
-from hyperadapt.tasks.embedding import can_read, resolve_task_ids
+from hyperadapt.routing.forward_pass import ForwardPass, Routed
+from hyperadapt.routing.kept_factors import KeptFactors, state_of
+from hyperadapt.routing.requests import Request
+from hyperadapt.tasks.ids import can_read, resolve_task_ids
 
-# Of pinned tasks, so that going back to one is a look-up; each takes the memory of a LoRA.
-KEPT_TASKS = 8
-Tasks = str | Sequence[str] | Tensor
 _GIVE_TASKS = (
     "Pass tasks= with the batch. Trainer drops such a column unless it is given remove_unused_columns=False, and other "
     "data collators drop it too: see HyperAdapterTrainer and TaskCollator. Or pin a task with set_task."
 )
 
-
-@dataclass(frozen=True)
-class Request:
-    """What a caller asked for: tasks, or task embeddings.
-
-    Args:
-        tasks: One name for all rows, one name per row, or integer ids ``(batch,)``.
-        task_embeddings: Shape ``(batch, task_embedding_dim)``, or ``(task_embedding_dim,)`` for all rows: for
-            conditions that have no id.
-
-    Raises:
-        ValueError: If both are given.
-    """
-
-    tasks: Tasks | None = None
-    task_embeddings: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.tasks is not None and self.task_embeddings is not None:
-            raise ValueError(
-                f"Both tasks={self.tasks!r} and task_embeddings of shape {tuple(self.task_embeddings.shape)} were "
-                "given; pass one of the two."
-            )
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the caller asked for nothing."""
-        return self.tasks is None and self.task_embeddings is None
-
-    @property
-    def num_rows(self) -> int | None:
-        """Number of rows asked for; None if one task is meant for all."""
-        if self.task_embeddings is not None:
-            return None if self.task_embeddings.ndim == 1 else len(self.task_embeddings)
-        return None if self.tasks is None or isinstance(self.tasks, str) else len(self.tasks)
+# By router, and not an attribute of it: each thread sees its own forward pass, and a router can be copied.
+_current: ContextVar[Mapping[int, ForwardPass]] = ContextVar("hyperadapt_forward_passes", default=MappingProxyType({}))
 
 
-class Router(ScopeOwner):
+class Router:
     """Keeps requests and factors where every adapted layer can find them.
 
-    A plain object on purpose: layers share it without registering the networks a second time.
-
-    Args:
-        networks: The networks by adapter name, as registered on the tuner model.
+    A plain object on purpose: layers share it without registering the networks a second time. The networks are by
+    adapter name, as registered on the tuner model.
     """
 
     def __init__(self, networks: nn.ModuleDict) -> None:
-        super().__init__()
         self.networks = networks
         self.pinned: dict[str, str] = {}
         self.merged: dict[str, str] = {}
         self.requests: list[Request] = []
-        self._cache: dict[str, tuple[object, dict[str, dict[str, Factors]]]] = {}
+        self._kept = KeptFactors()
+        # While a graph is traced the pass is here: contexts cannot be traced.
+        self._traced: ForwardPass | None = None
         self._warned = False
 
     def network(self, adapter_name: str) -> HyperAdapterNetwork:
-        """The network of an adapter.
-
-        Args:
-            adapter_name: The adapter.
-
-        Returns:
-            Its network.
-        """
+        """The network of an adapter."""
         network = self.networks[adapter_name]
         assert isinstance(network, HyperAdapterNetwork)
         return network
 
+    def only(self, adapter_names: Sequence[str]) -> tuple[str, HyperAdapterNetwork]:
+        """Name and network of the one active adapter, for what works on one."""
+        if len(adapter_names) != 1:
+            raise ValueError(f"One adapter must be active, but {list(adapter_names)} are. Set one with set_adapter.")
+        return adapter_names[0], self.network(adapter_names[0])
+
     @contextmanager
-    def open(self, request: Request, adapter_names: Iterable[str], model_input: Tensor | None) -> Iterator[None]:  # noqa: DOC502
-        """Generate the factors of a forward pass and keep them for its duration.
+    def open(self, request: Request, adapter_names: Iterable[str], model_input: Tensor | None) -> Iterator[None]:
+        """Generate the factors of a forward pass of the active adapters and keep them for its duration.
 
-        Args:
-            request: What the call asked for; if empty, the innermost ``use_tasks``, the pinned task or
-                the default task decides.
-            adapter_names: The active adapters.
-            model_input: Main input of the base model, shape ``(batch, ...)``; None if it is not known yet.
-
-        Yields:
-            None.
-
-        Raises:
-            ValueError: If the number of tasks is not the number of rows, or other tasks than the merged
-                one are asked for.
+        An empty request means the innermost ``use_tasks``, the pinned task or the default task. The main input of the
+        base model, shape ``(batch, ...)``, is None if it is not known yet.
         """
         if request.is_empty and self.requests:
             request = self.requests[-1]
@@ -119,33 +72,45 @@ class Router(ScopeOwner):
                 self._check_merged(name, request)
             else:
                 routed[name] = self._route(name, request)
-        scope = Scope(routed, request.num_rows)
+        forward_pass = ForwardPass(routed, request.num_rows)
         if model_input is not None:
-            scope.observe(model_input)
-        with installed(self, scope):
+            forward_pass.observe(model_input)
+        with self.installed(forward_pass):
             yield
 
-    def lookup(  # noqa: DOC502
-        self, adapter_name: str, position: Position, x: Tensor
-    ) -> tuple[Factors, Tensor | None]:
-        """The factors that a layer applies now.
+    @contextmanager
+    def installed(self, forward_pass: ForwardPass) -> Iterator[None]:
+        """Make a forward pass the current one of this thread."""
+        if torch.compiler.is_compiling():
+            outer, self._traced = self._traced, forward_pass
+            try:
+                yield
+            finally:
+                self._traced = outer
+            return
+        token = _current.set({**_current.get(), id(self): forward_pass})
+        try:
+            yield
+        finally:
+            _current.reset(token)
 
-        Args:
-            adapter_name: The adapter.
-            position: The layer's position.
-            x: The layer's input.
+    @property
+    def current(self) -> ForwardPass | None:
+        """The innermost forward pass of this thread."""
+        if torch.compiler.is_compiling() and self._traced is not None:
+            return self._traced
+        found: ForwardPass | None = _current_of(self)
+        return found
 
-        Returns:
-            The current forward pass's factors, and the task of each element of the first dimension of `x` (None: one
-            task for all, or one for each, in order). Outside of a forward pass (a submodule is called on its own) the
-            factors are generated for this position alone and the task in force.
+    def lookup(self, adapter_name: str, position: Position, x: Tensor) -> tuple[Factors, Tensor | None]:
+        """The factors that a layer applies to its input now, and the task of each element of the first dimension.
 
-        Raises:
-            RuntimeError: If the call recomputes a forward pass whose factors are out of reach.
+        None as tasks: one for all, or one for each, in order. Outside of a forward pass (a submodule is called on its
+        own) the factors are generated for this position alone and the task in force.
         """
-        scope = current_scope(self) or Scope({})
-        routed = scope.routed.get(adapter_name) or self._route_alone(adapter_name, position)
-        rows = None if routed.rows is None else scope.rows_of(routed.rows, x, position)
+        forward_pass = self.current or ForwardPass({})
+        routed = forward_pass.routed.get(adapter_name) or self._route_alone(adapter_name, position)
+        rows = None if routed.rows is None else forward_pass.rows_of(routed.rows, x, position)
         # Where each row has a task of its own, no factors need to be picked.
         return routed.factors[position.name], None if rows is routed.rows and routed.is_one_to_one else rows
 
@@ -162,14 +127,7 @@ class Router(ScopeOwner):
         return self._route(adapter_name, request, [position])
 
     def task_in_force(self, adapter_name: str) -> str:
-        """Name of the task of calls that ask for none: the pinned one, else the default with one warning.
-
-        Args:
-            adapter_name: The adapter.
-
-        Returns:
-            The task's name.
-        """
+        """Name of the task of calls that ask for none: the pinned one, else the default with one warning."""
         if adapter_name in self.pinned:
             return self.pinned[adapter_name]
         config = self.network(adapter_name).config
@@ -189,29 +147,14 @@ class Router(ScopeOwner):
         positions: Sequence[Position] | None = None,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Factors]:
-        """Generate the factors of one task.
-
-        Args:
-            adapter_name: The adapter.
-            task: Name of the task.
-            positions: The positions to generate; None for all.
-            dtype: Of A and B; None for the network's own.
-
-        Returns:
-            The factors by position name, for one task.
-        """
+        """Factors of one task by position name; of all positions and in the network's dtype, unless told otherwise."""
         network = self.network(adapter_name)
         task_ids = resolve_task_ids([task], network.config.task_names)
         factors: dict[str, Factors] = network(task_ids, positions, dtype)
         return factors
 
     def pin(self, adapter_name: str, task: str | None) -> None:
-        """Pin a task. Unpinning, or pinning a task again, drops all factors that were kept.
-
-        Args:
-            adapter_name: The adapter.
-            task: The task; None to unpin.
-        """
+        """Pin a task, or unpin with None. Unpinning, or pinning a task again, drops all factors that were kept."""
         if task in (None, self.pinned.get(adapter_name)):
             self.drop_factors(adapter_name)
         if task is None:
@@ -220,21 +163,14 @@ class Router(ScopeOwner):
             self.pinned[adapter_name] = task
 
     def drop_factors(self, adapter_name: str) -> None:
-        """Let factors of pinned tasks be generated anew when they are next needed.
-
-        Args:
-            adapter_name: The adapter.
-        """
-        self._cache.pop(adapter_name, None)
+        """Let factors of pinned tasks be generated anew when they are next needed."""
+        self._kept.drop(adapter_name)
 
     def forget(self, adapter_name: str) -> None:
-        """Drop what is kept about an adapter.
-
-        Args:
-            adapter_name: The adapter.
-        """
-        for kept in (self.pinned, self.merged, self._cache):
-            kept.pop(adapter_name, None)
+        """Drop what is kept about an adapter."""
+        for tasks in (self.pinned, self.merged):
+            tasks.pop(adapter_name, None)
+        self.drop_factors(adapter_name)
 
     def _route(self, adapter_name: str, request: Request, positions: Sequence[Position] | None = None) -> Routed:
         network = self.network(adapter_name)
@@ -245,11 +181,11 @@ class Router(ScopeOwner):
             self.drop_factors(adapter_name)
         elif request.is_empty and adapter_name in self.pinned and positions is None and not compiling:
             return Routed(self._pinned_factors(adapter_name), None)
-        tasks = request.tasks
-        if request.task_embeddings is not None:
-            embeddings = _check_embeddings(request.task_embeddings, network.config.task_embedding_dim)
+        embeddings = request.embeddings(network.config.task_embedding_dim)
+        if embeddings is not None:
             rows = torch.arange(len(embeddings), device=embeddings.device) if len(embeddings) > 1 else None
             return Routed(network(embeddings, positions, _autocast_dtype(network)), rows, is_one_to_one=True)
+        tasks = request.tasks
         if tasks is None:
             self._check_training(adapter_name)
             tasks = self.task_in_force(adapter_name)
@@ -276,15 +212,9 @@ class Router(ScopeOwner):
     def _pinned_factors(self, adapter_name: str) -> dict[str, Factors]:
         network = self.network(adapter_name)
         task, dtype = self.pinned[adapter_name], _autocast_dtype(network)
-        versions = dtype, *_versions(network)
-        known_versions, known = self._cache.get(adapter_name, (versions, {}))
-        # A copy, since other threads may read; the task used last comes last.
-        kept = dict(known) if known_versions == versions else {}
-        factors = kept.pop(task, None) or self.factors_of_task(adapter_name, task, dtype=dtype)
-        kept[task] = factors
-        if len(kept) > KEPT_TASKS:
-            del kept[next(iter(kept))]
-        self._cache[adapter_name] = versions, kept
+        state = state_of(network, dtype)
+        factors = self._kept.find(adapter_name, task, state) or self.factors_of_task(adapter_name, task, dtype=dtype)
+        self._kept.keep(adapter_name, task, state, factors)
         return factors
 
     def _check_merged(self, adapter_name: str, request: Request) -> None:
@@ -320,54 +250,7 @@ def _autocast_dtype(network: HyperAdapterNetwork) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if is_enabled else None
 
 
-def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a base model is called with, from which the number of rows is told.
-
-    Args:
-        model: The base model.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Returns:
-        The first input that is a tensor with rows; None if there is none.
-    """
-    names = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
-    candidates = (*args[:1], *(kwargs.get(name) for name in names))
-    return next((value for value in candidates if isinstance(value, Tensor) and value.ndim), None)
-
-
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-# Fused optimisers write to parameters without counting versions.
-register_optimizer_step_post_hook(_count_optimizer_step)
-
-
-def _versions(network: nn.Module) -> tuple[object, ...]:
-    """What changes whenever a tensor of the network is replaced, moved, cast or written to."""
-    tensors = [*network.parameters(), *network.buffers()]
-    # Tensors made in inference mode count no versions; nothing may be kept for them.
-    versions = (object() if t.is_inference() else (t.data_ptr(), t._version, t.dtype) for t in tensors)
-    return _optimizer_steps, *versions
-
-
-def _check_embeddings(task_embeddings: Tensor, task_embedding_dim: int) -> Tensor:
-    """Embeddings in two dimensions."""
-    if not task_embeddings.is_floating_point():
-        raise TypeError(
-            f"task_embeddings has dtype {task_embeddings.dtype}, but embeddings are floating point. Task ids go into "
-            "tasks=."
-        )
-    if task_embeddings.shape == (task_embedding_dim,):
-        return task_embeddings[None]
-    if task_embeddings.ndim != 2 or not len(task_embeddings) or task_embeddings.shape[1] != task_embedding_dim:
-        raise ValueError(
-            f"task_embeddings has shape {tuple(task_embeddings.shape)}, but must have shape "
-            f"(batch, {task_embedding_dim}), or ({task_embedding_dim},) for all rows."
-        )
-    return task_embeddings
+# Only reached by a graph of less than the whole model, which has to break here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _current_of(router: Router) -> ForwardPass | None:
+    return _current.get().get(id(router))

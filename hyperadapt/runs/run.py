@@ -38,7 +38,7 @@ from hyperadapt.runs.training import (
     training_facts,
     write_line,
 )
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 # Of more, that many are drawn: all of them are run through the model from up to 66 starting points.
 MAX_EXAMPLES = 256

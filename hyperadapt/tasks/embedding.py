@@ -1,4 +1,4 @@
-"""Tasks as users name them, and their embeddings: learned, from text, or both."""
+"""Task embeddings: learned, from text, or both."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm
-
-from hyperadapt.config.checks import shown
 
 # How often training leaves out the learned part where a task has text too: otherwise the text would go unused, and a
 # description alone would mean nothing.
@@ -23,13 +21,8 @@ class TaskEmbedding(nn.Module):
     directions; the hypernetwork reads only an embedding's direction (see ``Hypernetwork``). Where a task
     has text too, its learned vector starts at zero, and training leaves it out half of the time, so that the text
     alone stands for the task as well as it can. Of several descriptions, training draws one for each forward pass; in
-    evaluation their mean counts.
-
-    Args:
-        sources: ``"learned"``, ``"text"`` or ``"both"`` for each task.
-        num_descriptions: Number of descriptions of each task; 0 for learned ones.
-        task_embedding_dim: Size of an embedding.
-        text_embedding_dim: Size of a description's vector; None if no task has text.
+    evaluation their mean counts. ``num_descriptions`` is 0 for learned tasks; ``text_embedding_dim`` is None if no task
+    has text.
     """
 
     text_vectors: Tensor
@@ -71,26 +64,12 @@ class TaskEmbedding(nn.Module):
         self._most = max(num_descriptions)
 
     def set_text_vectors(self, text_vectors: Tensor) -> None:
-        """Fill in the descriptions' vectors.
-
-        Args:
-            text_vectors: Shape ``(descriptions, text_embedding_dim)``, all descriptions of the first task first.
-        """
+        """Fill in the descriptions' vectors ``(descriptions, text_embedding_dim)``, those of the first task first."""
         self.text_vectors = text_vectors.to(self.text_vectors.device)
         self.has_vectors = True
 
     def forward(self, task_ids: Tensor) -> Tensor:
-        """Look up task embeddings.
-
-        Args:
-            task_ids: Task ids, shape ``(n,)``, int64.
-
-        Returns:
-            Embeddings, shape ``(n, task_embedding_dim)``.
-
-        Raises:
-            RuntimeError: If the descriptions' vectors were to come from a file that was never loaded.
-        """
+        """Embeddings ``(n, task_embedding_dim)`` of task ids ``(n,)``, int64."""
         if self.is_all_learned:
             return embedding(task_ids, self.weight)
         if not self.has_vectors:
@@ -113,25 +92,18 @@ class TaskEmbedding(nn.Module):
         return embeddings
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Embeddings of descriptions.
-
-        Args:
-            vectors: Vectors of descriptions, shape ``(..., text_embedding_dim)``; only the direction counts.
-
-        Returns:
-            Shape ``(..., task_embedding_dim)``.
-        """
+        """Embeddings ``(..., task_embedding_dim)`` of descriptions' vectors; only their direction counts."""
         vectors = rms_norm(vectors.to(self.text_projection.weight.dtype), vectors.shape[-1:])
         projected: Tensor = self.text_projection(vectors)
         return projected
 
-    def _vectors(self, task_ids: Tensor, draw: bool) -> Tensor:
-        """A vector of each task's text; any for tasks without."""
+    def _vectors(self, task_ids: Tensor, one: bool) -> Tensor:
+        """A vector of each task's text, of one description or the sum over all; any for tasks without."""
         first, count = _look_up(self._first, task_ids), _look_up(self._count, task_ids)
         last = len(self.text_vectors) - 1
-        if draw:
-            drawn = (torch.rand(len(task_ids), device=task_ids.device) * count).long()
-            return self.text_vectors[(first + drawn).clamp(max=last)]
+        if one:
+            choice = (torch.rand(len(task_ids), device=task_ids.device) * count).long()
+            return self.text_vectors[(first + choice).clamp(max=last)]
         steps = torch.arange(self._most, device=task_ids.device)
         vectors = self.text_vectors[(first[:, None] + steps).clamp(max=last)]
         directions = rms_norm(vectors, vectors.shape[-1:])
@@ -144,77 +116,3 @@ class TaskEmbedding(nn.Module):
 
 def _look_up(values: Tensor, task_ids: Tensor) -> Tensor:
     return values.to(task_ids.device, non_blocking=True)[task_ids]
-
-
-def can_read(task_ids: Tensor) -> bool:
-    """Whether the values of task ids can be looked at without harm.
-
-    Args:
-        task_ids: The ids.
-
-    Returns:
-        False while a graph is traced, which must not depend on them, and on other devices than the CPU, for whose work
-        in progress the host would have to wait.
-    """
-    return task_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def resolve_task_ids(tasks: str | Sequence[str] | Tensor, task_names: Sequence[str]) -> Tensor:
-    """Turn tasks as users name them into task ids.
-
-    Args:
-        tasks: One name for all rows, one name per row, or an integer tensor of ids ``(batch,)``.
-        task_names: The known tasks; a task's id is its place here.
-
-    Returns:
-        int64 ids: shape ``()`` for one name for all rows, else ``(batch,)``.
-
-    Raises:
-        TypeError: If `tasks` is of another type.
-        ValueError: If a name is unknown, an id is out of range, or there is no row. Ids that ``can_read`` says are not
-            to be read fail where they are looked up, which those of an only task never are.
-    """
-    if isinstance(tasks, Tensor):
-        return _check_task_ids(tasks, task_names)
-    places = {name: place for place, name in enumerate(task_names)}
-    if isinstance(tasks, str):
-        return torch.tensor(_task_id(tasks, places), device="cpu")
-    if not isinstance(tasks, Sequence):
-        raise TypeError(
-            f"tasks={tasks!r} must be a task name, a list of names (one per row) or an integer tensor of ids, not "
-            f"{type(tasks).__name__}."
-        )
-    if not tasks:
-        raise ValueError("tasks is empty; pass one task per row of the batch, or one name for all rows.")
-    return torch.tensor([_task_id(task, places) for task in tasks], device="cpu")
-
-
-def _task_id(task: object, places: dict[str, int]) -> int:
-    if not isinstance(task, str):
-        raise TypeError(
-            f"A list of tasks must hold names, but holds {task!r} ({type(task).__name__}). Pass ids as an integer "
-            "tensor."
-        )
-    if task not in places:
-        raise ValueError(f"Unknown task {task!r}. Known tasks: {shown(list(places))}.")
-    return places[task]
-
-
-def _check_task_ids(task_ids: Tensor, task_names: Sequence[str]) -> Tensor:
-    if task_ids.dtype == torch.bool or task_ids.is_floating_point() or task_ids.is_complex():
-        raise TypeError(f"tasks is a tensor of dtype {task_ids.dtype}; task ids must be integers.")
-    if task_ids.ndim != 1 or not len(task_ids):
-        raise ValueError(
-            f"tasks is a tensor of shape {tuple(task_ids.shape)}; task ids must have shape (batch,), one per row."
-        )
-    if not can_read(task_ids):
-        # Look-ups refuse ids past the end, but would count negative ones from there.
-        return torch.where(task_ids < 0, len(task_names), task_ids.long())
-    wrong = (task_ids < 0) | (task_ids >= len(task_names))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"Task id {int(task_ids[row])} in row {row} is out of range: there are {len(task_names)} tasks, "
-            f"{shown(list(task_names))}."
-        )
-    return task_ids.long()

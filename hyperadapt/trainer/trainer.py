@@ -19,7 +19,7 @@ from hyperadapt.trainer.batches import TASK_COLUMN, TaskCollator, TaskSampler, c
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
 from hyperadapt.trainer.losses import row_losses
 from hyperadapt.trainer.monitor import PositionMonitor
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 logger = logging.get_logger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -11,9 +10,8 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from hyperadapt.hypernetwork.factors import Convolution, Factors
+from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.routing.router import Router
 
@@ -21,10 +19,7 @@ from hyperadapt.routing.router import Router
 class HyperAdapterLayer(nn.Module, BaseTunerLayer):
     """Wraps a module of the base model; owns no weights of its own. Each type of module has a subclass.
 
-    Args:
-        base_layer: The module.
-        router: Where the current forward pass's factors are found.
-        quantization_backend: PEFT's backend for the base layer; None if it is not quantised.
+    ``quantization_backend`` is PEFT's for the base layer; None if that is not quantised.
     """
 
     # A property: PEFT's generic code reaches the tuner's networks through any layer, for
@@ -67,37 +62,18 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         return self.router.networks
 
     def update_layer(self, adapter_name: str, position: Position, lora_dropout: float) -> None:
-        """Take part in one more adapter.
-
-        Args:
-            adapter_name: The adapter.
-            position: The layer's position.
-            lora_dropout: Dropout probability on the adapter's input.
-        """
+        """Take part in one more adapter, with a dropout on its input."""
         self.hyperadapter_position[adapter_name] = position
         self.hyperadapter_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
 
     def remove_adapter(self, adapter_name: str) -> None:
-        """Undo ``update_layer``.
-
-        Args:
-            adapter_name: The adapter.
-        """
+        """Undo ``update_layer``."""
         self.hyperadapter_position.pop(adapter_name, None)
         if adapter_name in self.hyperadapter_dropout:
             del self.hyperadapter_dropout[adapter_name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base layer plus the active adapters' updates.
-
-        Args:
-            x: Input of the base layer.
-            *args: Passed to the base layer.
-            **kwargs: Passed to the base layer.
-
-        Returns:
-            Shape and dtype of the base layer's output.
-        """
+        """Base layer plus the active adapters' updates, in the shape and dtype of the base layer's output."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -119,27 +95,11 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         return result.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Dense update of the task in force.
-
-        Args:
-            adapter_name: The adapter.
-
-        Returns:
-            Shape of the base weight.
-        """
+        """Dense update of the task in force, in the shape of the base weight."""
         return self._dense(self._factors_in_force(adapter_name))
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: DOC502
-        """Add the update of the task in force to the base weight.
-
-        Args:
-            safe_merge: Whether to refuse a merge that gives weights that are not finite.
-            adapter_names: The adapters to merge; None for the active ones.
-
-        Raises:
-            TypeError: If the base layer is quantised in a way that cannot be merged into.
-            ValueError: If `safe_merge` finds weights that are not finite.
-        """
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update of the task in force to the base weight; ``safe_merge`` refuses what is not finite."""
         self.check_mergeable()
         if safe_merge:
             self.check_finite(adapter_names)
@@ -154,11 +114,7 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
             self.router.merged[name] = self.router.task_in_force(name)
 
     def check_mergeable(self) -> None:
-        """Check that the base weight can be written to.
-
-        Raises:
-            TypeError: If it is quantised in a way that PEFT cannot merge into.
-        """
+        """Refuse a base weight that is quantised in a way that PEFT cannot write to."""
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise TypeError(
@@ -170,14 +126,7 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
             self._check_readable()
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
-        """Check what ``merge`` would write.
-
-        Args:
-            adapter_names: The adapters to merge; None for the active ones.
-
-        Raises:
-            ValueError: If it is not finite.
-        """
+        """Refuse what ``merge`` would write where it is not finite."""
         merged = self.get_base_weight()
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.hyperadapter_position and name not in self.merged_adapters:
@@ -215,26 +164,12 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
             )
 
     def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
-        """One task's update as PEFT's LoRA layer for this type of module would hold it, with a scaling of 1.
-
-        Args:
-            factors: Factors of one task.
-
-        Returns:
-            LoRA's A and B by the ends of their names in a saved adapter.
-        """
+        """One task's update as PEFT's LoRA layer of this type would save it, by the ends of the names; scaling 1."""
         return {"lora_A.weight": factors.lora_A[0], "lora_B.weight": factors.outer()[0]}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's ``convert_to_lora`` can read the update; it takes linear layers.
-
-        Args:
-            adapter_name: The adapter.
-
-        Returns:
-            True for linear layers.
-        """
-        return isinstance(self, HyperAdapterLinear)
+        """Whether PEFT's ``convert_to_lora`` can read the update; it takes linear layers."""
+        return False
 
     def _factors_in_force(self, adapter_name: str) -> Factors:
         position = self.hyperadapter_position[adapter_name]
@@ -272,115 +207,9 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         return set(self.hyperadapter_position)
 
     def extra_repr(self) -> str:
-        """As PEFT's layers show it: the backend of a quantised base layer.
-
-        Returns:
-            The text, empty without a backend.
-        """
+        """The backend of a quantised base layer, as PEFT's layers show it."""
         shown: str = quantization_extra_repr(self)
         return shown
 
     def __repr__(self) -> str:
         return "hyperadapt." + super().__repr__()
-
-
-class HyperAdapterLinear(HyperAdapterLayer):
-    """Adapts ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer.
-
-    PEFT's ``"all-linear"`` finds layers that are already adapted by "Linear" in the name of their class.
-    """
-
-    def _add_update(
-        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
-    ) -> Tensor:
-        return factors.apply(self._adapter_input(adapter_name, x, factors), rows, onto=result)
-
-    def _dense(self, factors: Factors) -> Tensor:
-        delta_weight = factors.delta_weight()[0]
-        return delta_weight.T if isinstance(self.get_base_layer(), Conv1D) else delta_weight
-
-
-class HyperAdapterEmbedding(HyperAdapterLayer):
-    """Adapts ``nn.Embedding``; as with PEFT's LoRA, there is no dropout and a padding index keeps its embedding."""
-
-    @property
-    def fan_in(self) -> int:
-        """One: the input picks a column of A."""
-        return 1
-
-    def _add_update(
-        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
-    ) -> Tensor:
-        update = factors.embed(x, rows)
-        if self.padding_idx is not None:
-            update = update.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
-        scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
-        return result + (update if scale is None else update * scale.to(update.dtype))
-
-    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
-        """As in ``HyperAdapterLayer``; the padding index gets a column of zeros in A.
-
-        Args:
-            factors: Factors of one task.
-
-        Returns:
-            ``lora_embedding_A`` and ``lora_embedding_B``.
-        """
-        lora_A, lora_B = super().lora_tensors(factors).values()
-        return {"lora_embedding_A": self._without_padding(lora_A), "lora_embedding_B": lora_B}
-
-    def _dense(self, factors: Factors) -> Tensor:
-        return self._without_padding(factors.delta_weight()[0]).T
-
-    @property
-    def padding_idx(self) -> int | None:
-        """The base layer's padding index."""
-        base_layer = self.get_base_layer()
-        assert isinstance(base_layer, nn.Embedding)
-        return base_layer.padding_idx
-
-    def _without_padding(self, columns: Tensor) -> Tensor:
-        """Zeros in the column of the padding index."""
-        if self.padding_idx is None:
-            return columns
-        return columns.index_fill(1, torch.tensor(self.padding_idx, device=columns.device), 0)
-
-
-class HyperAdapterConvolution(HyperAdapterLayer):
-    """Adapts ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, as the matrix of output channels by kernel entries."""
-
-    @property
-    def in_features(self) -> int:
-        """Entries of one output channel's kernel."""
-        return math.prod(self.convolution.weight.shape[1:])
-
-    @property
-    def convolution(self) -> Convolution:
-        """The base layer."""
-        base_layer = self.get_base_layer()
-        assert isinstance(base_layer, Convolution)
-        return base_layer
-
-    def _add_update(
-        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
-    ) -> Tensor:
-        return result + factors.convolve(self._adapter_input(adapter_name, x, factors), rows, self.convolution)
-
-    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
-        """As in ``HyperAdapterLayer``; A is a convolution with the base layer's kernel, B one with a kernel of size 1.
-
-        Args:
-            factors: Factors of one task.
-
-        Returns:
-            LoRA's A and B.
-        """
-        kernel = self.convolution.weight.shape[1:]
-        lora_A, lora_B = super().lora_tensors(factors).values()
-        return {
-            "lora_A.weight": lora_A.reshape(-1, *kernel),
-            "lora_B.weight": lora_B.reshape(*lora_B.shape, *(1 for _ in kernel[1:])),
-        }
-
-    def _dense(self, factors: Factors) -> Tensor:
-        return factors.delta_weight()[0].reshape(self.convolution.weight.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,17 +28,7 @@ _NETWORKS = "hyperadapter_networks."
 
 
 def check_size(config: HyperAdapterConfig, positions: Sequence[Position], base_model: nn.Module) -> None:
-    """Refuse a network, or generated adapters, out of all proportion, before any memory is taken.
-
-    Args:
-        config: The adapter's configuration.
-        positions: The adapted modules.
-        base_model: The base model, by whose size the limit grows.
-
-    Raises:
-        ValueError: If there are more parameters, or numbers in one task's adapters, than 2**30 and than four times
-            the base model's parameters.
-    """
+    """Refuse a network, or one task's adapters, out of all proportion to the base model, before memory is taken."""
     limit = max(MAX_PARAMETERS, 4 * sum(parameter.numel() for parameter in base_model.parameters()))
     generated = sum(p.r * (p.in_features + p.out_features + p.r) for p in positions)
     if generated > limit:
@@ -75,13 +64,6 @@ def check_saved_modules(base_model: nn.Module, adapter_name: str) -> None:
     """Refuse a module of `modules_to_save` inside of which modules are adapted.
 
     PEFT leaves modules out of adapting by whole components of their names, but saves all whose names end with an entry.
-
-    Args:
-        base_model: The base model, wrapped.
-        adapter_name: The adapter.
-
-    Raises:
-        ValueError: If there is one.
     """
     for path, module in base_model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
@@ -98,19 +80,9 @@ def check_saved_modules(base_model: nn.Module, adapter_name: str) -> None:
 def checked_state_dict(
     model: nn.Module, adapter_name: str, state_dict: Mapping[str, Any], renamed: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Check that the weights of an adapter are complete, fit, and replace nothing but the adapter's own.
+    """The weights under the names and in the dtypes of the model, if they are complete, fit, and are the adapter's own.
 
-    Args:
-        model: The model with the adapter in place.
-        adapter_name: The adapter.
-        state_dict: The weights under the names of the file.
-        renamed: The weights under the names of the model.
-
-    Returns:
-        The weights under the names of the model, in the dtypes of the model.
-
-    Raises:
-        ValueError: If anything is missing, unexpected or of the wrong shape or dtype.
+    ``state_dict`` has the names of the file, ``renamed`` those of the model.
     """
     expected = model.state_dict()
     marker = f"{_NETWORKS}{adapter_name}."
@@ -138,36 +110,7 @@ def checked_state_dict(
     return {name: value.to(expected[name].dtype) for name, value in renamed.items()}
 
 
-def guard_loading(model: PeftModel) -> None:
-    """Have a ``PeftModel`` leave nothing behind of an adapter that cannot be loaded.
-
-    Args:
-        model: The model; only this instance is changed.
-    """
-    # A partial, unlike a closure, follows the model through copy and pickle.
-    model.__dict__["load_adapter"] = functools.partial(_load_adapter, model)
-
-
-def unwrap_saved_modules(model: nn.Module, adapter_name: str) -> None:
-    """Undo the wrapping of `modules_to_save` for an adapter.
-
-    Args:
-        model: The base model.
-        adapter_name: The adapter.
-    """
-    unwrapped: list[str] = []
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, AuxiliaryTrainingWrapper) or name.startswith(tuple(unwrapped)):
-            continue
-        if module._adapters - {adapter_name}:
-            active = [other for other in module.active_adapters if other != adapter_name]
-            module.delete_adapter(adapter_name, new_active_adapters=active)
-        else:
-            model.set_submodule(name, module.original_module)
-            unwrapped.append(f"{name}.")
-
-
-def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+def load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     """``PeftModel.load_adapter``, and on an error the model as it was before."""
     # PeftModel.from_pretrained adds the adapter itself and then loads it; any other caller has a use for the adapter.
     from_pretrained = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]

@@ -1,66 +1,52 @@
-"""The tuner model: wraps the base model's modules, owns the networks, and opens a scope for every forward pass."""
+"""The tuner model: wraps the base model's modules, owns the networks, and opens every forward pass."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from accelerate.utils import align_module_device
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from transformers.pytorch_utils import Conv1D
 
 from hyperadapt.config.config import HyperAdapterConfig
-from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.config.task_fields import check_description
 from hyperadapt.hypernetwork.positions import Position
-from hyperadapt.hypernetwork.sharding import make_whole
-from hyperadapt.routing.checkpointing import CheckpointFunction
-from hyperadapt.routing.forward_pass import current_scope
-from hyperadapt.routing.router import Request, Router, Tasks, main_input
-from hyperadapt.tasks.embedding import resolve_task_ids
-from hyperadapt.tasks.encoders import with_text_vectors
+from hyperadapt.hypernetwork.sharding import make_whole, whole_network
+from hyperadapt.routing.checkpointing import factors_carried
+from hyperadapt.routing.forward_pass import main_input
+from hyperadapt.routing.requests import Request, Tasks
+from hyperadapt.routing.router import Router
+from hyperadapt.tasks.ids import resolve_task_ids
+from hyperadapt.tasks.table import TaskRow, TaskTable
 from hyperadapt.tuner.base_norms import base_norm, is_made_empty
-from hyperadapt.tuner.layer import (
-    HyperAdapterConvolution,
-    HyperAdapterEmbedding,
-    HyperAdapterLayer,
-    HyperAdapterLinear,
-)
-from hyperadapt.tuner.loading import (
-    check_saved_modules,
-    check_size,
-    checked_state_dict,
-    guard_loading,
-    unwrap_saved_modules,
-)
-from hyperadapt.tuner.task_editing import TaskEditing
+from hyperadapt.tuner.building import built_network, remove_adapter
+from hyperadapt.tuner.layer import HyperAdapterLayer
+from hyperadapt.tuner.layer_types import wrapped
+from hyperadapt.tuner.loading import checked_state_dict
 
-ROUTING_ARGUMENTS = ("tasks", "task_embeddings")
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from hyperadapt.tasks.fitting import Examples
 
 
-class HyperAdapterModel(TaskEditing):
+class HyperAdapterModel(BaseTuner):
     """PEFT tuner for hyperadapters; made by ``get_peft_model`` with a ``HyperAdapterConfig``.
 
-    Args:
-        model: The base model.
-        config: Configuration by adapter name.
-        adapter_name: The first adapter.
-        low_cpu_mem_usage: Whether to make adapter parameters without memory, to be loaded later.
-        state_dict: State to find target modules from.
+    What it offers on tasks is for the active adapter. An optimizer has to be made anew after tasks have changed.
     """
 
     prefix = "hyperadapter_"
     tuner_layer_cls = HyperAdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     uses_shared_state = True
+    # Set by the plugin: a tuner is not told of which PeftModel it becomes part.
+    on_injected: ClassVar[Callable[[nn.Module], None]]
 
     def inject_adapter(
         self,
@@ -70,18 +56,7 @@ class HyperAdapterModel(TaskEditing):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Wrap the target modules and build the adapter's network; on any error the model is left as it was.
-
-        Args:
-            model: The base model.
-            adapter_name: The adapter.
-            autocast_adapter_dtype: As in PEFT.
-            low_cpu_mem_usage: Whether to make parameters without memory, to be loaded later.
-            state_dict: State to find target modules from.
-
-        Raises:
-            Exception: Whatever went wrong, after the model was put back.
-        """
+        """Wrap the target modules and build the adapter's network; on any error the model is left as it was."""
         others = {parameter: parameter.requires_grad for parameter in self.hyperadapter_networks.parameters()}
         base_requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self._base_norms: dict[str, Tensor] = {}
@@ -90,7 +65,13 @@ class HyperAdapterModel(TaskEditing):
             with ExitStack() as stack:
                 if low_cpu_mem_usage:
                     stack.enter_context(init_empty_weights())
-                self.hyperadapter_networks[adapter_name] = self._build_network(adapter_name)
+                layers = [one for one in self._layers(model) if adapter_name in one.hyperadapter_position]
+                network = built_network(model, self.peft_config[adapter_name], adapter_name, layers, self._base_norms)
+                # Trainability follows PEFT: the active adapters train, unless loaded for inference.
+                network.requires_grad_(adapter_name in self.active_adapters and not network.config.inference_mode)
+                self.hyperadapter_networks[adapter_name] = network
+                # Not written into the caller's configuration, which may serve for another model.
+                self.peft_config[adapter_name] = network.config
         except Exception:
             self._remove_adapter(model, adapter_name)
             if not self.hyperadapter_networks:
@@ -102,25 +83,14 @@ class HyperAdapterModel(TaskEditing):
             parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter with its network.
-
-        Args:
-            adapter_name: The adapter.
-        """
+        """Delete an adapter with its network."""
         super().delete_adapter(adapter_name)
         self.router.forget(adapter_name)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:  # noqa: DOC502
-        """Add the task in force to the base weights.
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the task in force to the base weights, of the active adapters if none are named.
 
-        Args:
-            adapter_names: The adapters to merge; None for the active ones.
-            safe_merge: Whether to refuse, before any weight has changed, a merge that gives weights that are not
-                finite.
-
-        Raises:
-            TypeError: If a base layer is quantised in a way that cannot be merged into.
-            ValueError: If `safe_merge` finds weights that are not finite.
+        With ``safe_merge``, weights that are not finite are refused before any weight has changed.
         """
         self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names)
@@ -146,12 +116,190 @@ class HyperAdapterModel(TaskEditing):
             with align_module_device(layer.get_base_layer()):
                 layer.check_finite(adapter_names)
 
+    def set_task(self, task: str | None) -> None:
+        """Pin a task: calls that name no task use it, until changed.
+
+        The factors of the eight tasks used last are kept while no parameter changes and gradients are off, so going
+        back to one costs nothing. A write through ``parameter.data`` outside of training goes unnoticed; unpin with
+        None after it, which drops what is kept.
+
+        Args:
+            task: Name of a task of every active adapter; None goes back to the default task.
+
+        Raises:
+            TypeError: If `task` is not a name.
+            ValueError: If the task is unknown, or another one is merged.
+        """
+        if task is not None and not isinstance(task, str):
+            raise TypeError(f"set_task got {task!r} ({type(task).__name__}); pass one task name, or None to unpin.")
+        for name in self.active_adapters:
+            config = self.router.network(name).config
+            if task is not None:
+                resolve_task_ids(task, config.task_names)
+            if name in self.router.merged and self.router.merged[name] != (task or config.fallback_task):
+                raise ValueError(
+                    f"Task {self.router.merged[name]!r} of adapter {name!r} is merged into the base weights, so "
+                    f"{task!r} cannot be pinned. Call unmerge_adapter() first."
+                )
+        for name in self.active_adapters:
+            self.router.pin(name, task)
+
+    def add_task(  # noqa: DOC503
+        self,
+        name: str,
+        *,
+        description: str | Sequence[str] | None = None,
+        examples: Examples | None = None,
+        embedding: Tensor | None = None,
+        text_encoder: str | Callable[[list[str]], Tensor] | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        training_arguments: TrainingArguments | None = None,
+    ) -> None:
+        """Add a task after training; nothing else changes.
+
+        Args:
+            name: Its name.
+            description: A text that describes it, or several. Alone it is the task's condition, as in training, and
+                there is no gradient step; with examples it is one of the starting points; with an embedding it is
+                only kept.
+            examples: Rows of model inputs with labels, 8 to 64 of them, a `datasets.Dataset` or a list of dicts: a
+                new embedding is fitted to them (see ``fit_task_embedding``), all else is frozen.
+            embedding: Its embedding, shape ``(task_embedding_dim,)``; only the direction counts.
+            text_encoder: The encoder that the adapter was made with, where its name does not find it (a function, or
+                a folder that has moved).
+            data_collator: Makes batches of examples, as in ``Trainer``; None stacks them.
+            training_arguments: How to fit, as in ``Trainer``; None for a short run that suits few examples.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If the name is taken or empty, nothing or too much is given, the adapter knows no text, the
+                encoder is another one, or the embedding has the wrong shape or is not finite.
+        """
+        table = self._table()
+        table.check_new_name(name)
+        if description is None and examples is None and embedding is None:
+            raise ValueError(f"add_task({name!r}) got nothing to go by. Pass description=, examples= or embedding=.")
+        if examples is not None and embedding is not None:
+            raise ValueError(f"add_task({name!r}) got both examples and an embedding. Pass one of the two.")
+        if description is not None:
+            check_description(name, description)
+            description = description if isinstance(description, str) else list(description)
+        if embedding is not None:
+            row = TaskRow(name, "learned", description, table.checked_embedding(embedding))
+        elif examples is not None:
+            # Trainer and datasets take longer to import than all of this package.
+            from hyperadapt.tasks.fitting import fit_task_embedding
+
+            starts = table.starts(description, text_encoder)
+            fitted = fit_task_embedding(
+                self,
+                self._call_with_embedding,
+                starts,
+                examples,
+                data_collator=data_collator,
+                training_arguments=training_arguments,
+            )
+            row = TaskRow(name, "learned", description, fitted)
+        else:
+            assert description is not None
+            row = TaskRow(name, "text", description, text_vectors=table.vectors_of(description, text_encoder))
+        self._set_table(table.appended(row))
+
+    def remove_task(self, name: str) -> None:
+        """Remove a task; the ids of those after it become smaller by one.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            ValueError: If it is unknown, the only one, the default task, pinned or merged.
+        """
+        adapter_name, _ = self.router.only(self.active_adapters)
+        table = self._table().without(name)
+        if self.router.pinned.get(adapter_name) == name:
+            raise ValueError(f"Task {name!r} cannot be removed: it is pinned; call set_task(None).")
+        if self.router.merged.get(adapter_name) == name:
+            raise ValueError(
+                f"Task {name!r} cannot be removed: it is merged into the base weights; call unmerge_adapter()."
+            )
+        self._set_table(table)
+
+    def rename_task(self, name: str, new_name: str) -> None:  # noqa: DOC502
+        """Rename a task; its id stays.
+
+        Args:
+            name: Its name.
+            new_name: Its new name.
+
+        Raises:
+            TypeError: If the new name is no string.
+            ValueError: If it is unknown, or the new name is empty or taken.
+        """
+        adapter_name, _ = self.router.only(self.active_adapters)
+        self._set_table(self._table().renamed(name, new_name))
+        for tasks in (self.router.pinned, self.router.merged):
+            if tasks.get(adapter_name) == name:
+                tasks[adapter_name] = new_name
+
+    def interpolate_tasks(self, name: str, weights: Mapping[str, float]) -> None:  # noqa: DOC502
+        """Add a task between others: its embedding is the weighted sum of their embeddings' directions.
+
+        Args:
+            name: Name of the new task.
+            weights: Known task -> weight (dimensionless); only their ratios count.
+
+        Raises:
+            TypeError: If a weight is no number.
+            ValueError: If the name is taken, there are no weights, a task is unknown, or the sum is zero.
+        """
+        table = self._table()
+        self._set_table(table.appended(table.row_between(name, weights)))
+
+    def embed_description(  # noqa: DOC502
+        self, description: str | Sequence[str], *, text_encoder: str | Callable[[list[str]], Tensor] | None = None
+    ) -> Tensor:
+        """The task embedding of a description, without a task of that kind: for ``task_embeddings=``.
+
+        Args:
+            description: A text, or several that each describe the task.
+            text_encoder: As in ``add_task``.
+
+        Returns:
+            Shape ``(task_embedding_dim,)``, detached.
+
+        Raises:
+            ValueError: If the adapter knows no text, the text is empty, or the encoder is another one.
+        """
+        return self._table().embed(description, text_encoder)
+
+    def _table(self) -> TaskTable:
+        """The tasks of the active adapter, if its parameters are whole."""
+        _, network = self.router.only(self.active_adapters)
+        if whole_network(network) is not network:
+            raise ValueError(
+                "The adapter is sharded over processes, so its tasks cannot be changed. Save it, and change them in "
+                "one process."
+            )
+        return TaskTable(network.config, network.task_embedding)
+
+    def _set_table(self, table: TaskTable) -> None:
+        adapter_name, network = self.router.only(self.active_adapters)
+        network.task_embedding, network.config = table.embedding, table.config
+        self.peft_config[adapter_name] = table.config
+        # A new tensor may lie where the old one did, so that nothing tells stale factors.
+        self.router.drop_factors(adapter_name)
+
+    def _call_with_embedding(self, embedding: Tensor, batch: Mapping[str, Any]) -> Any:
+        with self._enable_peft_forward_hooks(task_embeddings=embedding, **batch):
+            return self.model(**batch)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.hyperadapter_networks = nn.ModuleDict()
         self.router = Router(self.hyperadapter_networks)
         # The task-specific PeftModels hide their inputs from the tuner, and generate changes them. Not registered for
         # each call, because that cannot be compiled.
         self._observer = model.register_forward_pre_hook(self._observe_input, with_kwargs=True)
+        type(self).on_injected(self)
 
     def _create_and_replace(
         self,
@@ -164,7 +312,10 @@ class HyperAdapterModel(TaskEditing):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, HyperAdapterConfig)
-        layer = target if isinstance(target, HyperAdapterLayer) else self._wrap(target, parent, current_key)
+        if isinstance(target, HyperAdapterLayer):
+            layer = target
+        else:
+            layer = wrapped(target, parent, current_key, self.model, self.router)
         r, scaling = peft_config.rank_and_scaling(current_key)
         position = Position(current_key, layer.in_features, layer.out_features, r, scaling, layer.fan_in)
         # Read here, so that an unusable weight is refused before PEFT goes on to wrap modules_to_save. Parameters that
@@ -179,58 +330,6 @@ class HyperAdapterModel(TaskEditing):
         # PEFT's own copies a `weight`, which a quantised layer need not have, to where it already is.
         setattr(parent, child_name, new_module)
 
-    def _wrap(self, target: nn.Module, parent: nn.Module, name: str) -> HyperAdapterLayer:
-        backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
-        layer_type: type[HyperAdapterLayer] | None = None
-        if isinstance(parent, nn.MultiheadAttention):
-            reason = "part of nn.MultiheadAttention, which reads its weight without calling it"
-        elif isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d) and target.groups > 1:
-            reason = f"a convolution with groups={target.groups}"
-        else:
-            reason = f"of type {type(target).__name__}"
-            if isinstance(target, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
-                layer_type = HyperAdapterLinear
-            elif isinstance(target, nn.Embedding):
-                layer_type = HyperAdapterEmbedding
-            elif isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                layer_type = HyperAdapterConvolution
-        if layer_type is None or isinstance(target, BaseTunerLayer):
-            raise TypeError(
-                f"Module {name!r} is {reason}, which hyperadapters cannot adapt: they adapt linear layers (nn.Linear, "
-                "Conv1D and quantised linear layers), nn.Embedding and convolutions with one group. Take it out of "
-                "target_modules, or list it in exclude_modules."
-            )
-        return layer_type(target, self.router, backend)
-
-    def _build_network(self, adapter_name: str) -> HyperAdapterNetwork:
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, HyperAdapterConfig)
-        layers = [layer for layer in self._layers(self.model) if adapter_name in layer.hyperadapter_position]
-        positions = [layer.hyperadapter_position[adapter_name] for layer in layers]
-        unread = torch.tensor(math.nan)
-        norms = torch.stack([self._base_norms.get(position.name, unread) for position in positions])
-        check_saved_modules(self.model, adapter_name)
-        config, text_vectors = with_text_vectors(config)
-        # Not written into the caller's configuration, which may serve for another model.
-        self.peft_config[adapter_name] = config
-        check_size(config, positions, self.model)
-        network = HyperAdapterNetwork(config, positions, norms)
-        # Offloaded weights show the meta device until they are needed.
-        with align_module_device(layers[0].get_base_layer()):
-            weight = layers[0].weight
-        dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.get_default_dtype()
-        # Trainability follows PEFT: the active adapters train, unless loaded for inference.
-        network.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
-        device = None if next(network.parameters()).is_meta else weight.device
-        network.to(device, dtype)
-        # Only the parameters take the base's dtype: norms and text vectors rounded to it would stay rounded.
-        network.base_norms = norms.to(device)
-        if not network.task_embedding.is_all_learned:
-            network.task_embedding.text_vectors = network.task_embedding.text_vectors.float()
-        if text_vectors is not None:
-            network.task_embedding.set_text_vectors(text_vectors)
-        return network
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         network = self.router.network(adapter_name)
@@ -238,13 +337,7 @@ class HyperAdapterModel(TaskEditing):
             network.float()
 
     def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
-        unwrap_saved_modules(model, adapter_name)
-        for name, layer in list(model.named_modules()):
-            if not isinstance(layer, HyperAdapterLayer):
-                continue
-            layer.remove_adapter(adapter_name)
-            if not layer.hyperadapter_position:
-                model.set_submodule(name, layer.base_layer)
+        remove_adapter(model, adapter_name)
         if adapter_name in self.hyperadapter_networks:
             del self.hyperadapter_networks[adapter_name]
 
@@ -266,35 +359,18 @@ class HyperAdapterModel(TaskEditing):
         request = Request(tasks, task_embeddings)
         with ExitStack() as stack:
             stack.enter_context(self.router.open(request, self.active_adapters, model_input))
-            stack.enter_context(self._checkpoints_carry_factors())
+            stack.enter_context(factors_carried(self.model, self.router, self._names_in))
             yield
 
     def _observe_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        model_input, scope = main_input(model, args, kwargs), current_scope(self.router)
-        if model_input is not None and scope is not None:
-            scope.observe(model_input)
+        model_input, forward_pass = main_input(model, args, kwargs), self.router.current
+        if model_input is not None and forward_pass is not None:
+            forward_pass.observe(model_input)
 
-    @contextmanager
-    def _checkpoints_carry_factors(self) -> Iterator[None]:
-        """Let gradient checkpointing carry factors while a scope is open; nothing stays behind on the blocks."""
-        wrapped: list[tuple[nn.Module, Any]] = []
-        if self.model.training and torch.is_grad_enabled():
-            for module in self.model.modules():
-                # Read from __dict__: a wrapper must not be found through another module.
-                function = module.__dict__.get("_gradient_checkpointing_func")
-                if function is not None and getattr(module, "gradient_checkpointing", False):
-                    names = [
-                        position.name
-                        for layer in self._layers(module)
-                        for position in set(layer.hyperadapter_position.values())
-                    ]
-                    module.__dict__["_gradient_checkpointing_func"] = CheckpointFunction(function, self.router, names)
-                    wrapped.append((module, function))
-        try:
-            yield
-        finally:
-            for module, function in wrapped:
-                module.__dict__["_gradient_checkpointing_func"] = function
+    def _names_in(self, module: nn.Module) -> list[str]:
+        """Of the positions in a part of the base model."""
+        positions = {position for layer in self._layers(module) for position in layer.hyperadapter_position.values()}
+        return [position.name for position in positions]
 
     @staticmethod
     def _layers(module: nn.Module) -> list[HyperAdapterLayer]:
@@ -319,68 +395,3 @@ class HyperAdapterModel(TaskEditing):
             return key.replace(marker, "hyperadapter_networks.", 1)
         name: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return name
-
-
-@contextmanager
-def use_tasks(model: nn.Module, tasks: Tasks | None = None, *, task_embeddings: Tensor | None = None) -> Iterator[None]:
-    """Set the tasks of the calls inside, for code that owns the call and cannot pass ``tasks=``.
-
-    Args:
-        model: A model with a hyperadapter, wrapped or not.
-        tasks: One name for all rows, one name per row, or integer ids ``(batch,)``.
-        task_embeddings: Shape ``(batch, task_embedding_dim)``, or ``(task_embedding_dim,)`` for all rows: for
-            conditions that have no id.
-
-    Yields:
-        None.
-
-    Raises:
-        ValueError: If nothing or both are given, or a task is unknown.
-    """
-    request = Request(tasks, task_embeddings)
-    if request.is_empty:
-        raise ValueError("use_tasks got tasks=None and no task_embeddings; pass one of the two.")
-    tuner = find_tuner(model)
-    if tasks is not None:
-        for name in tuner.active_adapters:
-            resolve_task_ids(tasks, tuner.router.network(name).config.task_names)
-    tuner.router.requests.append(request)
-    try:
-        yield
-    finally:
-        tuner.router.requests.pop()
-
-
-def find_tuner(model: nn.Module) -> HyperAdapterModel:
-    """The hyperadapter tuner inside a model.
-
-    Args:
-        model: A ``PeftModel``, possibly wrapped (DDP, ``torch.compile``).
-
-    Returns:
-        The tuner.
-
-    Raises:
-        TypeError: If there is none.
-    """
-    for module in model.modules():
-        if isinstance(module, HyperAdapterModel):
-            return module
-    raise TypeError(
-        f"{type(model).__name__} has no hyperadapter. Make one with get_peft_model(model, HyperAdapterConfig(...)) or "
-        "load one with PeftModel.from_pretrained."
-    )
-
-
-def _strip_routing_arguments(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Have a ``PeftModel`` keep the routing arguments from the base model's forward and generate.
-
-    PEFT strips the names in ``special_peft_forward_args`` everywhere (generate's argument check and
-    disabled adapters included), but a tuner is never told which PeftModel it becomes part of.
-    """
-    if isinstance(submodule, HyperAdapterModel) and isinstance(module, PeftModel):
-        module.special_peft_forward_args.update(ROUTING_ARGUMENTS)
-        guard_loading(module)
-
-
-register_module_module_registration_hook(_strip_routing_arguments)

@@ -38,7 +38,7 @@ def test_encoders_in_files(encoder: Any, tmp_path: Path) -> None:
     config = HyperAdapterConfig(tasks=TASKS, task_embedding="text", text_encoder=encoder)
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())["text_encoder"]
-    assert saved == ("function:tests.helpers.letters" if encoder is letters else str(encoder))
+    assert saved == ("function:tests.support.helpers.letters" if encoder is letters else str(encoder))
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert loaded.task_sources == ["text", "text"]
     assert loaded.embedded_descriptions == [["first"], ["second", "the second one"]]

@@ -23,7 +23,7 @@ from examples.benchmarks.architecture_search_runs import (
 from examples.text_tasks import encoder_path
 from hyperadapt import normalize
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 from tests.support.helpers import full_core
 
 CANDIDATES = all_candidates([2, 4, 8])

@@ -36,7 +36,7 @@ from examples.benchmarks.speed_measures import (
     take_turns,
 )
 from examples.benchmarks.speed_report import COLORS, TARGETS, make_rows, target_values
-from hyperadapt.tuner.model import find_tuner
+from hyperadapt.tuner.active import find_tuner
 
 CPU = torch.device("cpu")
 SMALL = Scenario(batch=3, length=5, tasks=2)

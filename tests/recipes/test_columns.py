@@ -12,8 +12,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hyperadapt.recipes import TaskRecipe
+from hyperadapt.recipes import columns as task_files
 from hyperadapt.recipes.columns import Columns, dataset_columns, read_columns
-from hyperadapt.recipes.recipe import columns as task_files
 
 ROWS = [{"text": 'a "b", c', "label": "x"}, {"text": "línea\nzwei", "label": "y"}]
 

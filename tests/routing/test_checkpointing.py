@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
-from hyperadapt.routing.forward_pass import current_scope
 from tests.support.helpers import (
     MIXED,
     adapted_model,
@@ -125,7 +124,7 @@ def test_nothing_stays_wrapped(use_reentrant: bool) -> None:
         model(**batch, tasks=MIXED)
     handle.remove()
     assert [vars(block)["_gradient_checkpointing_func"] for block in blocks] == functions
-    assert current_scope(model.base_model.router) is None
+    assert model.base_model.router.current is None
 
 
 def test_base_model_called_by_itself_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperadapt.hypernetwork.positions import Position
-from hyperadapt.routing.forward_pass import Scope
+from hyperadapt.routing.forward_pass import ForwardPass
 from tests.support.helpers import MIXED, ROWS, TASKS, adapted_model, example_batch, logits
 
 ROWS_OF_TASKS = torch.tensor([1, 0, 2, 1])
@@ -33,29 +33,29 @@ ACTIVATIONS = {
 
 @pytest.mark.parametrize(("batch_size", "length", "shape", "known"), ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_rows_of_an_activation(batch_size: int | None, length: int | None, shape: tuple[int, ...], known: bool) -> None:
-    scope, x = Scope({}, batch_size=batch_size, length=length), torch.zeros(shape)
+    call, x = ForwardPass({}, batch_size=batch_size, length=length), torch.zeros(shape)
     if known:
         repeats = shape[0] // len(ROWS_OF_TASKS)
         expected = [int(task) for task in ROWS_OF_TASKS for _ in range(repeats)]
-        assert scope.rows_of(ROWS_OF_TASKS, x, LAYER).tolist() == expected
+        assert call.rows_of(ROWS_OF_TASKS, x, LAYER).tolist() == expected
     else:
         with pytest.raises(ValueError, match=r"'layers.0.fc' got an input of shape \(.*the 4 rows.*exclude_modules"):
-            scope.rows_of(ROWS_OF_TASKS, x, LAYER)
+            call.rows_of(ROWS_OF_TASKS, x, LAYER)
 
 
 def test_experts_are_refused_even_where_the_number_of_their_tokens_fits() -> None:
-    scope, expert = Scope({}, batch_size=4, length=5), Position("layers.0.experts.3.w1", 6, 6, r=2)
+    call, expert = ForwardPass({}, batch_size=4, length=5), Position("layers.0.experts.3.w1", 6, 6, r=2)
     with pytest.raises(ValueError, match=r"experts.3.w1.*cannot be told apart"):
-        scope.rows_of(ROWS_OF_TASKS, torch.zeros(4, 6), expert)
+        call.rows_of(ROWS_OF_TASKS, torch.zeros(4, 6), expert)
 
 
 def test_only_the_first_input_must_have_a_row_per_task() -> None:
-    scope = Scope({}, num_rows=4)
-    scope.observe(torch.zeros(4, 5, dtype=torch.long))
-    scope.observe(torch.zeros(12, 1, dtype=torch.long))
-    assert (scope.batch_size, scope.length) == (12, 1)
+    call = ForwardPass({}, num_rows=4)
+    call.observe(torch.zeros(4, 5, dtype=torch.long))
+    call.observe(torch.zeros(12, 1, dtype=torch.long))
+    assert (call.batch_size, call.length) == (12, 1)
     with pytest.raises(ValueError, match="Got tasks for 4 rows, but the batch has 12"):
-        Scope({}, num_rows=4).observe(torch.zeros(12, 1, dtype=torch.long))
+        ForwardPass({}, num_rows=4).observe(torch.zeros(12, 1, dtype=torch.long))
 
 
 def test_threads_do_not_mix_their_tasks() -> None:

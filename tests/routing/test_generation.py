@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import Tensor
 
 from hyperadapt import use_tasks
-from hyperadapt.routing.forward_pass import current_scope
 from tests.support.helpers import MIXED, TASK_TYPES, adapted_model, base_model, example_batch, row_of
 
 NAMES = ("gpt2", "llama", "t5")
@@ -110,7 +109,7 @@ def test_wrong_number_of_tasks(models: dict[str, PeftModel], name: str, options:
     # As many tasks as beams in all is not one task per row either.
     with pytest.raises(ValueError, match="Got tasks for 12 rows, but the batch has 4"):
         generate(models[name], prompts(name), tasks=MIXED * 3, **options)
-    assert current_scope(models[name].base_model.router) is None
+    assert models[name].base_model.router.current is None
 
 
 def test_factors_are_generated_once_per_call() -> None:

@@ -13,10 +13,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import hyperadapt.routing.router as routing_module
-import hyperadapt.tasks.embedding as tasks_module
 from hyperadapt import use_tasks
-from hyperadapt.routing.forward_pass import current_scope
+from hyperadapt.routing import kept_factors
+from hyperadapt.routing import router as router_module
+from hyperadapt.tasks import ids as ids_module
 from tests.support.helpers import (
     ARCHITECTURES,
     MIXED,
@@ -161,7 +161,7 @@ def test_mixed_batch_equals_its_rows(name: str, tasks: list[str]) -> None:
 def test_ids_on_a_device_give_the_same_unread(shared: PeftModel, monkeypatch: Any, tasks: list[int]) -> None:
     batch, ids = {name: values[: len(tasks)] for name, values in BATCH.items()}, torch.tensor(tasks)
     expected = logits(shared, batch, tasks=ids)
-    for module in (tasks_module, routing_module):
+    for module in (ids_module, router_module):
         monkeypatch.setattr(module, "can_read", lambda ids: False)
     assert_close(logits(shared, batch, tasks=ids), expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
     for wrong in (-1, 3):
@@ -185,7 +185,7 @@ def test_pinned_factors_are_generated_once(model: PeftModel) -> None:
 
 
 def test_going_back_to_a_pinned_task_generates_nothing(monkeypatch: Any) -> None:
-    monkeypatch.setattr(routing_module, "KEPT_TASKS", 2)
+    monkeypatch.setattr(kept_factors, "KEPT_TASKS", 2)
     model = adapted_model("llama")
     expected = {task: expect(model, task) for task in TASKS}
     calls = network_calls(model)
@@ -293,7 +293,7 @@ def test_nothing_is_left_after_a_call_or_an_exception(model: PeftModel) -> None:
     with pytest.raises(ValueError, match="4 rows"):
         model(**row_of(BATCH, 0), tasks=MIXED)
     expect(model, MIXED)
-    assert current_scope(router) is None
+    assert router.current is None
     assert router.requests == []
     model.set_task("beta")
     # Outside of a pass each position is generated alone, which rounds differently.

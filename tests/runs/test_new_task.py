@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset
 
 from hyperadapt.runs import Run, add_task, evaluate, load_run, save_run, train
-from hyperadapt.runs.run import run as runs
-from hyperadapt.tasks.embedding import encoders
+from hyperadapt.runs import run as runs
+from hyperadapt.tasks import encoders
 from tests.support.helpers import letters
 from tests.support.tiny_runs import ADAPTER, labelled_rows, recipe, write_rows
 

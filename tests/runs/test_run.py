@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.runs import Record, evaluate, load_model, load_record, load_run, save_record, save_run, train
-from hyperadapt.runs.run import run as runs
+from hyperadapt.runs import run as runs
 from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, training
 from tests.support.tolerances import FLOAT32_FORWARD
 

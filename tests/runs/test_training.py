@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.runs import Record, load_run, train
-from hyperadapt.runs.run import run as runs
+from hyperadapt.runs import run as runs
 from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, stopped, training, write_rows
 
 ADAPTER_WITH_DROPOUT = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "r": 2, "lora_dropout": 0.1}

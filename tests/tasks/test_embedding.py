@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from hyperadapt.tasks.embedding import TaskEmbedding, resolve_task_ids
+from hyperadapt.tasks.embedding import TaskEmbedding
+from hyperadapt.tasks.ids import resolve_task_ids
 from tests.support.tolerances import FLOAT32_FORMULA, STANDARD_DEVIATIONS
 
 NAMES = ["trec", "boolq", "bbc"]

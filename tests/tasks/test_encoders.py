@@ -29,7 +29,7 @@ def test_vectors_are_computed_once_and_pinned() -> None:
     pinned, vectors = with_text_vectors(config)
     assert torch.equal(vectors, letters(TEXTS))
     assert (pinned.text_encoder, pinned.text_encoder_revision, pinned.text_embedding_dim) == (
-        "function:tests.helpers.letters",
+        "function:tests.support.helpers.letters",
         None,
         26,
     )
@@ -97,7 +97,7 @@ def test_further_descriptions_need_the_same_encoder() -> None:
     pinned, vectors = with_text_vectors(config)
     assert torch.equal(encode_like(pinned, TEXTS[1:], vectors[0], letters), letters(TEXTS[1:]))
     with pytest.raises(
-        ValueError, match=re.escape("by the function 'tests.helpers.letters', which a file cannot hold")
+        ValueError, match=re.escape("by the function 'tests.support.helpers.letters', which a file cannot hold")
     ):
         encode_like(pinned, TEXTS[1:], vectors[0])
     with pytest.raises(ValueError, match="gives vectors of size 4, but the adapter was made with 26"):

@@ -156,4 +156,4 @@ def test_merged_tasks_are_in_the_way() -> None:
 def test_many_tasks_give_few_starts() -> None:
     config = adapter_config(tasks=[str(index) for index in range(150)], target_modules="all-linear")
     model = make_active(get_peft_model(base_model("bert"), config))
-    assert len(model._starts(model.base_model.router.network("default"), None, None)) == 51
+    assert len(model._table().starts(None, None)) == 51

@@ -20,12 +20,8 @@ from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.routing.router import Router
 from hyperadapt.tuner import model as model_module
 from hyperadapt.tuner.base_norms import base_norm, is_made_empty
-from hyperadapt.tuner.layer import (
-    HyperAdapterConvolution,
-    HyperAdapterEmbedding,
-    HyperAdapterLayer,
-    HyperAdapterLinear,
-)
+from hyperadapt.tuner.layer import HyperAdapterLayer
+from hyperadapt.tuner.layer_types import HyperAdapterConvolution, HyperAdapterEmbedding, HyperAdapterLinear
 from tests.support.helpers import (
     MIXED,
     adapted_model,

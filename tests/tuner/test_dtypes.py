@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
-from hyperadapt.tuner.layer import HyperAdapterLinear
+from hyperadapt.tuner.layer_types import HyperAdapterLinear
 from tests.support.helpers import (
     MIXED,
     adapted_model,

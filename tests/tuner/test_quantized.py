@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from hyperadapt import export_lora
-from hyperadapt.tuner import model as model_module
-from hyperadapt.tuner.layer import HyperAdapterLinear
+from hyperadapt.tuner import layer_types
+from hyperadapt.tuner.layer_types import HyperAdapterLinear
 from tests.support.helpers import (
     MIXED,
     TASKS,
@@ -270,7 +270,7 @@ def opaque(monkeypatch: pytest.MonkeyPatch) -> PeftModel:
     def resolve(layer: nn.Module, **_: Any) -> ForwardOnlyQuantizationBackend | None:
         return ForwardOnlyQuantizationBackend("gptq") if isinstance(layer, Opaque) else None
 
-    monkeypatch.setattr(model_module, "resolve_quantization_backend", resolve)
+    monkeypatch.setattr(layer_types, "resolve_quantization_backend", resolve)
     return adapt(model, target_modules=["q_proj", "up_proj", "down_proj"])
 
 

@@ -295,7 +295,11 @@ EMBEDDING = torch.ones(8)
             ValueError,
             "The description of task 'new' is []; write a non-empty",
         ),
-        (lambda m: m.add_task("new", description=NEW), ValueError, "'tests.helpers.letters', which a file cannot hold"),
+        (
+            lambda m: m.add_task("new", description=NEW),
+            ValueError,
+            "'tests.support.helpers.letters', which a file",
+        ),
         (
             lambda m: m.add_task("new", description=NEW, text_encoder=lambda texts: torch.ones(len(texts), 9)),
             ValueError,
@@ -356,9 +360,7 @@ def test_the_last_task_and_several_adapters() -> None:
         model.remove_task("only")
     model = two_adapters()
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(
-        ValueError, match=re.escape("Tasks belong to one adapter, but ['default', 'second'] are active")
-    ):
+    with pytest.raises(ValueError, match=re.escape("One adapter must be active, but ['default', 'second'] are")):
         model.add_task("new", embedding=EMBEDDING)
     model.set_adapter("second")
     model.add_task("new", embedding=EMBEDDING)

@@ -1,0 +1,132 @@
+"""An adapted layer for each type of module, and which modules can be adapted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hyperadapt.hypernetwork.factors import Convolution, Factors
+from hyperadapt.routing.router import Router
+from hyperadapt.tuner.layer import HyperAdapterLayer
+
+
+class HyperAdapterLinear(HyperAdapterLayer):
+    """Adapts ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer.
+
+    PEFT's ``"all-linear"`` finds layers that are already adapted by "Linear" in the name of their class.
+    """
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """As ``convert_to_lora`` asks."""
+        return True
+
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        return factors.apply(self._adapter_input(adapter_name, x, factors), rows, onto=result)
+
+    def _dense(self, factors: Factors) -> Tensor:
+        delta_weight = factors.delta_weight()[0]
+        return delta_weight.T if isinstance(self.get_base_layer(), Conv1D) else delta_weight
+
+
+class HyperAdapterEmbedding(HyperAdapterLayer):
+    """Adapts ``nn.Embedding``; as with PEFT's LoRA, there is no dropout and a padding index keeps its embedding."""
+
+    @property
+    def fan_in(self) -> int:
+        """One: the input picks a column of A."""
+        return 1
+
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        update = factors.embed(x, rows)
+        if self.padding_idx is not None:
+            update = update.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
+        scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
+        return result + (update if scale is None else update * scale.to(update.dtype))
+
+    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
+        """With zeros in A's column of the padding index."""
+        lora_A, lora_B = super().lora_tensors(factors).values()
+        return {"lora_embedding_A": self._without_padding(lora_A), "lora_embedding_B": lora_B}
+
+    def _dense(self, factors: Factors) -> Tensor:
+        return self._without_padding(factors.delta_weight()[0]).T
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The base layer's padding index."""
+        base_layer = self.get_base_layer()
+        assert isinstance(base_layer, nn.Embedding)
+        return base_layer.padding_idx
+
+    def _without_padding(self, columns: Tensor) -> Tensor:
+        """Zeros in the column of the padding index."""
+        if self.padding_idx is None:
+            return columns
+        return columns.index_fill(1, torch.tensor(self.padding_idx, device=columns.device), 0)
+
+
+class HyperAdapterConvolution(HyperAdapterLayer):
+    """Adapts ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, as the matrix of output channels by kernel entries."""
+
+    @property
+    def in_features(self) -> int:
+        """Entries of one output channel's kernel."""
+        return math.prod(self.convolution.weight.shape[1:])
+
+    @property
+    def convolution(self) -> Convolution:
+        """The base layer."""
+        base_layer = self.get_base_layer()
+        assert isinstance(base_layer, Convolution)
+        return base_layer
+
+    def _add_update(
+        self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
+    ) -> Tensor:
+        return result + factors.convolve(self._adapter_input(adapter_name, x, factors), rows, self.convolution)
+
+    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
+        """A as a convolution with the base layer's kernel, B as one with a kernel of size 1."""
+        kernel = self.convolution.weight.shape[1:]
+        lora_A, lora_B = super().lora_tensors(factors).values()
+        return {
+            "lora_A.weight": lora_A.reshape(-1, *kernel),
+            "lora_B.weight": lora_B.reshape(*lora_B.shape, *(1 for _ in kernel[1:])),
+        }
+
+    def _dense(self, factors: Factors) -> Tensor:
+        return factors.delta_weight()[0].reshape(self.convolution.weight.shape)
+
+
+def wrapped(target: nn.Module, parent: nn.Module, name: str, model: nn.Module, router: Router) -> HyperAdapterLayer:
+    """An adapted layer around a module of the model, by its type; refuses modules that cannot be adapted."""
+    backend = resolve_quantization_backend(target, **get_quantization_kwargs(model))
+    layer_type: type[HyperAdapterLayer] | None = None
+    if isinstance(parent, nn.MultiheadAttention):
+        reason = "part of nn.MultiheadAttention, which reads its weight without calling it"
+    elif isinstance(target, Convolution) and target.groups > 1:
+        reason = f"a convolution with groups={target.groups}"
+    else:
+        reason = f"of type {type(target).__name__}"
+        if isinstance(target, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
+            layer_type = HyperAdapterLinear
+        elif isinstance(target, nn.Embedding):
+            layer_type = HyperAdapterEmbedding
+        elif isinstance(target, Convolution):
+            layer_type = HyperAdapterConvolution
+    if layer_type is None or isinstance(target, BaseTunerLayer):
+        raise TypeError(
+            f"Module {name!r} is {reason}, which hyperadapters cannot adapt: they adapt linear layers (nn.Linear, "
+            "Conv1D and quantised linear layers), nn.Embedding and convolutions with one group. Take it out of "
+            "target_modules, or list it in exclude_modules."
+        )
+    return layer_type(target, router, backend)
