@@ -29,27 +29,14 @@ class Factors(NamedTuple):
     core: Tensor
 
     def to(self, device: torch.device) -> Factors:
-        """The factors on a device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            Factors that share what is there already.
-        """
+        """The factors on a device, sharing what is there already."""
         return Factors(*(tensor.to(device) for tensor in self))
 
     def apply(self, x: Tensor, rows: Tensor | None, onto: Tensor | None = None) -> Tensor:
-        """Compute ``x·(B·S·A)ᵀ`` through the rank-r activation; the product B·S·A is never formed.
+        """``x·(B·S·A)ᵀ``, shape ``(..., out_features)``, through the rank-r activation; B·S·A is never formed.
 
-        Args:
-            x: Input, shape ``(..., in_features)``, in the dtype of the factors, on their device.
-            rows: Which task each element of the first dimension of `x` uses, int64 of shape ``(len(x),)``;
-                None if there is one task, or one for each element, in order.
-            onto: What to add the result to, of the result's shape; stays as it is.
-
-        Returns:
-            Shape ``(..., out_features)``.
+        ``rows`` is the task of each element of the first dimension of ``x``, int64; None if there is one task, or one
+        for each element, in order. The result is added to ``onto``, which stays as it is.
         """
         if rows is None and len(self.lora_A) == 1:
             # An index would make a gradient of zeros to copy into.
@@ -62,15 +49,7 @@ class Factors(NamedTuple):
         return factors._expand(inputs @ factors.lora_A.mT, onto).reshape(shape)
 
     def embed(self, ids: Tensor, rows: Tensor | None) -> Tensor:
-        """Rows of ``(B·S·A)ᵀ``, the update of an embedding's weight.
-
-        Args:
-            ids: Indices below in_features, int64 of shape ``(batch, ...)``.
-            rows: As in ``apply``.
-
-        Returns:
-            Shape ``(batch, ..., out_features)``.
-        """
+        """Rows of ``(B·S·A)ᵀ`` for ids ``(batch, ...)``, shape ``(batch, ..., out_features)``; rows as in ``apply``."""
         if rows is None and len(self.lora_A) == 1:
             return self._expand(nn.functional.embedding(ids, self.lora_A.squeeze(0).T))
         per_row = ids.reshape(len(ids), -1)
@@ -79,15 +58,10 @@ class Factors(NamedTuple):
         return self._of(rows)._expand(hidden).reshape(*ids.shape, self.lora_B.shape[-2])
 
     def convolve(self, x: Tensor, rows: Tensor | None, convolution: Convolution) -> Tensor:
-        """Convolve with the kernel B·S·A, its input channels and kernel dimensions flattened.
+        """Convolve x ``(batch, channels, ...)`` with B·S·A, whose columns are channels and kernel, flattened.
 
-        Args:
-            x: Shape ``(batch, channels, ...)``; with one task the batch may be missing.
-            rows: As in ``apply``.
-            convolution: Gives stride, padding, dilation and the size of the kernel; its groups must be 1.
-
-        Returns:
-            Shape ``(batch, out_features, ...)``.
+        With one task the batch may be missing. The convolution gives stride, padding, dilation and the size of the
+        kernel; its groups must be 1.
         """
         kernel = (-1, *convolution.weight.shape[1:])
         channels = -len(convolution.kernel_size) - 1
@@ -103,19 +77,11 @@ class Factors(NamedTuple):
         return update.reshape(*hidden.shape[:-1], update.shape[-1]).movedim(-1, channels)
 
     def delta_weight(self) -> Tensor:
-        """The dense update B·S·A of every task.
-
-        Returns:
-            Shape ``(tasks, out_features, in_features)``.
-        """
+        """The dense update B·S·A of every task, shape ``(tasks, out_features, in_features)``."""
         return self.outer() @ self.lora_A
 
     def outer(self) -> Tensor:
-        """The product B·S: what B is in a LoRA whose scaling is 1.
-
-        Returns:
-            Shape ``(tasks, out_features, r)``.
-        """
+        """The product B·S, shape ``(tasks, out_features, r)``: what B is in a LoRA whose scaling is 1."""
         return times_core(self.lora_B, self.core)
 
     def _of(self, rows: Tensor | None) -> Factors:
@@ -138,15 +104,7 @@ class Factors(NamedTuple):
 
 
 def times_core(x: Tensor, core: Tensor) -> Tensor:
-    """Compute x·S.
-
-    Args:
-        x: Shape ``(..., n, r)``, or ``(r,)``.
-        core: S, shape ``(..., r, r)``, or ``(..., 1, 1)`` for a multiple of the identity.
-
-    Returns:
-        Shape and dtype of `x`.
-    """
+    """x·S for x ``(..., n, r)`` or ``(r,)``, and S ``(..., r, r)`` or ``(..., 1, 1)``, in the dtype of x."""
     if core.shape[-1] > 1:
         return x @ core.to(x.dtype)
     # The scalar's own dimensions would add to those of a vector. In half precision, x is multiplied by its exact value.

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, rms_norm
+from torch.nn.functional import rms_norm
 
+from hyperadapt.hypernetwork.blocks import Head, ResidualBlock
 from hyperadapt.hypernetwork.positions import Position
 
 # Sinkhorn's mixing starts close to the identity: equal logits would make it constant, and the update of rank 1.
@@ -57,16 +58,8 @@ class Hypernetwork(nn.Module):
     interactions of Jayakumar et al. (ICLR 2020); shared factors after the bias initialisation of Beck et al. (2023),
     here for each position; initial scale see ``Head``.
 
-    Args:
-        positions: The adapted modules.
-        task_embedding_dim: Size of the task, layer, module and row embeddings.
-        hypernetwork_dim: Hidden size of the trunk.
-        hypernetwork_depth: Number of residual blocks.
-        head: ``"row"``, ``"factor"`` or ``"pair"``.
-        variance_B: Variance of the entries of B at the start, in squared units of the generated weight; None keeps
-            the variance of the activation, 1/r.
-        mixing: Whether to generate mixing logits too.
-        conditioning: ``"additive"``, or ``"gated"`` to multiply as well.
+    ``variance_B`` is the variance of the entries of B at the start, in squared units of the generated weight; None
+    keeps the variance of the activation, 1/r. ``mixing`` asks for mixing logits too.
     """
 
     def __init__(
@@ -131,15 +124,7 @@ class Hypernetwork(nn.Module):
             self.heads[f"mixing_r{r}"] = Head(hypernetwork_dim, r if head == "row" else r * r, variance=0.0)
 
     def forward(self, task_embeddings: Tensor, positions: Sequence[Position]) -> list[Generated]:
-        """Generate the factors of some positions.
-
-        Args:
-            task_embeddings: Shape ``(tasks, task_embedding_dim)``; only the direction counts.
-            positions: Positions among those of the constructor.
-
-        Returns:
-            One group for each shape and rank among the positions, in the dtype of the hypernetwork.
-        """
+        """One group for each shape and rank among the positions; of embeddings only the direction counts."""
         groups: dict[str, list[Position]] = {}
         for position in positions:
             groups.setdefault(_shape(position), []).append(position)
@@ -209,81 +194,5 @@ def _shape(position: Position) -> str:
 
 
 def index_tensor(indices: Sequence[int], device: torch.device) -> Tensor:
-    """Indices on a device, without waiting for what it still has to do, as indexing with a list would.
-
-    Args:
-        indices: The indices.
-        device: The device.
-
-    Returns:
-        int64, shape ``(indices,)``.
-    """
+    """Indices on a device, int64, without waiting for what it still has to do, as indexing with a list would."""
     return torch.tensor(indices, device="cpu").to(device, non_blocking=True)
-
-
-class ResidualBlock(nn.Module):
-    """Pre-normalised residual block: ``x + W₂·gelu(W₁·rms_norm(x))``.
-
-    Args:
-        dim: Size of input and output; the hidden layer has twice the size.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.expand = nn.Linear(dim, 2 * dim)
-        self.contract = nn.Linear(2 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to the last dimension.
-
-        Args:
-            x: Shape ``(..., dim)``.
-
-        Returns:
-            Same shape and dtype.
-        """
-        update: Tensor = self.contract(gelu(self.expand(rms_norm(x, x.shape[-1:]))))
-        return x + update
-
-
-class Head(nn.Module):
-    """Linear read-out ``W·z / dim`` whose initial output has a given variance.
-
-    The input z has root mean square exactly 1, so over random W the output has variance
-    ``dim · Var(W) · mean(z²) / dim² = Var(W) / dim``: with a target variance v,
-
-        Var(W) = v · dim.
-
-    v itself is hyperfan-in: a generated A of shape ``(r, in)`` that reads inputs of unit variance gives
-    unit variance when v = 1/in, and B of shape ``(out, r)`` when v = 1/r, each split between a head and the factors
-    that all tasks share.
-
-    The factor 1/dim makes the step size of the *output* that of the learning rate: Adam moves every
-    entry of W by about lr, hence ``W·z / dim`` by at most ``lr · mean|z| ≤ lr``, whatever the width. A learning rate
-    that suits LoRA thus suits the hypernetwork.
-
-    Source: hyperfan initialisation, Chang et al., "Principled Weight Initialization for
-    Hypernetworks" (ICLR 2020), equations for linear layers; output multiplier as in maximal update
-    parametrisation, Yang et al. 2022.
-
-    Args:
-        dim: Size of the input.
-        size: Size of the output.
-        variance: Variance of an output entry at the start, in squared units of the generated weight.
-    """
-
-    def __init__(self, dim: int, size: int, *, variance: float) -> None:
-        super().__init__()
-        self.dim = dim
-        self.weight = nn.Parameter(torch.randn(size, dim) * math.sqrt(variance * dim))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Read out the last dimension.
-
-        Args:
-            z: Shape ``(..., dim)``, root mean square 1.
-
-        Returns:
-            Shape ``(..., size)``.
-        """
-        return nn.functional.linear(z / self.dim, self.weight)

@@ -8,15 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Position:
-    """One adapted module of the base model.
+    """One adapted module: its path as in ``named_modules()``, columns of A, rows of B, rank and scaling.
 
-    Args:
-        name: Path of the module in the base model, as in ``named_modules()``.
-        in_features: Columns of the factor A: what the module reads.
-        out_features: Rows of the factor B: what the module writes.
-        r: Rank of the adapter there.
-        scaling: Factor on the generated update (dimensionless).
-        fan_in: How many inputs act on an output at once, for the initial variance of A; None for all of them.
+    ``fan_in`` is how many inputs act on an output at once, for the initial variance of A; None for all of them.
     """
 
     name: str

@@ -11,33 +11,18 @@ from torch.distributed.tensor import DTensor
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 
 
-def make_whole(state_dict: dict[str, Tensor], parts: Sequence[str]) -> None:  # noqa: DOC502
-    """Replace the sharded tensors in a state dict by whole ones.
-
-    Args:
-        state_dict: State of a model, changed in place; if FSDP2 has sharded it, all processes must call this.
-        parts: Only tensors with one of these in their names are replaced.
-
-    Raises:
-        ValueError: If DeepSpeed's ZeRO-3 has left tensors without entries.
-    """
+def make_whole(state_dict: dict[str, Tensor], parts: Sequence[str]) -> None:
+    """Replace the sharded tensors with one of these parts in their names; under FSDP2 all processes must call this."""
     wanted = [name for name in state_dict if any(part in name for part in parts)]
     for name in wanted:
         _check_entries(name, state_dict[name])
     state_dict |= {name: _whole(state_dict[name]) for name in wanted}
 
 
-def whole_network(network: HyperAdapterNetwork) -> HyperAdapterNetwork:  # noqa: DOC502
-    """A network that can be called outside of the model's forward pass.
+def whole_network(network: HyperAdapterNetwork) -> HyperAdapterNetwork:
+    """A network that can be called outside of the model's forward pass; under FSDP2 all processes must call this.
 
-    Args:
-        network: The network; if FSDP2 has sharded it, all processes must call this.
-
-    Returns:
-        The network itself; or a copy with whole parameters, and without the hooks that would shard them again.
-
-    Raises:
-        ValueError: If DeepSpeed has partitioned the parameters.
+    The network itself; or a copy with whole parameters, and without the hooks that would shard them again.
     """
     for name, parameter in network.named_parameters():
         _check_entries(name, parameter)

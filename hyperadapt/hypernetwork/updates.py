@@ -12,20 +12,11 @@ from torch import Tensor
 from hyperadapt.hypernetwork.factors import Factors, times_core
 
 
-def inner_product(x: Factors, y: Factors) -> Tensor:  # noqa: DOC502
-    """Frobenius inner product of updates, entry by entry of their leading dimensions.
+def inner_product(x: Factors, y: Factors) -> Tensor:
+    """Frobenius inner product of updates, shape ``(...)`` of their leading dimensions, which broadcast.
 
-    ⟨B₁·S₁·A₁, B₂·S₂·A₂⟩ = ⟨S₁ᵀ·(B₁ᵀ·B₂)·S₂, A₁·A₂ᵀ⟩, a sum over r₁ × r₂ products. Differentiable.
-
-    Args:
-        x: Updates with leading dimensions ``(...)``, such as tasks.
-        y: Updates of the same shape, but any rank, in the same dtype; leading dimensions broadcast.
-
-    Returns:
-        Shape ``(...)``, in squared units of the weights, in the dtype of the factors.
-
-    Raises:
-        ValueError: If the updates have different shapes.
+    ⟨B₁·S₁·A₁, B₂·S₂·A₂⟩ = ⟨S₁ᵀ·(B₁ᵀ·B₂)·S₂, A₁·A₂ᵀ⟩, a sum over r₁ × r₂ products, in squared units of the weights.
+    Differentiable. The ranks may differ.
     """
     _check_shapes(x, y)
     outer = times_core(times_core(y.lora_B.mT @ x.lora_B, x.core).mT, y.core)
@@ -33,20 +24,10 @@ def inner_product(x: Factors, y: Factors) -> Tensor:  # noqa: DOC502
 
 
 @torch.no_grad()
-def pairwise_inner_products(x: Factors, y: Factors) -> Tensor:  # noqa: DOC502
-    """Frobenius inner product of every update of one position with every other.
+def pairwise_inner_products(x: Factors, y: Factors) -> Tensor:
+    """Frobenius inner product of each of T updates of one position with each of U, shape ``(T, U)``, no gradient.
 
-    Works in float64, so that the difference of two nearly equal updates can be told from the result.
-
-    Args:
-        x: Updates of T tasks.
-        y: Updates of U tasks, of the same shape, but any rank.
-
-    Returns:
-        Shape ``(T, U)``, float64, in squared units of the weights; no gradient.
-
-    Raises:
-        ValueError: If the updates have different shapes.
+    In float64, so that the difference of two nearly equal updates can be told from the result.
     """
     _check_shapes(x, y)
     (x_A, x_B), (y_A, y_B) = _rows(x), _rows(y)
@@ -56,16 +37,10 @@ def pairwise_inner_products(x: Factors, y: Factors) -> Tensor:  # noqa: DOC502
 
 @torch.no_grad()
 def singular_values(factors: Factors) -> Tensor:
-    """Singular values of updates.
+    """Singular values of updates, shape ``(..., min(r, out_features, in_features))``, float64, descending, no gradient.
 
     With the QR factors of B·S and Aᵀ they are those of a matrix of the size of the rank. Unlike Gram matrices, which
     square the condition, QR keeps values far below the largest.
-
-    Args:
-        factors: Updates with leading dimensions ``(...)``.
-
-    Returns:
-        Shape ``(..., min(r, out_features, in_features))``, float64, descending, in units of the weights; no gradient.
     """
     lora_A, lora_B = _rows(factors)
     inner = torch.linalg.qr(lora_B.mT, mode="r").R @ torch.linalg.qr(lora_A.mT, mode="r").R.mT

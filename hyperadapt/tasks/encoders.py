@@ -17,20 +17,11 @@ from hyperadapt.config.task_fields import FUNCTION, encoder_name
 SAME_DIRECTION = 0.999
 
 
-def with_text_vectors(config: HyperAdapterConfig) -> tuple[HyperAdapterConfig, Tensor | None]:  # noqa: DOC503
-    """Encode the descriptions of a new adapter.
+def with_text_vectors(config: HyperAdapterConfig) -> tuple[HyperAdapterConfig, Tensor | None]:
+    """A configuration with its encoder pinned (name, revision, dimension), and the vectors of its descriptions.
 
-    Args:
-        config: The configuration.
-
-    Returns:
-        The configuration with the encoder's name, revision and dimension pinned; and the vectors, shape
-        ``(descriptions, text_embedding_dim)``, float32. None where no task has text, or the dimension is pinned
-        already: then the vectors come from the adapter's file.
-
-    Raises:
-        ModuleNotFoundError: If the encoder needs sentence-transformers, which is not installed.
-        ValueError: If the encoder is unknown, or gives no vectors; or if only a file names it.
+    None where no task has text, or the dimension is pinned already: then the vectors come from the adapter's file. Else
+    float32 of shape ``(descriptions, text_embedding_dim)``.
     """
     texts = [text for descriptions in config.embedded_descriptions for text in descriptions]
     if not texts or config.text_embedding_dim is not None:
@@ -51,26 +42,15 @@ def with_text_vectors(config: HyperAdapterConfig) -> tuple[HyperAdapterConfig, T
     return pinned, vectors
 
 
-def encode_like(  # noqa: DOC503
+def encode_like(
     config: HyperAdapterConfig,
     texts: Sequence[str],
     known_vector: Tensor,
     text_encoder: str | Callable[[list[str]], Tensor] | None = None,
 ) -> Tensor:
-    """Encode further descriptions, with the encoder that the adapter was made with.
+    """Vectors ``(texts, text_embedding_dim)``, float32, of further descriptions, by the encoder of the adapter.
 
-    Args:
-        config: The adapter's configuration, pinned.
-        texts: The descriptions.
-        known_vector: What the encoder gave for the adapter's first description, shape ``(text_embedding_dim,)``.
-        text_encoder: The encoder, where its name does not find it.
-
-    Returns:
-        Shape ``(texts, text_embedding_dim)``, float32.
-
-    Raises:
-        ModuleNotFoundError: If the encoder needs sentence-transformers, which is not installed.
-        ValueError: If the encoder is unknown, or gives other vectors than it gave for the known description.
+    ``known_vector`` is what that gave for the adapter's first description; another encoder is refused.
     """
     encoder = config.text_encoder if text_encoder is None else text_encoder
     assert encoder is not None
@@ -97,22 +77,12 @@ def encode_like(  # noqa: DOC503
     return vectors[1:]
 
 
-def encode_texts(  # noqa: DOC503
+def encode_texts(
     encoder: str | Callable[[list[str]], Any], texts: Sequence[str], revision: str | None = None
 ) -> tuple[Tensor, str | None]:
-    """Make a vector of each text.
+    """One finite vector of each text, ``(texts, dim)``, float32, on the CPU, and the revision that was used.
 
-    Args:
-        encoder: Name or folder of a sentence-transformers model, or a function from a list of texts to a tensor.
-        texts: The texts.
-        revision: Revision of a model on the Hub.
-
-    Returns:
-        Shape ``(texts, dim)``, float32, on the CPU; and the revision that was used, None of a folder or a function.
-
-    Raises:
-        ModuleNotFoundError: If sentence-transformers is needed and not installed.
-        ValueError: If the model cannot be loaded, or the encoder does not give one finite vector for each text.
+    The encoder is a name or folder of a sentence-transformers model, or a function from a list of texts to a tensor.
     """
     if callable(encoder):
         vectors, found = encoder(list(texts)), None

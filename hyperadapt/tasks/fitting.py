@@ -19,7 +19,7 @@ Call: TypeAlias = Callable[[Tensor, Mapping[str, Any]], Any]
 BATCH_SIZE = 32
 
 
-def fit_task_embedding(  # noqa: DOC503
+def fit_task_embedding(
     model: nn.Module,
     call: Call,
     starts: Tensor,
@@ -28,24 +28,11 @@ def fit_task_embedding(  # noqa: DOC503
     data_collator: Callable[[list[Any]], Any] | None = None,
     training_arguments: TrainingArguments | None = None,
 ) -> Tensor:
-    """Fit one task embedding with ``Trainer``, from the best of some starting points.
+    """A task embedding ``(task_embedding_dim,)``, fitted with ``Trainer`` from the best start; all else is frozen.
 
-    Dropout is off: an embedding has few numbers, and is regular enough.
-
-    Args:
-        model: The model; frozen meanwhile, and left as it was.
-        call: Runs the model on a batch with a task embedding of shape ``(task_embedding_dim,)`` for all rows.
-        starts: Starting points, shape ``(starts, task_embedding_dim)``; the one with the lowest loss is taken.
-        examples: Rows of model inputs, labels included.
-        data_collator: Makes batches of rows; None stacks them.
-        training_arguments: None for a short run that suits 8 to 64 examples.
-
-    Returns:
-        The embedding, shape ``(task_embedding_dim,)``, detached.
-
-    Raises:
-        TypeError: If `examples` is no sequence of rows.
-        ValueError: If there is no example, or the loss is not finite.
+    Dropout is off: an embedding has few numbers, and is regular enough. ``call`` runs the model on a batch with an
+    embedding for all rows. Rows are stacked where there is no collator; without arguments, a short run suits 8 to 64
+    examples.
     """
     rows = _rows(examples)
     device = starts.device
@@ -70,16 +57,7 @@ def fit_task_embedding(  # noqa: DOC503
 
 
 def default_arguments(folder: str, num_examples: int, device: torch.device) -> TrainingArguments:
-    """A short run for few examples.
-
-    Args:
-        folder: Where Trainer may write.
-        num_examples: Number of examples.
-        device: Where the model is.
-
-    Returns:
-        The arguments.
-    """
+    """A short run for few examples, in a folder that Trainer may write to."""
     return TrainingArguments(
         output_dir=folder,
         max_steps=40,
@@ -102,9 +80,7 @@ def default_arguments(folder: str, num_examples: int, device: torch.device) -> T
 class _FittedTask(nn.Module):
     """A task embedding as the only parameter of a model.
 
-    Args:
-        start: Where it starts, shape ``(task_embedding_dim,)``.
-        call: As in ``fit_task_embedding``. Not a submodule: Trainer moves, wraps and switches what it sees.
+    The model is no submodule: Trainer moves, wraps and switches what it sees.
     """
 
     def __init__(self, start: Tensor, call: Call) -> None:

@@ -16,8 +16,7 @@ _COLUMNS = 512
 def is_made_empty() -> bool:
     """Whether parameters made now get no memory, because a file will bring them.
 
-    Returns:
-        True inside of PEFT's ``init_empty_weights``: a tuner is told of ``low_cpu_mem_usage`` in no other way.
+    So it is inside of PEFT's ``init_empty_weights``: a tuner is told of ``low_cpu_mem_usage`` in no other way.
     """
     probe = nn.Module()
     probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
@@ -26,21 +25,11 @@ def is_made_empty() -> bool:
 
 @torch.no_grad()
 def base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
-    """Frobenius norm of a layer's base weight.
+    """Frobenius norm of a layer's base weight, a float32 scalar on the CPU.
 
     An offloaded weight is brought in for the time. A quantised weight is dequantised; where that is not possible (GPTQ,
-    AWQ and others), the base layer is applied to the identity matrix.
-
-    Args:
-        layer: The adapted layer.
-        position: Its position.
-
-    Returns:
-        A scalar on the CPU, float32.
-
-    Raises:
-        ValueError: If the weight is on the meta device, its norm is zero or not finite, or the base layer can neither
-            be dequantised nor applied.
+    AWQ and others), the base layer is applied to the identity matrix. A norm that is zero, not finite or unknown is
+    refused.
     """
     base_layer = layer.get_base_layer()
     # PEFT's onload_layer would leave weights in memory that were offloaded to disk.

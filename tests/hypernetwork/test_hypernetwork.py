@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperadapt.config import CONDITIONINGS, HEADS
-from hyperadapt.hypernetwork.hypernetwork import Generated, Head, Hypernetwork
+from hyperadapt.hypernetwork.blocks import Head
+from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork
 from hyperadapt.hypernetwork.positions import Position
 from tests.support.tolerances import (
     ADAM_FIRST_STEP,
