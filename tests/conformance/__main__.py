@@ -24,11 +24,7 @@ COUNTED = ("passed", "skipped", "xfailed", "xpassed", "failed")
 
 
 def fetch_tests(folder: Path) -> None:
-    """Unpack the tests of the installed PEFT as the package ``peft_tests``.
-
-    Args:
-        folder: Where to put the package.
-    """
+    """Unpack the tests of the installed PEFT as the package ``peft_tests``."""
     requirement = f"peft=={version('peft')}"
     options = ["--quiet", "--no-deps", "--no-binary", "peft", "--no-build-isolation"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
@@ -43,16 +39,7 @@ def fetch_tests(folder: Path) -> None:
 
 
 def run_tests(folder: Path, workers: int, arguments: list[str]) -> int:
-    """Run the files that have lists to replace, counting outcomes into the folder.
-
-    Args:
-        folder: Holds ``peft_tests``.
-        workers: Number of processes.
-        arguments: Further arguments of pytest.
-
-    Returns:
-        pytest's exit code.
-    """
+    """Run the files that have lists to replace, counting outcomes into the folder; pytest's exit code."""
     from tests.conformance.cases import MODULES
     from tests.conformance.models import fill_cache
 
@@ -85,14 +72,7 @@ def run_tests(folder: Path, workers: int, arguments: list[str]) -> int:
 
 
 def print_summary(folder: Path) -> bool:
-    """Print the outcomes.
-
-    Args:
-        folder: Where the plugin left them.
-
-    Returns:
-        Whether nothing failed, something passed, and every list was found.
-    """
+    """Print the outcomes; whether nothing failed, something passed, and every list was found."""
     from tests.conformance.cases import LISTS, UNNAMED
 
     if not (folder / "controller.json").exists():
@@ -127,16 +107,7 @@ def print_summary(folder: Path) -> bool:
 
 
 def run(folder: Path, workers: int, arguments: list[str]) -> int:
-    """Fetch, run and report.
-
-    Args:
-        folder: For the tests and everything they write.
-        workers: Number of processes.
-        arguments: Further arguments of pytest.
-
-    Returns:
-        The command's exit code.
-    """
+    """Fetch, run and report; the command's exit code."""
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "peft_tests").exists():
@@ -149,11 +120,7 @@ def run(folder: Path, workers: int, arguments: list[str]) -> int:
 
 
 def main() -> int:
-    """Run the command.
-
-    Returns:
-        0 if nothing failed.
-    """
+    """Run the command; 0 if nothing failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="Every other argument goes to pytest, for example -k test_config -x."
     )

@@ -138,11 +138,7 @@ def cat_image() -> Image.Image:
 
 
 def fill_cache(cache: Path) -> None:
-    """Write the stand-ins as the Hub's client would cache the real repositories.
-
-    Args:
-        cache: The cache folder, as in ``HF_HUB_CACHE``.
-    """
+    """Write the stand-ins as the Hub's client would cache the real repositories."""
     for name, make in _MODELS.items():
         torch.manual_seed(0)
         make().save_pretrained(_snapshot(cache, name, "main"))
