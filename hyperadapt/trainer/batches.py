@@ -109,11 +109,7 @@ class TaskSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to draw.
-
-        Args:
-            epoch: Its number, from 0.
-        """
+        """Choose the epoch to draw, from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -121,12 +117,12 @@ class TaskSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng([self._seed, self._epoch])
-        drawn = []
+        parts = []
         for rows, units in zip(self._rows, self._units, strict=True):
             count = int(units) * self._unit
             passes = [generator.permutation(rows) for _ in range(-(-count // len(rows)))]
-            drawn.append(np.concatenate(passes)[:count].reshape(-1, self._unit))
-        yield from generator.permutation(np.concatenate(drawn)).reshape(-1).tolist()
+            parts.append(np.concatenate(passes)[:count].reshape(-1, self._unit))
+        yield from generator.permutation(np.concatenate(parts)).reshape(-1).tolist()
 
 
 class TaskCollator:

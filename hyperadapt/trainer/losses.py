@@ -14,22 +14,11 @@ IGNORED = -100
 
 @torch.no_grad()
 def row_losses(outputs: Mapping[str, Any], labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
-    """Sums and counts whose quotient is each row's mean loss.
+    """Sums of losses and numbers of terms, ``(batch,)`` each, float32, whose quotient is each row's mean loss.
 
     Classification, multi-label classification and regression count a row as one; language models and token
-    classification count the tokens whose label is not -100. One row's logits at a time are widened to float32.
-
-    Args:
-        outputs: The model's outputs: ``logits`` of shape ``(batch, classes)`` or ``(batch, length, classes)``; or, from
-            TRL's trainers, which do not form them, ``log_probs`` and ``label_mask``, ``(batch, length)`` each.
-        labels: Class ids ``(batch,)``, numbers ``(batch,)`` or ``(batch, classes)``, or token ids ``(batch, length)``.
-        shift: Whether the label of a token is the next token, as in causal language models.
-
-    Returns:
-        Sums of losses and numbers of terms, float32, shape ``(batch,)`` each.
-
-    Raises:
-        ValueError: If the shapes are none of these.
+    classification count the tokens whose label is not -100. One row's logits at a time are widened to float32. TRL's
+    trainers, which form no logits, give ``log_probs`` and ``label_mask``. ``shift``: a token's label is the next token.
     """
     if "log_probs" in outputs:
         return -outputs["log_probs"].float().sum(1), outputs["label_mask"].float().sum(1)

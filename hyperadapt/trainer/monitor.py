@@ -15,11 +15,7 @@ from hyperadapt.normalization.formulas import frobenius_norm_squared
 
 
 class PositionMonitor:
-    """Watches what a network generates, and the gradients of it, while the model trains.
-
-    Args:
-        network: The network.
-    """
+    """Watches what a network generates, and the gradients of it, while the model trains."""
 
     def __init__(self, network: HyperAdapterNetwork) -> None:
         self._updates: dict[str, Tensor] = {}
@@ -28,11 +24,10 @@ class PositionMonitor:
         network.register_forward_hook(self._watch)
 
     def collect(self) -> tuple[dict[str, float], dict[str, float]]:
-        """What was seen since the last call, in this process.
+        """What was seen since the last call in this process, by position name.
 
-        Returns:
-            By position name: the largest ‖ΔW‖_F / ‖W₀‖_F of any task, dimensionless; and the norm of the gradient by
-            the factors A and B of all tasks of a forward pass, as the root mean square over the passes.
+        The largest ‖ΔW‖_F / ‖W₀‖_F of any task, dimensionless; and the norm of the gradient by the factors A and B of
+        all tasks of a forward pass, as the root mean square over the passes.
         """
         updates = {name: float(value) for name, value in self._updates.items()}
         gradients = {name: float((total / self._passes).sqrt()) for name, total in self._gradients.items()}
@@ -46,7 +41,7 @@ class PositionMonitor:
         self._passes += 1
         for position, base_norm in zip(network.positions, network.base_norms, strict=True):
             name, factors = position.name, generated[position.name]
-            update = _largest_norm(factors) / base_norm
+            update = _norm_of_largest(factors) / base_norm
             self._updates[name] = torch.maximum(self._updates.get(name, update), update)
             for tensor in (factors.lora_A, factors.lora_B):
                 tensor.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
@@ -57,7 +52,7 @@ class PositionMonitor:
 
 
 @torch.no_grad()
-def _largest_norm(factors: Factors) -> Tensor:
+def _norm_of_largest(factors: Factors) -> Tensor:
     """Largest ‖B·S·A‖_F of any task, without the product."""
     factors = Factors(*(tensor.float() for tensor in factors))
     A, B = factors.lora_A, factors.outer()

@@ -19,7 +19,7 @@ from hyperadapt.trainer.batches import TASK_COLUMN, TaskCollator, TaskSampler, c
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
 from hyperadapt.trainer.losses import row_losses
 from hyperadapt.trainer.monitor import PositionMonitor
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import active_network, find_tuner
 
 logger = logging.get_logger(__name__)
 
@@ -83,9 +83,9 @@ class TaskTrainerMixin(Trainer):
         if not isinstance(self.data_collator, TaskCollator):
             self.data_collator = TaskCollator(self.data_collator)
         # Found through the model as the other trainer left it.
-        tuner = find_tuner(self._model)
-        self._is_causal = type(tuner.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        self._monitor = PositionMonitor(tuner.router.network(tuner.active_adapters[0])) if log_positions else None
+        base_model = find_tuner(self._model).model
+        self._is_causal = type(base_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self._monitor = PositionMonitor(active_network(self._model)[1]) if log_positions else None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -120,17 +120,7 @@ class TaskTrainerMixin(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss as the other trainer does, and add it up by task.
-
-        Args:
-            model: The model.
-            inputs: The batch.
-            return_outputs: Whether to return the outputs, too.
-            num_items_in_batch: As in ``Trainer``.
-
-        Returns:
-            The loss, or the loss and the outputs.
-        """
+        """Compute the loss as the other trainer does, and add it up by task."""
         # Label smoothing takes the labels out of the batch.
         tasks, labels = inputs[TASK_COLUMN], inputs.get("labels")
         if self.max_tasks_per_batch is not None or not model.training:
@@ -150,13 +140,7 @@ class TaskTrainerMixin(Trainer):
         return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and where that is a training loss, also what was gathered by task and by position.
-
-        Args:
-            logs: The values.
-            *args: As in ``Trainer``.
-            **kwargs: As in ``Trainer``.
-        """
+        """Log, and where that is a training loss, also what was gathered by task and by position."""
         if "loss" in logs:
             if self.log_task_losses:
                 sums, counts = self.accelerator.reduce(self._task_sums.to(self.args.device), "sum").tolist()
@@ -175,15 +159,7 @@ class TaskTrainerMixin(Trainer):
         model_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the adapter's card into the output folder, with what the last evaluation of each task gave.
-
-        Args:
-            language: ISO 639 code.
-            license: As the Hub spells it.
-            tags: Further tags.
-            model_name: The heading.
-            **kwargs: What else ``Trainer`` takes. The adapter itself knows its base model; the rest is not used.
-        """
+        """Write the adapter's card into the output folder, with what the last evaluation of each task gave."""
         if not self.is_world_process_zero():
             return
         folder = str(self.args.output_dir)
@@ -288,8 +264,7 @@ def _active_config(model: Any) -> HyperAdapterConfig:
             f"The trainer got model={model!r}, but must know the tasks from the start: pass a model with a "
             "hyperadapter (not model_init), or to a trainer that takes one, a HyperAdapterConfig as peft_config."
         )
-    tuner = find_tuner(model)
-    return tuner.router.network(tuner.active_adapters[0]).config
+    return active_network(model)[1].config
 
 
 def _check_sampling(args: Any) -> None:
