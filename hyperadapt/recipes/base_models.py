@@ -22,15 +22,7 @@ SAFELY: dict[str, Any] = {"trust_remote_code": False}
 
 
 def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the base model of a recipe, with a classifier of one output for each of the recipe's labels.
-
-    Args:
-        recipe: The recipe, with the labels of all tasks.
-        tokenizer: The tokenizer; gets a padding token if it has none.
-
-    Returns:
-        The model. A new classifier has random weights.
-    """
+    """The base model, with an untrained classifier of one output for each label; a tokenizer gets its padding token."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {**SAFELY, "revision": recipe.revision or "main"}
@@ -53,11 +45,7 @@ def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' bars and reports of a new classifier's missing weights.
-
-    Yields:
-        None.
-    """
+    """Without transformers' bars and reports of a new classifier's missing weights."""
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

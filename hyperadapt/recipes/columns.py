@@ -17,36 +17,20 @@ from hyperadapt.recipes.recipe import TaskRecipe
 
 @dataclass(frozen=True)
 class Columns:
-    """Some columns of a task's rows.
+    """Some columns of a task's rows."""
 
-    Args:
-        place: The task and the file, for messages.
-        values: Column -> one value for each row, as it is in the file.
-        names: Column of integers -> what they stand for, where the data set says it.
-        is_text: Whether the file holds nothing but text, so that integers are text, too.
-    """
-
+    # The task and the file, for messages.
     place: str
+    # Column -> one value for each row, as it is in the file.
     values: Mapping[str, Sequence[Any]]
+    # Column of integers -> what they stand for, where the data set says it.
     names: Mapping[str, Sequence[str]]
+    # Whether the file holds nothing but text, so that integers are text, too.
     is_text: bool = False
 
 
-def read_columns(task: TaskRecipe, name: str, split: str, columns: Sequence[str]) -> Columns:  # noqa: DOC502
-    """Read columns of one split.
-
-    Args:
-        task: The task.
-        name: Its name.
-        split: ``"train"``, ``"validation"`` or ``"test"``, which the task has.
-        columns: The columns.
-
-    Returns:
-        The columns, with a value in every row.
-
-    Raises:
-        ValueError: If the data cannot be read, there is no row, or a column or a value is missing.
-    """
+def read_columns(task: TaskRecipe, name: str, split: str, columns: Sequence[str]) -> Columns:
+    """Columns of a split that the task has, with a value in every row; errors name task, file, row and column."""
     source = getattr(task, split)
     place = f"Task {name!r}, {task.dataset or source}"
     if task.dataset is not None:
@@ -130,20 +114,8 @@ def _load_dataset(task: TaskRecipe, split: str, place: str) -> Dataset:
         raise ValueError(f"{place}: load_dataset could not load split {split!r}: {error}") from error
 
 
-def dataset_columns(dataset: Dataset, place: str, columns: Sequence[str]) -> Columns:  # noqa: DOC502
-    """Columns of a data set.
-
-    Args:
-        dataset: The data set.
-        place: The task and where the data set is from, for messages.
-        columns: The columns.
-
-    Returns:
-        The columns, with a value in every row.
-
-    Raises:
-        ValueError: If there is no row, or a column or a value is missing.
-    """
+def dataset_columns(dataset: Dataset, place: str, columns: Sequence[str]) -> Columns:
+    """Columns of a data set, with a value in every row; `place` names the task and the source in errors."""
     _check_columns(dataset.column_names if len(dataset) else None, columns, place)
     values = {column: list(dataset[column]) for column in columns}
     _check_values(values, place)

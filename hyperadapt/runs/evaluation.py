@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from hyperadapt.recipes.rows import collator
+from hyperadapt.recipes.tokens import collator
 from hyperadapt.trainer.losses import IGNORED, row_losses
 
 Progress = Callable[[int], Any]

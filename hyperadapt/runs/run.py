@@ -23,8 +23,9 @@ from hyperadapt.config.checks import check_choice, shown
 from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
 from hyperadapt.recipes.columns import dataset_columns, read_columns
 from hyperadapt.recipes.recipe import Recipe, TaskRecipe, load_recipe
-from hyperadapt.recipes.rows import TaskRows, checked_rows, collator, data_columns, drawn, read_rows, tokenized
+from hyperadapt.recipes.rows import TaskRows, checked_rows, data_columns, read_rows, sampled
 from hyperadapt.recipes.schema import SPLITS, check_file, check_labels, check_task_name
+from hyperadapt.recipes.tokens import collator, tokenized
 from hyperadapt.runs.evaluation import class_scores, completion_scores
 from hyperadapt.runs.record import RECIPE, RECORD, Record, replaced_together
 from hyperadapt.runs.training import (
@@ -40,7 +41,7 @@ from hyperadapt.runs.training import (
 )
 from hyperadapt.tuner.active import find_tuner
 
-# Of more, that many are drawn: all of them are run through the model from up to 66 starting points.
+# Of more, that many are sampled: all of them are run through the model from up to 66 starting points.
 MAX_EXAMPLES = 256
 _AUTO_CLASSES = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM}
 
@@ -286,7 +287,7 @@ def _example_rows(task: TaskRecipe, name: str, task_type: str, examples: Any) ->
         found = dataset_columns(examples, f"Task {name!r}, examples", columns)
     else:
         found = read_columns(task, name, "train", columns)
-    return drawn(checked_rows(found, task, task_type), MAX_EXAMPLES)
+    return sampled(checked_rows(found, task, task_type), MAX_EXAMPLES)
 
 
 def _check_known_labels(run: Run, name: str, task: TaskRecipe) -> None:

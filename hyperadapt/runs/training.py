@@ -29,7 +29,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hyperadapt.config.checks import shown
 from hyperadapt.recipes.recipe import Recipe, load_recipe
-from hyperadapt.recipes.rows import collator, read_rows, tokenized
+from hyperadapt.recipes.rows import read_rows
+from hyperadapt.recipes.tokens import collator, tokenized
 from hyperadapt.runs.record import RECIPE, RECORD, UNFINISHED, hardware, versions
 from hyperadapt.trainer.trainer import HyperAdapterTrainer
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hyperadapt.recipes import TaskRecipe
-from hyperadapt.recipes import columns as task_files
+from hyperadapt.recipes import TaskRecipe, columns
 from hyperadapt.recipes.columns import Columns, dataset_columns, read_columns
 
 ROWS = [{"text": 'a "b", c', "label": "x"}, {"text": "línea\nzwei", "label": "y"}]
@@ -33,23 +32,23 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def read(path: Path, columns: tuple[str, ...] = ("text", "label")) -> Columns:
-    return read_columns(TaskRecipe(train=str(path)), "one", "train", columns)
+def read(path: Path, names: tuple[str, ...] = ("text", "label")) -> Columns:
+    return read_columns(TaskRecipe(train=str(path)), "one", "train", names)
 
 
-def fails(path: Path, message: str, columns: tuple[str, ...] = ("text", "label")) -> None:
+def fails(path: Path, message: str, names: tuple[str, ...] = ("text", "label")) -> None:
     with pytest.raises(ValueError, match=re.escape(f"Task 'one', {path}{message}")):
-        read(path, columns)
+        read(path, names)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path)
-    columns = read(path)
-    assert columns.values == {name: [row[name] for row in ROWS] for name in ("text", "label")}
-    assert columns.names == {}
-    assert columns.is_text == (suffix in (".csv", ".tsv"))
+    found = read(path)
+    assert found.values == {name: [row[name] for row in ROWS] for name in ("text", "label")}
+    assert found.names == {}
+    assert found.is_text == (suffix in (".csv", ".tsv"))
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -73,9 +72,9 @@ def test_names_of_integers_come_from_the_data_set(tmp_path: Path) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     dataset = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     dataset.to_parquet(tmp_path / "rows.parquet")
-    for columns in (read(tmp_path / "rows.parquet"), dataset_columns(dataset, "there", ["text", "label"])):
-        assert columns.values == {"text": ["a", "b"], "label": [1, 0]}
-        assert columns.names == {"label": ["no", "yes"]}
+    for found in (read(tmp_path / "rows.parquet"), dataset_columns(dataset, "there", ["text", "label"])):
+        assert found.values == {"text": ["a", "b"], "label": [1, 0]}
+        assert found.names == {"label": ["no", "yes"]}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,7 @@ def test_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ValueError('Unknown split "none".')
         return Dataset.from_dict({"text": ["a", None], "label": [0, 1]})
 
-    monkeypatch.setattr(task_files, "load_dataset", load_dataset)
+    monkeypatch.setattr(columns, "load_dataset", load_dataset)
     task = TaskRecipe(dataset="user/reviews", name="english", revision="abc", train="train[:2]", test="none")
     assert read_columns(task, "one", "train", ["label"]).values == {"label": [0, 1]}
     assert asked == [(("user/reviews", "english"), {"split": "train[:2]", "revision": "abc"})]

@@ -1,0 +1,82 @@
+"""From rows of text to tokens, as the model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from hyperadapt.recipes.rows import TaskRows
+from hyperadapt.trainer.losses import IGNORED
+
+
+def tokenized(
+    rows: TaskRows, tokenizer: PreTrainedTokenizerBase, *, task_type: str, labels: Sequence[str], max_length: int
+) -> Dataset:
+    """Tokens of rows in columns, ``labels`` included: ids of classes; or of tokens, -100 in the prompt."""
+    # Of what is longer, texts lose their end and prompts their beginning.
+    max_length = min(max_length, tokenizer.model_max_length)
+    if task_type == "CAUSAL_LM":
+        return Dataset.from_list(
+            [
+                _dialogue_tokens(f"{rows.place}, row {row}", prompt, completion, tokenizer, max_length)
+                for row, (prompt, completion) in enumerate(rows.texts, 1)
+            ]
+        )
+    columns = zip(*rows.texts, strict=True)
+    encoded = dict(tokenizer(*map(list, columns), truncation=True, max_length=max_length))
+    ids = {label: index for index, label in enumerate(labels)}
+    return Dataset.from_dict({**encoded, "labels": [ids[label] for label in rows.labels]})
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, task_type: str) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+    """What makes padded batches of tokenised rows."""
+    if task_type == "CAUSAL_LM":
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def _dialogue_tokens(
+    place: str, prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[int]]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{place}: the tokenizer has no end-of-sequence token, so an answer would never end.")
+    is_chat = not isinstance(prompt, str)
+    if is_chat:
+        prompt, completion = _chat_texts(place, prompt, completion, tokenizer)
+    start = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    end = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    if not is_chat and start[-1:] == [tokenizer.eos_token_id]:
+        start = start[:-1]
+    if tokenizer.eos_token_id not in end:
+        end = [*end, tokenizer.eos_token_id]
+    if len(end) >= max_length:
+        raise ValueError(
+            f"{place} has a completion of {len(end)} tokens, which leaves no room for a prompt in max_length="
+            f"{max_length}. Raise max_length, or drop the row."
+        )
+    surplus = len(start) + len(end) - max_length
+    if surplus > 0:
+        first = start[:1] if start[0] == tokenizer.bos_token_id else []
+        start = first + start[surplus + len(first) :]
+    return {
+        "input_ids": start + end,
+        "attention_mask": [1] * (len(start) + len(end)),
+        "labels": [IGNORED] * len(start) + end,
+    }
+
+
+def _chat_texts(place: str, prompt: list[Any], completion: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{place} holds messages, but the tokenizer has no chat template. Give texts instead.")
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    start = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+    whole = str(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
+    if not whole.startswith(start):
+        raise ValueError(
+            f"{place}: the tokenizer's chat template writes the prompt in another way when an answer follows, so that "
+            "the answer cannot be told apart. Give texts instead of messages."
+        )
+    return start, whole[len(start) :]
