@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.recipes.schema import SPLITS, read_fields
-from hyperadapt.recipes.yaml_lines import Problem, YamlFields, dump_yaml
+from hyperadapt.recipes.yaml_lines import Problem, YamlFile, dump_yaml
 from hyperadapt.trainer.batches import TaskSampler
 
 _BATCH_SIZE = 32
@@ -111,12 +111,18 @@ class Recipe:
     @property
     def adapter_config(self) -> HyperAdapterConfig:
         """A new configuration with the tasks and their descriptions."""
-        return _adapter_config(self.adapter, {name: vars(task) for name, task in self.tasks.items()})
+        given = {name: task.description for name, task in self.tasks.items() if task.description}
+        descriptions = {name: text if isinstance(text, str) else list(text) for name, text in given.items()}
+        return HyperAdapterConfig(**self.adapter, tasks=list(self.tasks), task_descriptions=descriptions or None)
 
     @property
     def labels(self) -> list[str]:
         """All tasks' label names, in the order of the classifier's outputs: a name that tasks share is one output."""
         return list(dict.fromkeys(label for task in self.tasks.values() for label in task.labels or ()))
+
+    @property
+    def _has_validation(self) -> bool:
+        return bool(self.tasks) and all(task.validation for task in self.tasks.values())
 
     def training_arguments(self, folder: str | os.PathLike[str]) -> TrainingArguments:
         """The recipe's arguments; where it is silent, those of a short multi-task run.
@@ -129,9 +135,37 @@ class Recipe:
 
         Returns:
             The arguments.
+
+        Raises:
+            ValueError: If there are several processes, or a value is wrong.
         """
-        has_validation = all(task.validation for task in self.tasks.values())
-        return _training_arguments(self.training, has_validation, self.task_type, folder)
+        # TrainingArguments would wait for the others.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("Recipes are trained in one process. For several, use HyperAdapterTrainer in a script.")
+        given = self.training
+        eval_strategy = given.get("eval_strategy", "steps" if self._has_validation else "no")
+        save_strategy = given.get("save_strategy", "steps" if eval_strategy == "no" else eval_strategy)
+        # Numbers below 1 are shares of all steps.
+        eval_steps = given.get("eval_steps", 0.2)
+        defaults = {
+            "learning_rate": 2e-3,
+            "per_device_train_batch_size": _BATCH_SIZE,
+            "per_device_eval_batch_size": 64,
+            "warmup_steps": 1 / 16,
+            "eval_strategy": eval_strategy,
+            "eval_steps": eval_steps if eval_strategy == "steps" else None,
+            "save_strategy": save_strategy,
+            "save_steps": eval_steps,
+            "save_total_limit": 2,
+            "logging_steps": 0.1,
+            "load_best_model_at_end": eval_strategy != "no" and save_strategy in (eval_strategy, "best"),
+            "metric_for_best_model": "mean_loss" if self.adapter.get("task_type") == "CAUSAL_LM" else "mean_accuracy",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "label_names": ["labels"],
+            "report_to": "none",
+            "seed": 0,
+        }
+        return TrainingArguments(**defaults | dict(given), output_dir=os.fspath(folder))
 
     def save(self, path: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> None:
         """Write the recipe as YAML, complete or not at all.
@@ -152,7 +186,7 @@ class Recipe:
             tasks[name] = _relative(given, ["dataset", *SPLITS], folder)
         fields["tasks"] = tasks
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(dump_yaml(_lists(fields)), encoding="utf-8")
+        temporary.write_text(dump_yaml(fields), encoding="utf-8")
         os.replace(temporary, path)
 
 
@@ -173,55 +207,55 @@ def load_recipe(
     Raises:
         RecipeError: If anything is wrong; it tells all problems with their lines.
     """
+    path = Path(path)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        file = YamlFile(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise RecipeError(path, [Problem(line, f"The file is not in UTF-8 ({error}). Save it as UTF-8.")]) from None
-    file = YamlFields(text)
-    # A syntax error leaves nothing to check.
-    fields = {} if file.data is None else read_fields(file, Path(path).resolve().parent, to_train)
-    if output_dir is not None:
-        fields["output_dir"] = os.fspath(output_dir)
-    elif fields:
-        file.require("output_dir")
-    if fields and to_train:
-        _check_together(file, fields)
+    if file.data is None:
+        raise RecipeError(path, file.problems)
+    if output_dir is not None and isinstance(file.data, dict):
+        file.data["output_dir"] = os.fspath(output_dir)
+    fields = read_fields(file, path.resolve().parent, to_train)
+    tasks = {name: TaskRecipe(**task) for name, task in fields.pop("tasks").items()}
+    # Where a field is missing there is a problem: then this only serves to look for others.
+    recipe = Recipe(**{"base_model": "", "output_dir": "", **fields, "tasks": tasks})
+    if to_train:
+        _check_together(file, recipe)
     if file.problems:
         raise RecipeError(path, file.problems)
-    tasks = {name: TaskRecipe(**task) for name, task in fields.pop("tasks").items()}
-    return Recipe(tasks=tasks, **fields)
+    return recipe
 
 
-def _check_together(file: YamlFields, fields: Mapping[str, Any]) -> None:
+def _check_together(file: YamlFile, recipe: Recipe) -> None:
     """Add what the objects that training makes of the fields say of them."""
-    tasks, training = fields["tasks"], fields["training"]
-    if tasks:
-        _add_complaints(file, "adapter", fields["adapter"], lambda given: _adapter_config(given, tasks))
-    has_validation = bool(tasks) and all("validation" in task for task in tasks.values())
-    if not has_validation and training.get("eval_strategy", "no") != "no":
+    if recipe.tasks:
+        _add_complaints(file, "adapter", recipe, lambda given: given.adapter_config)
+    eval_strategy = recipe.training.get("eval_strategy", "no")
+    if not recipe._has_validation and eval_strategy != "no":
         file.refuse(
             ("training", "eval_strategy"),
-            f"training.eval_strategy={shown(training['eval_strategy'])} needs a validation split of every task.",
+            f"training.eval_strategy={shown(eval_strategy)} needs a validation split of every task.",
         )
-    task_type = fields["adapter"].get("task_type", "SEQ_CLS")
-    _add_complaints(
-        file, "training", training, lambda given: _training_arguments(given, has_validation, task_type, "checkpoints")
-    )
-    sampling = {name: value for name, value in fields["trainer"].items() if not name.startswith("log_")}
-    batch_size = training.get("per_device_train_batch_size", _BATCH_SIZE)
-    _add_complaints(file, "trainer", sampling, lambda given: TaskSampler([0], batch_size, **given))
+    _add_complaints(file, "training", recipe, lambda given: given.training_arguments("checkpoints"))
+    _add_complaints(file, "trainer", recipe, _sampler)
 
 
-def _add_complaints(
-    file: YamlFields, section: str, given: Mapping[str, Any], construct: Callable[[dict[str, Any]], object]
-) -> None:
-    """Add what a constructor says of the fields, leaving out one wrong field after another."""
+def _sampler(recipe: Recipe) -> TaskSampler:
+    options = {name: value for name, value in recipe.trainer.items() if not name.startswith("log_")}
+    return TaskSampler([0], recipe.training.get("per_device_train_batch_size", _BATCH_SIZE), **options)
+
+
+def _add_complaints(file: YamlFile, section: str, recipe: Recipe, construct: Callable[[Recipe], object]) -> None:
+    """Add what a constructor says of a section's fields, leaving out one wrong field after another."""
+    given = getattr(recipe, section)
     left = dict(given)
+    changed: dict[str, Any] = {section: left}
     while True:
         try:
-            construct(left)
-        except (TypeError, ValueError, ImportError, NotImplementedError) as error:
+            construct(replace(recipe, **changed))
+        except (TypeError, ValueError, OverflowError, ImportError, NotImplementedError) as error:
             message = str(error)
         else:
             return
@@ -244,48 +278,6 @@ def _blamed(message: str, given: Mapping[str, Any]) -> str | None:
     return next(iter([*named, *(name for _, name in by_value)]), None)
 
 
-def _adapter_config(adapter: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> HyperAdapterConfig:
-    descriptions = {name: task["description"] for name, task in tasks.items() if task.get("description")}
-    return HyperAdapterConfig(
-        **adapter,
-        tasks=list(tasks),
-        task_descriptions={name: text if isinstance(text, str) else list(text) for name, text in descriptions.items()}
-        or None,
-    )
-
-
-def _training_arguments(
-    given: Mapping[str, Any], has_validation: bool, task_type: str, folder: str | os.PathLike[str]
-) -> TrainingArguments:
-    # TrainingArguments would wait for the others.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("Recipes are trained in one process. For several, use HyperAdapterTrainer in a script.")
-    eval_strategy = given.get("eval_strategy", "steps" if has_validation else "no")
-    save_strategy = given.get("save_strategy", "steps" if eval_strategy == "no" else eval_strategy)
-    keeps_best = eval_strategy != "no" and save_strategy in (eval_strategy, "best")
-    # Numbers below 1 are shares of all steps.
-    eval_steps = given.get("eval_steps", 0.2)
-    defaults = {
-        "learning_rate": 2e-3,
-        "per_device_train_batch_size": _BATCH_SIZE,
-        "per_device_eval_batch_size": 64,
-        "warmup_steps": 1 / 16,
-        "eval_strategy": eval_strategy,
-        "eval_steps": eval_steps if eval_strategy == "steps" else None,
-        "save_strategy": save_strategy,
-        "save_steps": eval_steps,
-        "save_total_limit": 2,
-        "logging_steps": 0.1,
-        "load_best_model_at_end": keeps_best,
-        "metric_for_best_model": "mean_loss" if task_type == "CAUSAL_LM" else "mean_accuracy",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "label_names": ["labels"],
-        "report_to": "none",
-        "seed": 0,
-    }
-    return TrainingArguments(**defaults | dict(given), output_dir=os.fspath(folder))
-
-
 def _relative(fields: Mapping[str, Any], names: Sequence[str], folder: Path) -> dict[str, Any]:
     """The fields that are given; of those with the names, absolute paths become relative to the folder."""
     given = {name: value for name, value in fields.items() if value not in (None, {})}
@@ -294,10 +286,3 @@ def _relative(fields: Mapping[str, Any], names: Sequence[str], folder: Path) -> 
         if os.path.isabs(path) and os.path.commonpath([path, folder]) != os.sep:
             given[name] = os.path.relpath(path, folder)
     return given
-
-
-def _lists(value: Any) -> Any:
-    """With lists in place of tuples."""
-    if isinstance(value, Mapping):
-        return {name: _lists(entry) for name, entry in value.items()}
-    return [_lists(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -4,49 +4,53 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 
 from hyperadapt.config.checks import shown
 
 Keys: TypeAlias = tuple[str | int, ...]
+# Takes the dotted name of a field and its value. Raises a TypeError or ValueError whose message begins with the name,
+# or returns what to use in place of the value; None for the value itself.
 Check: TypeAlias = Callable[[str, Any], Any]
+_MAPPING, _SEQUENCE, _TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str"))
 
 
-@dataclass(frozen=True, order=True)
-class Problem:
-    """What is wrong in a file.
-
-    Args:
-        line: Where, from 1.
-        message: What.
-    """
+class Problem(NamedTuple):
+    """What is wrong in a file, with the line, from 1."""
 
     line: int
     message: str
 
 
-class YamlFields:
-    """The content of a YAML file with the line of every field, and the problems found in it so far.
+class Section(NamedTuple):
+    """A kind of section: whose fields it has, field -> check, fields it needs, and name often written -> right name."""
+
+    owner: str
+    checks: Mapping[str, Check | None]
+    required: Collection[str] = ()
+    synonyms: Mapping[str, str] = MappingProxyType({})
+
+    def suggestion(self, name: str) -> str:
+        """What may have been meant by an unknown name: a question with a space before it, or nothing."""
+        close = [self.synonyms[name]] if name in self.synonyms else difflib.get_close_matches(name, self.checks, 1)
+        return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class YamlFile:
+    """What a YAML file holds (None if it is no YAML), with the line of every field, and what is wrong with it so far.
 
     Python objects, aliases and duplicate keys are refused: they could run code, take any amount of memory, or be
     dropped silently. Numbers such as 5e-3, which PyYAML takes for text, are numbers.
-
-    Args:
-        text: The file's text.
-
-    Attributes:
-        data: Dicts, lists, texts, numbers, booleans and None; None if the text is no YAML.
-        problems: What is wrong.
     """
 
     def __init__(self, text: str) -> None:
         self.problems: list[Problem] = []
-        self.data: Any = None
         self._lines: dict[Keys, int] = {(): 1}
+        self.data: Any = None
         try:
             self._loader = _Loader(text)
             node = self._loader.get_single_node()
@@ -58,68 +62,39 @@ class YamlFields:
             self.problems.append(_syntax_problem(error, text))
 
     def refuse(self, keys: Keys, message: str) -> None:
-        """Add a problem.
-
-        Args:
-            keys: The field; where it is not in the file, the line of what would hold it counts.
-            message: What is wrong, with the field's name.
-        """
+        """Add a problem with a field; where it is not in the file, the line of what would hold it counts."""
         while keys not in self._lines:
             keys = keys[:-1]
         self.problems.append(Problem(self._lines[keys], message))
 
-    def require(self, *keys: str) -> None:
-        """Add a problem if a field is missing or null, in a section that is there.
-
-        Args:
-            *keys: The field.
-        """
-        value = self._given(keys[:-1])
-        if isinstance(value, dict) and value.get(keys[-1]) is None:
-            self.refuse(keys, f"{dotted(keys)} is missing.")
-
-    def section(
-        self, keys: Keys, checks: Mapping[str, Check], owner: str, synonyms: Mapping[str, str]
-    ) -> dict[str, Any]:
-        """Check the fields of a section.
-
-        Args:
-            keys: The section.
-            checks: Field -> check. It takes the dotted name and the value, and returns the value to use or raises a
-                TypeError or ValueError whose message begins with the name.
-            owner: Whose fields they are, for messages.
-            synonyms: Name that is often written -> what to write.
-
-        Returns:
-            The fields that are given, not null and right.
-        """
-        value = self._given(keys)
+    def checked_section(self, keys: Keys, value: Any, section: Section) -> dict[str, Any]:
+        """The fields of a section that are given, not null and right."""
         if value is None:
             return {}
         if not isinstance(value, dict):
             self.refuse(keys, f"{dotted(keys) or 'The file'} is {shown(value)}, but must hold lines of 'field: value'.")
             return {}
+        for name in section.required:
+            if value.get(name) is None:
+                self.refuse((*keys, name), f"{dotted((*keys, name))} is missing.")
         checked = {}
         for name, entry in value.items():
-            if name not in checks:
-                message = f"{dotted((*keys, name))} is no field of {owner}."
-                self.refuse((*keys, name), message + suggestion(name, checks, synonyms))
+            place = dotted((*keys, name))
+            if name not in section.checks:
+                self.refuse((*keys, name), f"{place} is no field of {section.owner}.{section.suggestion(name)}")
             elif entry is not None:
+                check = section.checks[name]
                 try:
-                    checked[name] = checks[name](dotted((*keys, name)), entry)
+                    result = check(place, entry) if check else None
                 except (TypeError, ValueError) as error:
                     self.refuse((*keys, name), str(error))
+                else:
+                    checked[name] = entry if result is None else result
         return checked
-
-    def _given(self, keys: Keys) -> Any:
-        value = self.data
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
 
     def _value(self, node: yaml.Node, keys: Keys) -> Any:
         self._lines.setdefault(keys, node.start_mark.line + 1)
-        if not isinstance(node, yaml.ScalarNode) and not node.tag.startswith(("tag:yaml.org,2002:map", _SEQUENCE)):
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in (_MAPPING, _SEQUENCE):
             self.refuse(keys, f"{dotted(keys)} has the tag {shown(node.tag)}. Remove it: only plain values are read.")
             return None
         if isinstance(node, yaml.MappingNode):
@@ -136,101 +111,46 @@ class YamlFields:
     def _mapping(self, node: yaml.MappingNode, keys: Keys) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
+            line, name = key_node.start_mark.line + 1, key_node.value
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problems.append(Problem(line, f"{dotted(keys) or 'The file'} has a key that is no name."))
                 continue
-            name = key_node.value
-            if key_node.tag != "tag:yaml.org,2002:str":
-                kind = key_node.tag.rpartition(":")[2]
-                self.problems.append(
-                    Problem(
-                        line, f"{dotted((*keys, name))}: YAML takes the name for a {kind}. Put it in quotes: '{name}'."
-                    )
-                )
+            place = (*keys, name)
+            if key_node.tag != _TEXT:
+                remedy = f"YAML takes the name for a {key_node.tag.rpartition(':')[2]}. Put it in quotes: '{name}'."
+                self.problems.append(Problem(line, f"{dotted(place)}: {remedy}"))
             if name in values:
-                first = self._lines[(*keys, name)]
-                self.problems.append(
-                    Problem(
-                        line, f"{dotted((*keys, name))} is given twice, first in line {first}. Keep one of the two."
-                    )
-                )
+                remedy = f"first in line {self._lines[place]}. Keep one of the two."
+                self.problems.append(Problem(line, f"{dotted(place)} is given twice, {remedy}"))
                 continue
-            self._lines[(*keys, name)] = line
-            values[name] = self._value(value_node, (*keys, name))
+            self._lines[place] = line
+            values[name] = self._value(value_node, place)
         return values
 
 
 def dotted(keys: Keys) -> str:
-    """The name of a field, as in ``adapter.r``.
-
-    Args:
-        keys: The keys that lead to it.
-
-    Returns:
-        The name.
-    """
+    """The name of a field, as in ``adapter.r``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
 
 
-def suggestion(name: str, known: Iterable[str], synonyms: Mapping[str, str]) -> str:
-    """What may have been meant.
-
-    Args:
-        name: The unknown name.
-        known: The known ones.
-        synonyms: Name that is often written -> what to write.
-
-    Returns:
-        A question with a space before it, or nothing.
-    """
-    close = [synonyms[name]] if name in synonyms else difflib.get_close_matches(name, list(known), 1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def check_text(name: str, value: Any) -> str:
-    """Check for a text.
-
-    Args:
-        name: The field.
-        value: Its value.
-
-    Returns:
-        The text.
-
-    Raises:
-        TypeError: If it is something else.
-        ValueError: If it is empty.
-    """
+def check_text(name: str, value: Any) -> None:
+    """Check for a text that is not empty."""
     if not isinstance(value, str):
         raise TypeError(f"{name}={shown(value)} must be a text, not {type(value).__name__}. Put it in quotes.")
     if not value.strip():
         raise ValueError(f"{name}={shown(value)} is empty. Write something, or leave the field out.")
-    return value
 
 
-def check_texts(name: str, value: Any) -> tuple[str, ...]:  # noqa: DOC503
-    """Check for a list of texts; one text counts as a list.
-
-    Args:
-        name: The field.
-        value: Its value.
-
-    Returns:
-        The texts.
-
-    Raises:
-        TypeError: If it is something else.
-        ValueError: If there is no text, or an empty one.
-    """
-    if isinstance(value, list):
-        if not value:
-            raise ValueError(f"{name}=[] is empty. Write something, or leave the field out.")
-        return tuple(check_text(f"{name}[{index}]", entry) for index, entry in enumerate(value))
-    return (check_text(name, value),)
-
-
-_SEQUENCE = "tag:yaml.org,2002:seq"
+def checked_texts(name: str, value: Any) -> tuple[str, ...]:
+    """The texts of a list that is not empty; one text counts as a list."""
+    if not isinstance(value, list):
+        check_text(name, value)
+        return (value,)
+    if not value:
+        raise ValueError(f"{name}=[] is empty. Write something, or leave the field out.")
+    for index, entry in enumerate(value):
+        check_text(f"{name}[{index}]", entry)
+    return tuple(value)
 
 
 class _Loader(yaml.SafeLoader):
@@ -245,7 +165,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would take for a number."""
+    """Quotes what the loader would take for a number, and writes no aliases, which it refuses."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 for _class in (_Loader, _Dumper):
@@ -255,14 +178,7 @@ for _class in (_Loader, _Dumper):
 
 
 def dump_yaml(data: Mapping[str, Any]) -> str:
-    """Write what ``YamlFields`` reads as the same.
-
-    Args:
-        data: Dicts, lists, texts, numbers, booleans and None.
-
-    Returns:
-        The file's text.
-    """
+    """Write dicts, lists and scalars as text that ``YamlFile`` reads as the same."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 

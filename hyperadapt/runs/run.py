@@ -24,7 +24,7 @@ from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
 from hyperadapt.recipes.columns import dataset_columns, read_columns
 from hyperadapt.recipes.recipe import Recipe, TaskRecipe, load_recipe
 from hyperadapt.recipes.rows import TaskRows, checked_rows, data_columns, read_rows, sampled
-from hyperadapt.recipes.schema import SPLITS, check_file, check_labels, check_task_name
+from hyperadapt.recipes.schema import SPLITS, check_task_name, checked_file, checked_labels
 from hyperadapt.recipes.tokens import collator, tokenized
 from hyperadapt.runs.evaluation import class_scores, completion_scores
 from hyperadapt.runs.record import RECIPE, RECORD, Record, replaced_together
@@ -243,9 +243,11 @@ def add_task(  # noqa: DOC502
     files = {"train": None if isinstance(examples, Dataset) else examples, "test": test}
     task = TaskRecipe(
         description=description if description is None or isinstance(description, str) else tuple(description),
-        labels=check_labels("labels", list(labels)) if labels else None,
+        labels=checked_labels("labels", list(labels)) if labels else None,
         **{
-            split: check_file(Path(), True, split, os.fspath(path)) for split, path in files.items() if path is not None
+            split: checked_file(Path(), True, split, os.fspath(path))
+            for split, path in files.items()
+            if path is not None
         },
     )
     task_type = run.recipe.task_type

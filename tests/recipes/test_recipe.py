@@ -153,6 +153,7 @@ def test_the_folder_to_write_to_can_be_given(folder: Path) -> None:
     assert load_recipe(write(folder, text), output_dir=folder / "other").output_dir == str(folder / "other")
     assert load_recipe(write(folder, SMALL), output_dir="other").output_dir == "other"
     assert str(error(folder, text)) == f"{folder}/first.yaml:1: output_dir is missing."
+    assert "This is no valid YAML" in str(error(folder, "a: [", output_dir="other"))
 
 
 def test_labels_are_shared_by_name_in_the_order_of_first_sight() -> None:
@@ -232,6 +233,7 @@ def test_a_trained_run_needs_no_data(folder: Path) -> None:
         (changed("tasks:\n  one:\n    train: data/train.jsonl\n", ""), 1, "tasks is missing."),
         (changed("one:\n    train: data/train.jsonl", "one: data/train.jsonl"), 7, "tasks.one is 'data/train.jsonl', "),
         (changed("train: data/train.jsonl", "test: data/train.jsonl"), 7, "tasks.one.train is missing."),
+        (changed("one:\n    train: data/train.jsonl", "one:"), 7, "tasks.one.train is missing."),
         (changed("train: data/train.jsonl", "train: data/none.jsonl"), 8, "tasks.one.train='data/none.jsonl' is no fi"),
         (changed("train: data/train.jsonl", "train: data/train.txt"), 8, "tasks.one.train='data/train.txt' has an unk"),
         (changed("train: data/train.jsonl", "file: a.csv\n    train: data/train.jsonl"), 8, "Did you mean 'train'?"),
@@ -257,6 +259,7 @@ def test_a_trained_run_needs_no_data(folder: Path) -> None:
         (SMALL + "training:\n  eval_strategy: no\n", 10, "training.eval_strategy=False must be a text, not bool. Put "),
         (SMALL + "training:\n  eval_strategy: epoch\n", 10, "training.eval_strategy='epoch' needs a validation split "),
         (SMALL + "training:\n  seed: 1\n  lr_scheduler_type: cosin\n", 11, "cosin is not a valid SchedulerType"),
+        (SMALL + "training:\n  save_steps: .inf\n", 9, "training: cannot convert float infinity to integer"),
         (SMALL + "training:\n  per_device_train_batch_size: 0\n", 10, "training.per_device_train_batch_size=0 must be"),
         (SMALL + "card:\n  licence: mit\n", 10, "card.licence is no field of a card. Did you mean 'license'?"),
         (SMALL + "card:\n  language: no\n", 10, "card.language=False must be a text, not bool. Put it in quotes."),

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperadapt.recipes.yaml_lines import Problem, YamlFields, check_text, check_texts, dotted, dump_yaml, suggestion
+from hyperadapt.recipes.yaml_lines import Problem, Section, YamlFile, check_text, checked_texts, dotted, dump_yaml
 
 
 def problems(text: str) -> list[tuple[int, str]]:
-    return [(problem.line, problem.message) for problem in YamlFields(text).problems]
+    return [(problem.line, problem.message) for problem in YamlFile(text).problems]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def problems(text: str) -> list[tuple[int, str]]:
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
-    file = YamlFields(f"a: {text}")
+    file = YamlFile(f"a: {text}")
     assert file.problems == []
     assert file.data == {"a": value}
     assert type(file.data["a"]) is type(value)
@@ -39,7 +39,7 @@ def test_scalars(text: str, value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "null"])
 def test_an_empty_file_has_no_fields(text: str) -> None:
-    file = YamlFields(text)
+    file = YamlFile(text)
     assert file.data == {}
     assert file.problems == []
 
@@ -57,7 +57,7 @@ def test_an_empty_file_has_no_fields(text: str) -> None:
     ],
 )
 def test_broken_syntax_names_the_line(text: str, line: int, message: str) -> None:
-    file = YamlFields(text)
+    file = YamlFile(text)
     assert file.data is None
     [problem] = file.problems
     assert problem.line == line
@@ -88,7 +88,7 @@ def test_values_that_are_refused(text: str, line: int, message: str) -> None:
 
 
 def test_a_problem_is_at_the_line_of_what_would_hold_the_field() -> None:
-    file = YamlFields("a: 1\nb:\n  c:\n  - 1\n  - 2\n")
+    file = YamlFile("a: 1\nb:\n  c:\n  - 1\n  - 2\n")
     file.refuse(("b", "missing", "deep"), "one")
     file.refuse(("b", "c", 1), "two")
     file.refuse(("missing",), "three")
@@ -96,27 +96,19 @@ def test_a_problem_is_at_the_line_of_what_would_hold_the_field() -> None:
 
 
 def test_sections_check_their_fields() -> None:
-    file = YamlFields("s:\n  a: x\n  b: null\n  cc: 3\n  rank: 1\n  d: 5\nt: [1]\nu: null\n")
-    checks = {"a": check_text, "b": check_text, "ccc": check_text, "d": check_text}
-    assert file.section(("s",), checks, "a thing", {"rank": "r"}) == {"a": "x"}
-    assert file.section(("t",), checks, "a thing", {}) == file.section(("u",), checks, "a thing", {}) == {}
-    assert file.section(("u", "v"), checks, "a thing", {}) == {}
-    assert file.problems == [
+    file = YamlFile("s:\n  a: x\n  b: null\n  cc: 3\n  rank: 1\n  d: 5\n  e: [x]\nt: [1]\n")
+    checks = {"a": check_text, "b": check_text, "ccc": None, "d": check_text, "e": checked_texts}
+    section = Section("a thing", checks, required=["a", "b", "f"], synonyms={"rank": "r"})
+    assert file.checked_section(("s",), file.data["s"], section) == {"a": "x", "e": ("x",)}
+    assert file.checked_section(("t",), file.data["t"], section) == file.checked_section(("u",), None, section) == {}
+    assert sorted(file.problems) == [
+        Problem(1, "s.f is missing."),
+        Problem(3, "s.b is missing."),
         Problem(4, "s.cc is no field of a thing. Did you mean 'ccc'?"),
         Problem(5, "s.rank is no field of a thing. Did you mean 'r'?"),
         Problem(6, "s.d=5 must be a text, not int. Put it in quotes."),
-        Problem(7, "t is [1], but must hold lines of 'field: value'."),
+        Problem(8, "t is [1], but must hold lines of 'field: value'."),
     ]
-
-
-def test_fields_that_have_to_be_there() -> None:
-    file = YamlFields("a: 1\nb: null\ns:\n  c: 1\n")
-    for keys in (("a",), ("s", "c"), ("b", "x"), ("a", "x")):
-        file.require(*keys)
-    assert file.problems == []
-    file.require("b")
-    file.require("s", "d")
-    assert file.problems == [Problem(2, "b is missing."), Problem(3, "s.d is missing.")]
 
 
 @pytest.mark.parametrize(
@@ -130,15 +122,13 @@ def test_fields_that_have_to_be_there() -> None:
 )
 def test_texts_are_checked(value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        check_texts("a", value)
-    assert check_texts("a", ["x", "y"]) == ("x", "y")
-    assert check_texts("a", "x") == ("x",)
+        checked_texts("a", value)
+    assert checked_texts("a", ["x", "y"]) == ("x", "y")
+    assert checked_texts("a", "x") == ("x",)
 
 
-def test_names_of_fields_and_suggestions() -> None:
+def test_names_of_fields() -> None:
     assert dotted(("tasks", "a", 0, "b")) == "tasks.a[0].b"
-    assert suggestion("learning_rat", ["learning_rate"], {}) == " Did you mean 'learning_rate'?"
-    assert suggestion("xyz", ["learning_rate"], {}) == ""
 
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2028\u2029\ufeff\x85"), min_size=1)
@@ -148,13 +138,18 @@ scalars = texts | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow
 @settings(deadline=None, max_examples=60)
 @given(st.dictionaries(texts, scalars | st.lists(scalars, max_size=3), max_size=5))
 def test_what_is_written_reads_as_the_same(data: dict[str, Any]) -> None:
-    file = YamlFields(dump_yaml(data))
+    file = YamlFile(dump_yaml(data))
     assert file.problems == []
     assert file.data == data
 
 
 @pytest.mark.parametrize("text", ["no", "5e-3", "1e5", "null", "2024-01-01", "12:30", "*x", "<<", "a: b", "#", "'", ""])
 def test_texts_that_look_like_more_stay_texts(text: str) -> None:
-    file = YamlFields(dump_yaml({"a": text, "b": [text]} | ({text: 1} if text else {})))
+    file = YamlFile(dump_yaml({"a": text, "b": [text]} | ({text: 1} if text else {})))
     assert file.problems == []
     assert (file.data["a"], file.data["b"]) == (text, [text])
+
+
+def test_what_two_fields_share_is_written_twice() -> None:
+    shared = ["x", "y"]
+    assert YamlFile(dump_yaml({"a": shared, "b": shared, "c": tuple(shared)})).data == dict.fromkeys("abc", shared)
