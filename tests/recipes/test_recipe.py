@@ -162,8 +162,7 @@ def test_labels_are_shared_by_name_in_the_order_of_first_sight() -> None:
     assert Recipe("base", "out", {}, tasks).labels == ["negative", "positive", "spam"]
 
 
-@pytest.mark.parametrize("text", [FULL, SMALL])
-@pytest.mark.parametrize("place", ["", "runs/first"])
+@pytest.mark.parametrize(("text", "place"), [(FULL, "runs/first"), (SMALL, "")])
 def test_what_is_saved_loads_as_the_same(folder: Path, text: str, place: str) -> None:
     recipe = load_recipe(write(folder, text))
     (folder / place).mkdir(parents=True, exist_ok=True)
