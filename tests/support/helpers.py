@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def varied(reference: tuple[Any, ...], *axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Cases that differ from a reference in one value: each value of each axis once, not every combination."""
+    cases = [(*reference[:i], value, *reference[i + 1 :]) for i, axis in enumerate(axes) for value in axis]
+    return list(dict.fromkeys([reference, *cases]))
+
+
 TASKS = ["alpha", "beta", "gamma"]
 MIXED = ["beta", "alpha", "gamma", "beta"]
 ROWS = len(MIXED)

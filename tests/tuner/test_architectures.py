@@ -26,11 +26,14 @@ from tests.support.helpers import (
     logits,
     make_active,
     trainable,
+    varied,
 )
 from tests.support.tolerances import FLOAT64_MODEL
 
 EACH = pytest.mark.parametrize("name", ARCHITECTURES)
-EACH_NORMALIZATION = pytest.mark.parametrize("normalization", NORMALIZATIONS)
+EACH_PAIR = pytest.mark.parametrize(
+    ("name", "normalization"), varied(("llama", "soft_frobenius"), ARCHITECTURES, NORMALIZATIONS)
+)
 # What target_modules=None stands for; PEFT knows no default for vision transformers.
 DEFAULTS = {"bert": {"query", "value"}, "gpt2": {"c_attn"}, "llama": {"q_proj", "v_proj"}, "t5": {"q", "v"}}
 
@@ -43,8 +46,7 @@ def endings(model: PeftModel) -> set[str]:
     return {name.rpartition(".")[2] for name in targets(model)}
 
 
-@EACH
-@EACH_NORMALIZATION
+@EACH_PAIR
 def test_start_equals_the_base_model_and_training_changes_only_the_adapter(name: str, normalization: str) -> None:
     model = adapted_model(name, active=False, normalization=normalization, task_type=TASK_TYPES[name]).eval()
     batch = example_batch(name)
@@ -76,8 +78,7 @@ def test_start_equals_the_base_model_and_training_changes_only_the_adapter(name:
         assert torch.equal(value, base[key]) != ("modules_to_save" in key), key
 
 
-@EACH
-@EACH_NORMALIZATION
+@EACH_PAIR
 def test_round_trip_and_merge(tmp_path: Path, name: str, normalization: str) -> None:
     model = adapted_model(name, normalization=normalization, task_type=TASK_TYPES[name])
     batch = example_batch(name)
