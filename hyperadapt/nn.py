@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperadapt.normalization.matrix_functions import inverse_sqrt, sinkhorn
-from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS
-from hyperadapt.normalization.normalize import normalize
+from hyperadapt.normalization.formulas import METHODS
+from hyperadapt.normalization.matrix_functions import inverse_sqrt
+from hyperadapt.normalization.normalize import check_options, checked_method, full_core
 
 
 class MatrixNorm(nn.Module):
@@ -22,31 +22,26 @@ class MatrixNorm(nn.Module):
     identity is white already.
 
     Args:
-        method: One of ``hyperadapt.normalization.methods.NORMALIZATIONS``.
+        method: One of ``hyperadapt.normalization.NORMALIZATIONS``.
         start_dim: Dimensions from this one on are flattened into the columns of the matrix, as ``1`` does
             for the weight of a convolution; None takes the last two dimensions and any others as a batch.
         **options: The method's options, as in ``normalize``; `bound` is absolute. ``"adaptive"`` learns one strength,
             from 0.5, and one bound, from `bound`.
 
     Raises:
-        ValueError: If the method or an option is unknown.
+        ValueError: If the method is unknown, or an option is missing, needless or out of range.
     """
 
     def __init__(self, method: str, *, start_dim: int | None = None, **options: Any) -> None:
         super().__init__()
-        if method not in NORMALIZATION_OPTIONS:
-            raise ValueError(
-                f"Unknown normalization {method!r}. Choose one of {', '.join(map(repr, NORMALIZATION_OPTIONS))}."
-            )
-        for name in options:
-            if name not in NORMALIZATION_OPTIONS[method]:
-                raise ValueError(f"{name}={options[name]!r} has no effect with normalization {method!r}; drop it.")
-        if "bound" in NORMALIZATION_OPTIONS[method] and "bound" not in options:
+        record = checked_method(method)
+        check_options(method, options, (*record.options, *(["bound"] if record.is_bounded else [])))
+        if record.is_bounded and "bound" not in options:
             raise ValueError(f"normalization {method!r} needs a bound on the Frobenius norm; pass bound=.")
         self.method = method
         self.start_dim = start_dim
         self.options = options
-        if method == "adaptive":
+        if "strength" in record.needs:
             self.strength_logit = nn.Parameter(torch.zeros(()))
             self.log_bound = nn.Parameter(torch.tensor(float(options["bound"])).log())
 
@@ -63,27 +58,25 @@ class MatrixNorm(nn.Module):
             ValueError: If the method is ``"sinkhorn"`` and the matrix is not square.
         """
         matrix = weight if self.start_dim is None else weight.flatten(self.start_dim)
-        if self.method == "sinkhorn":
-            return self._sinkhorn(matrix).to(weight.dtype).reshape(weight.shape)
-        options = dict(self.options)
-        if self.method == "adaptive":
-            options.update(strength=self.strength_logit.sigmoid(), bound=self.log_bound.exp())
+        return self._normalized(matrix).to(weight.dtype).reshape(weight.shape)
+
+    def _normalized(self, matrix: Tensor) -> Tensor:
+        method, options = METHODS[self.method], dict(self.options)
         rows, columns = matrix.shape[-2:]
         identity = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
         identity = identity.expand(*matrix.shape[:-2], -1, -1)
+        if "logits" in method.needs:
+            if rows != columns:
+                raise ValueError(
+                    f"normalization {self.method!r} needs a square matrix, but the weight is of shape "
+                    f"{tuple(matrix.shape)}: only a square matrix can be doubly stochastic."
+                )
+            return full_core(identity, identity, method, {**options, "logits": matrix})
+        if "strength" in method.needs:
+            options.update(strength=self.strength_logit.sigmoid(), bound=self.log_bound.exp())
         if rows <= columns:
-            normalized = normalize(matrix, identity, self.method, **options).to(matrix.dtype) @ matrix
-        else:
-            normalized = matrix @ normalize(identity, matrix, self.method, **options).to(matrix.dtype)
-        return normalized.reshape(weight.shape)
-
-    def _sinkhorn(self, matrix: Tensor) -> Tensor:
-        if matrix.shape[-2] != matrix.shape[-1]:
-            raise ValueError(
-                f"normalization 'sinkhorn' needs a square matrix, but the weight is of shape {tuple(matrix.shape)}: "
-                "only a square matrix can be doubly stochastic."
-            )
-        return sinkhorn(_at_least_float32(matrix), **{**NORMALIZATION_OPTIONS["sinkhorn"], **self.options})
+            return full_core(matrix, identity, method, options).to(matrix.dtype) @ matrix
+        return matrix @ full_core(identity, matrix, method, options).to(matrix.dtype)
 
 
 class Whitening(nn.Module):

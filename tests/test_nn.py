@@ -4,64 +4,45 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import hyperadapt
 from hyperadapt.nn import MatrixNorm, Whitening
-from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.normalization import NORMALIZATIONS
+from hyperadapt.normalization.formulas import METHODS
+from tests.support.dense_updates import dense_update
 from tests.support.tolerances import (
     FLOAT32_FORMULA,
     FLOAT64_CONDITIONED,
     FLOAT64_EXACT,
     FLOAT64_GRADCHECK,
+    RIDGE,
     SINKHORN_SUM,
 )
 
 
 def make(method: str, **options: object) -> MatrixNorm:
-    bound = {"bound": 1.5} if "bound" in NORMALIZATION_OPTIONS[method] else {}
+    bound = {"bound": 1.5} if METHODS[method].is_bounded else {}
     norm = MatrixNorm(method, **bound, **options).double()
-    if method == "adaptive":
+    if hasattr(norm, "log_bound"):
         # Made in float32, the logarithm of the bound is off by rounding.
         norm.log_bound.data = torch.tensor(1.5, dtype=torch.float64).log()
     return norm
 
 
-def dense(method: str, weight: Tensor) -> Tensor:
-    """The normalised matrix by each method's definition."""
-    norm, spectrum = torch.linalg.matrix_norm(weight), torch.linalg.svdvals(weight)
-    if method == "none":
-        return weight
-    if method == "soft_frobenius":
-        return weight / (1 + (norm / 1.5) ** 2).sqrt()
-    if method == "frobenius_clip":
-        return weight * (1.5 / norm).clamp(max=1)
-    if method == "adaptive":
-        return weight / (1 + (norm / 1.5) ** 2) ** 0.25
-    if method == "frobenius":
-        return weight / norm
-    if method == "spectral":
-        return weight / spectrum[0]
-    if method == "schatten":
-        return weight / (spectrum**8).sum() ** (1 / 8)
-    if method == "weight_norm":
-        # The identity's factor has unit rows and columns already.
-        dim = 1 if weight.shape[0] <= weight.shape[1] else 0
-        return weight / weight.norm(dim=dim, keepdim=True)
-    assert method in ("polar", "whitening")
-    left, _, right_h = torch.linalg.svd(weight, full_matrices=False)
-    return left @ right_h
-
-
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
-@pytest.mark.parametrize("method", [method for method in NORMALIZATIONS if method != "sinkhorn"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "logits" not in method.needs])
 def test_a_matrix_is_normalised_by_the_methods_definition(method: str, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    ridge = {"ridge": 1e-13} if "ridge" in NORMALIZATION_OPTIONS[method] else {}
+    ridge = {"ridge": RIDGE} if "ridge" in METHODS[method].options else {}
     norm, weight = make(method, **ridge), torch.randn(shape, dtype=torch.float64)
-    assert_close(norm(weight), dense(method, weight), rtol=FLOAT64_CONDITIONED, atol=FLOAT64_CONDITIONED)
+    # The product of the matrix and the smaller identity; the strength starts at a half.
+    identity = torch.eye(min(shape), dtype=torch.float64)
+    factors = (weight, identity) if shape[0] <= shape[1] else (identity, weight)
+    expected = dense_update(*factors, method, bound=1.5, strength=0.5, **ridge)
+    assert_close(norm(weight), expected, rtol=FLOAT64_CONDITIONED, atol=FLOAT64_CONDITIONED)
 
 
 @pytest.mark.parametrize("method", NORMALIZATIONS)
@@ -124,6 +105,8 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
         ({"method": "frobenious"}, "Unknown normalization 'frobenious'.*'frobenius'"),
         ({"method": "spectral", "bound": 1.0}, "bound=1.0 has no effect with normalization 'spectral'"),
         ({"method": "soft_frobenius"}, "'soft_frobenius' needs a bound.*pass bound="),
+        ({"method": "adaptive", "bound": 1.0, "strength": 0.5}, "strength=0.5 has no effect with .*takes bound; drop"),
+        ({"method": "polar", "ridge": -1.0}, "ridge=-1.0 must be above 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -144,7 +127,7 @@ def test_whitened_activations_have_zero_mean_and_unit_covariance() -> None:
     torch.manual_seed(0)
     mixing = torch.randn(5, 5, dtype=torch.float64)
     x = torch.randn(4, 50, 5, dtype=torch.float64) @ mixing + 3
-    whitening = Whitening(5, ridge=1e-13, momentum=1.0).double()
+    whitening = Whitening(5, ridge=RIDGE, momentum=1.0).double()
     y = whitening(x).reshape(-1, 5)
     assert_close(y.mean(0), torch.zeros(5, dtype=torch.float64), rtol=0, atol=FLOAT64_CONDITIONED)
     assert_close(y.mT.cov(), torch.eye(5, dtype=torch.float64), rtol=0, atol=FLOAT64_CONDITIONED)

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from examples.benchmarks.rows import save_rows
 from hyperadapt import normalize
+from hyperadapt.normalization.formulas import METHODS
 from hyperadapt.normalization.gram import grams, grams_reference
 from hyperadapt.normalization.matrix_functions import sinkhorn
-from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS
-from hyperadapt.normalization.normalize import core_from_grams
 
 # Layers, and (in, out, count) of the linear layers of each.
 MODELS = {
@@ -110,11 +109,10 @@ def core_of(parts: list[Tensor], method: str, logits: Tensor) -> Tensor:
     Returns:
         Shape ``(adapters, r, r)``.
     """
-    half = len(parts) // 2
-    options = {"bound": 1.0} if "bound" in NORMALIZATION_OPTIONS[method] else {}
-    options |= {"strength": 0.5} if method == "adaptive" else {}
-    options |= {"logits": logits} if method == "sinkhorn" else {}
-    return core_from_grams(torch.cat(parts[:half]), torch.cat(parts[half:]), method, **options)
+    half, record = len(parts) // 2, METHODS[method]
+    needed = {"bound": 1.0, "strength": 0.5, "logits": logits}
+    options = {**record.options, **{name: needed[name] for name in record.needs}}
+    return record.core(torch.cat(parts[:half]), torch.cat(parts[half:]), **options)
 
 
 def whole_model(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from examples.benchmarks.rows import save_rows
 from hyperadapt import normalize
-from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS
 
 R, IN, OUT, SEEDS = 8, 256, 192, 15
 DTYPES = (torch.float32, torch.bfloat16)
@@ -103,9 +103,8 @@ def largest_error(method: str, draw: Callable[[], tuple[Tensor, Tensor]], dtype:
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         lora_A, lora_B = (factor.to(dtype) for factor in draw())
-        options = {"bound": 0.5} if "bound" in NORMALIZATION_OPTIONS[method] else {}
-        options |= {"strength": 0.5} if method == "adaptive" else {}
-        options |= {"logits": torch.randn(R, R) + 4 * torch.eye(R)} if method == "sinkhorn" else {}
+        needed = {"bound": 0.5, "strength": 0.5, "logits": torch.randn(R, R) + 4 * torch.eye(R)}
+        options = {name: needed[name] for name in METHODS[method].needs}
         core = normalize(lora_A, lora_B, method, **options).double()
         exact = normalize(lora_A.double(), lora_B.double(), method, **options)
         if not core.isfinite().all():

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hyperadapt.config.checks import (
     MAX_DEPTH,
-    MAX_ITERATIONS,
     check_choice,
     check_expression,
     check_integer,
@@ -27,6 +26,7 @@ from hyperadapt.config.checks import (
     refuses_unknown_fields,
     shown,
 )
+from hyperadapt.config.normalization_fields import check_start, checked_options
 from hyperadapt.config.task_fields import (
     check_text_fields,
     checked_sources,
@@ -34,7 +34,8 @@ from hyperadapt.config.task_fields import (
     descriptions_of,
     encoder_name,
 )
-from hyperadapt.normalization.methods import BOUNDED_NORMALIZATIONS, NORMALIZATIONS, UNIT_NORMALIZATIONS, options_of
+from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS
+from hyperadapt.normalization.methods import OPTIONS
 
 CONDITIONINGS = ("additive", "gated")
 HEADS = ("row", "factor", "pair")
@@ -204,8 +205,9 @@ class HyperAdapterConfig(PeftConfig):
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         self._check_modules()
         self.layers_to_transform = checked_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
-        self._check_normalization_options()
-        self._check_start()
+        for option, value in checked_options(self.normalization, self._given_options()).items():
+            setattr(self, f"normalization_{option}", value)
+        check_start(self.init_weights, self.has_gain, self.normalization, self._given_options())
         if isinstance(self.text_encoder, os.PathLike):
             self.text_encoder = os.fspath(self.text_encoder)
         self._check_tasks()
@@ -284,15 +286,16 @@ class HyperAdapterConfig(PeftConfig):
     @property
     def has_gain(self) -> bool:
         """Whether a learned gain per position follows the normalisation."""
-        if self.normalization == "adaptive":
-            return self.init_weights == "zero_gain"
-        return self.normalization in UNIT_NORMALIZATIONS and self.normalization_factors != "A"
+        method = METHODS[self.normalization]
+        return method.needs_gain(self._given_options()) or (
+            method.gained is not None and self.init_weights == "zero_gain"
+        )
 
     @property
     def normalization_options(self) -> dict[str, Any]:
         """The options of the normalisation and its gain, by name without the prefix."""
-        names = options_of(self.normalization, self.normalization_factors)
-        return {name: getattr(self, f"normalization_{name}") for name in names}
+        given = self._given_options()
+        return {name: given[name] for name in METHODS[self.normalization].config_options(given)}
 
     @property
     def has_zero_heads(self) -> bool:
@@ -342,46 +345,6 @@ class HyperAdapterConfig(PeftConfig):
             for value in self.modules_to_save:
                 check_expression("modules_to_save entry", value, r"(^|.*\.)", r"($|\..*)")
 
-    def _check_normalization_options(self) -> None:
-        defaults = options_of(self.normalization, self.normalization_factors)
-        for option in sorted({name for method in NORMALIZATIONS for name in options_of(method)}):
-            name = f"normalization_{option}"
-            value = getattr(self, name)
-            if option not in defaults:
-                if value is not None:
-                    takers = [method for method in NORMALIZATIONS if option in options_of(method)]
-                    raise ValueError(
-                        f"{name}={shown(value)} has no effect with normalization={self.normalization!r}"
-                        f"{self._factors_shown()}. Drop it, or choose one of {', '.join(takers)}."
-                    )
-            elif value is None:
-                setattr(self, name, defaults[option])
-            elif option in ("bound", "ridge", "temperature"):
-                check_number(name, value)
-            elif option == "factors":
-                check_choice(name, value, ("both", "A"))
-            else:
-                check_integer(name, value, MAX_ITERATIONS)
-        if self.normalization_order is not None and self.normalization_order not in (2, 4, 8, 16, 32):
-            raise ValueError(f"normalization_order={self.normalization_order} must be 2, 4, 8, 16 or 32.")
-
-    def _check_start(self) -> None:
-        if isinstance(self.init_weights, bool):
-            return
-        check_choice("init_weights", self.init_weights, (True, False, "zero_head", "zero_gain"))
-        if self.init_weights == "zero_head" and self.has_gain:
-            raise ValueError(
-                f"init_weights='zero_head' is impossible with normalization={self.normalization!r}: the unit norm of "
-                "a zero matrix is undefined and its gradient is infinite. Use init_weights='zero_gain' (or True), or "
-                f"a bounded normalization ({', '.join(BOUNDED_NORMALIZATIONS)})."
-            )
-        if self.init_weights == "zero_gain" and not self.has_gain:
-            raise ValueError(
-                f"init_weights='zero_gain' is impossible with normalization={self.normalization!r}"
-                f"{self._factors_shown()}, which has no gain. Use init_weights='zero_head' (or True), or a unit "
-                f"normalization ({', '.join(UNIT_NORMALIZATIONS)})."
-            )
-
-    def _factors_shown(self) -> str:
-        is_one_sided = self.normalization == "whitening" and self.normalization_factors == "A"
-        return " and normalization_factors='A'" if is_one_sided else ""
+    def _given_options(self) -> dict[str, Any]:
+        """Every option of any normalisation, by name without the prefix; None if not given."""
+        return {option: getattr(self, f"normalization_{option}") for option in OPTIONS}

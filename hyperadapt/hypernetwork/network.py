@@ -12,9 +12,8 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork, index_tensor
 from hyperadapt.hypernetwork.positions import Position
-from hyperadapt.normalization.formulas import adaptive_scale
+from hyperadapt.normalization.formulas import METHODS, adaptive_scale
 from hyperadapt.normalization.gram import grams
-from hyperadapt.normalization.normalize import core_from_grams
 from hyperadapt.tasks.embedding import TaskEmbedding
 
 
@@ -33,6 +32,7 @@ class HyperAdapterNetwork(nn.Module):
     def __init__(self, config: HyperAdapterConfig, positions: Sequence[Position], base_norms: Tensor) -> None:
         super().__init__()
         self.config = config
+        needs = METHODS[config.normalization].needs
         self.positions = list(positions)
         self._index = {position.name: index for index, position in enumerate(self.positions)}
         self.task_embedding = TaskEmbedding(
@@ -48,37 +48,17 @@ class HyperAdapterNetwork(nn.Module):
             hypernetwork_depth=config.hypernetwork_depth,
             head=config.head,
             variance_B=_start_variance(config),
-            mixing=config.normalization == "sinkhorn",
+            mixing="logits" in needs,
             conditioning=config.conditioning,
         )
         self.register_buffer("base_norms", base_norms)
         if config.has_gain:
             start = torch.zeros if config.init_weights else torch.ones
             self.gain = nn.Parameter(start(len(self.positions)))
-        if config.normalization == "adaptive":
+        if "strength" in needs:
             # Half of the full strength, at the configured bound; the sigmoid keeps it in (0, 1).
             self.strength_logit = nn.Parameter(torch.zeros(len(self.positions)))
             self.log_bound = nn.Parameter(torch.zeros(len(self.positions)))
-
-    def adaptive_state(self) -> dict[str, tuple[float, float]]:
-        """What ``normalization="adaptive"`` has learned.
-
-        Returns:
-            By position name, the strength α in (0, 1) and the bound in units of the base weight's Frobenius norm.
-
-        Raises:
-            ValueError: If the normalisation is another one.
-        """
-        if self.config.normalization != "adaptive":
-            raise ValueError(
-                f"normalization={self.config.normalization!r} learns no strength and bound; only 'adaptive' does."
-            )
-        everything = torch.arange(len(self.positions), device=self.base_norms.device)
-        strengths, bounds = (values.tolist() for values in self._adaptive(everything))
-        return {
-            position.name: (strength, bound)
-            for position, strength, bound in zip(self.positions, strengths, bounds, strict=True)
-        }
 
     def forward(
         self, tasks: Tensor, positions: Sequence[Position] | None = None, dtype: torch.dtype | None = None
@@ -136,27 +116,25 @@ class HyperAdapterNetwork(nn.Module):
     def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
         """Cores (tasks, positions, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
         config, scaling = self.config, _scaling(positions, gram_A)
+        method, options = METHODS[config.normalization], config.normalization_options
         indices = index_tensor([self._index[position.name] for position in positions], gram_A.device)
         base_norms = self.base_norms[indices].to(gram_A.dtype)
-        options = config.normalization_options
+        if "strength" in method.needs:
+            options["strength"], options["bound"] = (part.to(gram_A.dtype) for part in self._adaptive(indices))
         if "bound" in options:
             options["bound"] = options["bound"] * base_norms
-        if config.normalization == "adaptive":
-            strength, bound = self._adaptive(indices)
-            options.update(strength=strength.to(gram_A.dtype), bound=bound.to(gram_A.dtype) * base_norms)
-        if config.normalization == "sinkhorn":
+        if "logits" in method.needs:
             options["logits"] = logits
         if not config.has_gain:
             # A bound holds for the update as applied, so the scaling goes in before the normalisation.
-            return scaling * core_from_grams(gram_A, gram_B * scaling**2, config.normalization, **options)
-        gain = self.gain[indices].to(gram_A.dtype) * base_norms
-        method, bound, strength = config.normalization, options.pop("bound"), options.pop("strength", 1.0)
-        if method == "adaptive":
-            method = "frobenius"
-        bound = bound / _largest_norm(method, positions[0].r)
+            return scaling * method.core(gram_A, gram_B * scaling**2, **options)
+        bound, strength = options.pop("bound"), options.pop("strength", 1.0)
+        unit = METHODS[method.gained] if method.gained else method
+        assert unit.largest_norm is not None
         # What is bounded is the gained update, whose norm is the gain's (or at most a multiple of it).
-        gain = adaptive_scale(gain.square(), bound, strength) * gain
-        return gain[:, None, None] * core_from_grams(gram_A, gram_B, method, **options)
+        gain = self.gain[indices].to(gram_A.dtype) * base_norms
+        gain = adaptive_scale(gain.square(), bound / unit.largest_norm(positions[0].r), strength) * gain
+        return gain[:, None, None] * unit.core(gram_A, gram_B, **options)
 
     def _adaptive(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Strength, and bound in units of the base weight, of the positions."""
@@ -172,13 +150,6 @@ def _start_variance(config: HyperAdapterConfig) -> float | None:
     # Before a unit norm only ratios count. Adam's steps are the smaller in proportion, the larger B starts: at 1 in
     # place of 1/r, rates three times as high train as well (DECISIONS.md).
     return 1.0 if config.has_gain else None
-
-
-def _largest_norm(method: str, r: int) -> float:
-    """The largest Frobenius norm of an update of rank r and unit norm."""
-    # Σσᵢ² ≤ r where σ₁ ≤ 1. A sum of r matrices of norm 1, or a mean of such sums, may reach r.
-    exponents = {"frobenius": 0.0, "weight_norm": 1.0, "sinkhorn": 1.0}
-    return float(r ** exponents.get(method, 0.5))
 
 
 def _scaling(positions: Sequence[Position], like: Tensor) -> float | Tensor:

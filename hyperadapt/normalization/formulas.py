@@ -4,11 +4,13 @@ Each function takes ``gram_A = A·Aᵀ`` and ``gram_B = Bᵀ·B`` of shape ``(..
 options as keywords, and returns S of the same shape and dtype, so that the normalised update is B·S·A; or, where S is a
 multiple of the identity, the factor, of shape ``(..., 1, 1)``. All are finite, with finite gradients, at zero, at
 rank-deficient and at repeated spectra.
+
+One more normalisation is a function here, and its record in ``METHODS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
@@ -21,42 +23,19 @@ from hyperadapt.normalization.matrix_functions import (
     spectral_norm,
     sqrt,
 )
-
-Core = Callable[..., Tensor]
+from hyperadapt.normalization.methods import Normalization
 
 
 def frobenius_norm_squared(gram_A: Tensor, gram_B: Tensor) -> Tensor:
-    """Squared Frobenius norm of B·A from the factors' Gram matrices.
-
-    Never forms the product: ‖B·A‖² = ⟨A·Aᵀ, Bᵀ·B⟩. Rounding can make the sum of a nearly
-    cancelling product negative, so it is clamped at zero.
-
-    Args:
-        gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
-        gram_B: Bᵀ·B, same shape and dtype.
-
-    Returns:
-        Shape ``(...)``, in squared units of the weights.
-
-    Raises:
-        ValueError: If the two shapes differ.
-    """
+    """Squared Frobenius norm ⟨A·Aᵀ, Bᵀ·B⟩ of B·A, shape ``(...)``, from Gram matrices of shape ``(..., r, r)``."""
     if gram_A.shape != gram_B.shape:
         raise ValueError(f"gram_A has shape {tuple(gram_A.shape)} but gram_B has shape {tuple(gram_B.shape)}.")
+    # Rounding can make the sum of a nearly cancelling product negative.
     return (gram_A * gram_B).sum(dim=(-2, -1)).clamp(min=0)
 
 
 def adaptive_scale(f_squared: Tensor, bound: float | Tensor, strength: float | Tensor) -> Tensor:
-    """Scale (1 + f²/c²)^(-α/2) of an update of norm f: 1 near zero; at α = 1 it keeps the norm below c.
-
-    Args:
-        f_squared: f², shape ``(...)``, float32 or float64, in squared units of the weights.
-        bound: c above 0, a number or a shape that broadcasts, in units of the weights.
-        strength: α, likewise, dimensionless.
-
-    Returns:
-        Shape ``(...)``, same dtype, dimensionless.
-    """
+    """Scale (1 + f²/c²)^(-α/2) of an update of norm f, shape ``(...)``: 1 near zero; at α = 1 it keeps f below c."""
     exponent = strength.to(f_squared) / -2 if isinstance(strength, Tensor) else strength / -2
     return (1 + f_squared / _squared(bound, f_squared)) ** exponent
 
@@ -90,7 +69,7 @@ def _spectral(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     return reciprocal(spectral_norm(gram_A, gram_B))[..., None, None]
 
 
-def _schatten(gram_A: Tensor, gram_B: Tensor, *, order: int = 8) -> Tensor:
+def _schatten(gram_A: Tensor, gram_B: Tensor, *, order: int) -> Tensor:
     # K = G_B·G_A has the eigenvalues σ²; its trace is f². Dividing by constants close to the trace, at first and
     # after every squaring, keeps powers of small numbers from underflowing and their gradients from overflowing.
     f_squared = frobenius_norm_squared(gram_A, gram_B)
@@ -105,12 +84,12 @@ def _schatten(gram_A: Tensor, gram_B: Tensor, *, order: int = 8) -> Tensor:
     return torch.where(nonzero, (-logarithm / (2 * exponent)).exp(), 0)[..., None, None]
 
 
-def _polar(gram_A: Tensor, gram_B: Tensor, *, ridge: float = 1e-5) -> Tensor:
+def _polar(gram_A: Tensor, gram_B: Tensor, *, ridge: float) -> Tensor:
     gram_A, gram_B = _ridged(gram_A, ridge), _ridged(gram_B, ridge)
     return inverse_sqrt(gram_B) @ polar_factor(sqrt(gram_B) @ sqrt(gram_A)) @ inverse_sqrt(gram_A)
 
 
-def _whitening(gram_A: Tensor, gram_B: Tensor, *, ridge: float = 1e-5, factors: str = "both") -> Tensor:
+def _whitening(gram_A: Tensor, gram_B: Tensor, *, ridge: float, factors: str) -> Tensor:
     core = inverse_sqrt(_ridged(gram_A, ridge))
     return core if factors == "A" else inverse_sqrt(_ridged(gram_B, ridge)) @ core
 
@@ -119,26 +98,9 @@ def _weight_norm(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     return torch.diag_embed(_inverse_lengths(gram_A) * _inverse_lengths(gram_B))
 
 
-def _sinkhorn(
-    gram_A: Tensor, gram_B: Tensor, *, logits: Tensor, iterations: int = 20, temperature: float = 1.0
-) -> Tensor:
+def _sinkhorn(gram_A: Tensor, gram_B: Tensor, *, logits: Tensor, iterations: int, temperature: float) -> Tensor:
     mixing = sinkhorn(logits.to(gram_A.dtype), iterations=iterations, temperature=temperature)
     return _inverse_lengths(gram_B).unsqueeze(-1) * mixing * _inverse_lengths(gram_A).unsqueeze(-2)
-
-
-CORES: dict[str, Core] = {
-    "none": _none,
-    "soft_frobenius": _soft_frobenius,
-    "frobenius_clip": _frobenius_clip,
-    "adaptive": _adaptive,
-    "frobenius": _frobenius,
-    "spectral": _spectral,
-    "schatten": _schatten,
-    "polar": _polar,
-    "whitening": _whitening,
-    "weight_norm": _weight_norm,
-    "sinkhorn": _sinkhorn,
-}
 
 
 def _squared(bound: float | Tensor, like: Tensor) -> Tensor:
@@ -169,3 +131,24 @@ def _ridged(gram: Tensor, ridge: float) -> Tensor:
     """G + ridge·mean eigenvalue·I, which limits the gradient where G is nearly singular."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     return gram + (ridge * mean)[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+# Largest norms: Σσᵢ² ≤ r where σ₁ ≤ 1. A sum of r matrices of norm 1, or a mean of such sums, may reach r.
+METHODS: dict[str, Normalization] = {
+    "none": Normalization(_none),
+    "soft_frobenius": Normalization(_soft_frobenius, needs=("bound",)),
+    "frobenius_clip": Normalization(_frobenius_clip, needs=("bound",)),
+    "adaptive": Normalization(_adaptive, needs=("bound", "strength"), gained="frobenius"),
+    "frobenius": Normalization(_frobenius, largest_norm=lambda r: 1.0),
+    "spectral": Normalization(_spectral, largest_norm=math.sqrt),
+    "schatten": Normalization(_schatten, {"order": 8}, largest_norm=math.sqrt),
+    "polar": Normalization(_polar, {"ridge": 1e-5}, largest_norm=math.sqrt),
+    "whitening": Normalization(
+        _whitening, {"ridge": 1e-5, "factors": "both"}, largest_norm=math.sqrt, without_gain={"factors": "A"}
+    ),
+    "weight_norm": Normalization(_weight_norm, largest_norm=float),
+    "sinkhorn": Normalization(_sinkhorn, {"iterations": 20, "temperature": 1.0}, needs=("logits",), largest_norm=float),
+}
+NORMALIZATIONS = tuple(METHODS)
+BOUNDED_NORMALIZATIONS = tuple(name for name, method in METHODS.items() if method.is_bounded)
+UNIT_NORMALIZATIONS = tuple(name for name, method in METHODS.items() if method.is_unit)

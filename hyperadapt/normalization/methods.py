@@ -1,39 +1,86 @@
-"""The normalisations, and their options in a configuration."""
+"""What is known of a normalisation beside its formula, and the options that normalisations take."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 # Default bound; a smaller one trains at higher learning rates, a larger one leaves more room (DECISIONS.md).
 BOUND = 0.2
-# Of each normalisation, the options it takes and their defaults; in the config they are called normalization_<option>.
-NORMALIZATION_OPTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "soft_frobenius": {"bound": BOUND},
-    "frobenius_clip": {"bound": BOUND},
-    "adaptive": {"bound": BOUND},
-    "frobenius": {},
-    "spectral": {},
-    "schatten": {"order": 8},
-    "polar": {"ridge": 1e-5},
-    "whitening": {"ridge": 1e-5, "factors": "both"},
-    "weight_norm": {},
-    "sinkhorn": {"iterations": 20, "temperature": 1.0},
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a configuration may give for an option: one of `choices`, or else a number above 0 of the given kind."""
+
+    kind: type
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def rule(self) -> str:
+        """What a value must be, in words."""
+        if not self.choices:
+            return "above 0"
+        *others, last = map(repr, self.choices)
+        return f"{', '.join(others)} or {last}"
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value keeps the rule."""
+        return value in self.choices if self.choices else bool(value > 0)
+
+
+# In a configuration they are called normalization_<option>.
+OPTIONS = {
+    "bound": Option(float),
+    "ridge": Option(float),
+    "factors": Option(str, choices=("both", "A")),
+    "order": Option(int, choices=(2, 4, 8, 16, 32)),
+    "iterations": Option(int),
+    "temperature": Option(float),
 }
-NORMALIZATIONS = tuple(NORMALIZATION_OPTIONS)
-BOUNDED_NORMALIZATIONS = tuple(name for name, options in NORMALIZATION_OPTIONS.items() if "bound" in options)
-UNIT_NORMALIZATIONS = tuple(name for name in NORMALIZATIONS if name not in ("none", *BOUNDED_NORMALIZATIONS))
 
 
-def options_of(method: str, factors: str | None = None) -> dict[str, Any]:
-    """A method's options with their defaults; with a gain also the gain's bound.
+@dataclass(frozen=True)
+class Normalization:
+    """One normalisation: what the configuration, the network and ``MatrixNorm`` need to know of it.
 
     Args:
-        method: One of ``NORMALIZATIONS``.
-        factors: Which factors whitening whitens; that of A alone has no gain.
-
-    Returns:
-        Name without the prefix ``normalization_`` -> default.
+        core: The formula: from the Gram matrices and all of its options to the core.
+        options: Its options that have a default, all in ``OPTIONS``.
+        needs: Its options that have none: ``"bound"`` makes it a bounded normalisation, the identity near zero;
+            ``"strength"`` and the bound are then learned for each position; ``"logits"`` are generated.
+        largest_norm: Of a unit normalisation, which is undefined at zero: the largest Frobenius norm of an update
+            of rank r.
+        without_gain: Values of options with which a unit normalisation is defined at B = 0, and takes no gain.
+        gained: Name of the unit normalisation in its place if the configuration asks for a gain, which is then
+            bounded with the strength and the bound.
     """
-    has_gain = method in UNIT_NORMALIZATIONS and factors != "A"
-    return NORMALIZATION_OPTIONS[method] | ({"bound": BOUND} if has_gain else {})
+
+    core: Callable[..., Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    largest_norm: Callable[[int], float] | None = None
+    without_gain: Mapping[str, Any] = field(default_factory=dict)
+    gained: str | None = None
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the norm is bounded, and the update unchanged near zero."""
+        return "bound" in self.needs
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether the norm is that of a unit, and undefined at zero."""
+        return self.largest_norm is not None
+
+    def needs_gain(self, given: Mapping[str, Any]) -> bool:
+        """Whether a gain must follow, with these values of the options."""
+        return self.is_unit and not any(given.get(name) == value for name, value in self.without_gain.items())
+
+    def config_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options, with defaults, of a configuration that gives these values; with a gain also the gain's bound."""
+        has_bound = self.is_bounded or self.needs_gain(given)
+        return {**self.options, **({"bound": BOUND} if has_bound else {})}

@@ -9,17 +9,15 @@ arXiv 2512.24880; `whitening` is ZCA without centring; the cores' common form is
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperadapt.normalization.formulas import CORES
+from hyperadapt.normalization.formulas import METHODS
 from hyperadapt.normalization.gram import grams
-from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
-
-# Options that no config can hold, because they are tensors: per position or generated.
-_TENSOR_OPTIONS = {"adaptive": ("strength",), "sinkhorn": ("logits",)}
+from hyperadapt.normalization.methods import OPTIONS, Normalization
 
 
 def normalize(
@@ -35,7 +33,7 @@ def normalize(
     logits: Tensor | None = None,
     iterations: int | None = None,
     temperature: float | None = None,
-) -> Tensor:  # noqa: DOC502
+) -> Tensor:
     """Core S of the normalised update ``lora_B @ core @ lora_A``.
 
     Args:
@@ -78,21 +76,28 @@ def normalize(
         "temperature": temperature,
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    core = core_from_grams(*gram_matrices(lora_A, lora_B), method, **given)
+    record, r = checked_method(method), lora_A.shape[-2]
+    check_options(method, given, (*record.options, *record.needs))
+    # A bound has a default in the config, where it is in units of the base weight, but none here.
+    for name in record.needs:
+        if name not in given:
+            raise ValueError(f"normalization {method!r} needs {name}=; see the documentation of normalize.")
+    if logits is not None and logits.shape[-2:] != (r, r):
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} do not fit: with rank {r} they must be (..., {r}, {r})."
+        )
+    return full_core(lora_A, lora_B, record, given)
+
+
+def full_core(lora_A: Tensor, lora_B: Tensor, method: Normalization, options: Mapping[str, Any]) -> Tensor:
+    """Core S of checked options, shape ``(..., r, r)``, float32 or float64."""
+    core = method.core(*gram_matrices(lora_A, lora_B), **{**method.options, **options})
     r = lora_A.shape[-2]
     return core if core.shape[-1] == r else core * torch.eye(r, dtype=core.dtype, device=core.device)
 
 
 def gram_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices A·Aᵀ and Bᵀ·B.
-
-    Args:
-        lora_A: Shape ``(..., r, in_features)``.
-        lora_B: Shape ``(..., out_features, r)``.
-
-    Returns:
-        Both of shape ``(..., r, r)``, computed in float32 (float64 for float64 factors).
-    """
+    """Gram matrices A·Aᵀ and Bᵀ·B, shape ``(..., r, r)``, computed in float32 (float64 for float64 factors)."""
     batch, r = lora_A.shape[:-2], lora_A.shape[-2]
     if lora_A.dtype != lora_B.dtype:
         wide = torch.promote_types(lora_A.dtype, lora_B.dtype)
@@ -101,52 +106,32 @@ def gram_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     return gram_A.reshape(*batch, r, r), gram_B.reshape(*batch, r, r)
 
 
-def core_from_grams(gram_A: Tensor, gram_B: Tensor, method: str, **options: Any) -> Tensor:  # noqa: DOC502
-    """Core S from the Gram matrices of the factors.
-
-    Args:
-        gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
-        gram_B: Bᵀ·B, same shape and dtype.
-        method: One of ``hyperadapt.normalization.methods.NORMALIZATIONS``.
-        **options: The method's options, as in ``normalize``.
-
-    Returns:
-        Shape ``(..., r, r)``, or ``(..., 1, 1)`` of a method whose core is a multiple of the identity; same dtype.
-
-    Raises:
-        ValueError: If the shapes differ, the method is unknown, or an option is missing, needless or out of range.
-    """
-    _check_options(method, options)
-    if "logits" in options and options["logits"].shape[-2:] != gram_A.shape[-2:]:
-        raise ValueError(
-            f"logits of shape {tuple(options['logits'].shape)} do not fit: with rank {gram_A.shape[-1]} they must be "
-            f"(..., {gram_A.shape[-1]}, {gram_A.shape[-1]})."
-        )
-    return CORES[method](gram_A, gram_B, **options)
+def checked_method(name: str) -> Normalization:
+    """The normalisation of a name."""
+    if name not in METHODS:
+        raise ValueError(f"Unknown normalization {name!r}. Choose one of {', '.join(map(repr, METHODS))}.")
+    return METHODS[name]
 
 
-def _check_options(method: str, options: dict[str, Any]) -> None:
-    if method not in NORMALIZATIONS:
-        raise ValueError(f"Unknown normalization {method!r}. Choose one of {', '.join(map(repr, NORMALIZATIONS))}.")
-    tensors = _TENSOR_OPTIONS.get(method, ())
-    known = (*NORMALIZATION_OPTIONS[method], *tensors)
+def check_options(method: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Check the options of a call against those that it can take; the values of a tensor are not checked."""
     for name, value in options.items():
         if name not in known:
             raise ValueError(
                 f"{name}={value!r} has no effect with normalization {method!r}, which takes "
                 f"{', '.join(known) or 'no options'}; drop it."
             )
-        if name in ("bound", "ridge", "temperature", "iterations") and not isinstance(value, Tensor) and not value > 0:
-            raise ValueError(f"{name}={value!r} must be above 0.")
-        if name == "strength" and not isinstance(value, Tensor) and not 0 <= value <= 1:
+        if name in OPTIONS:
+            _check_option(name, value)
+        elif name == "strength" and not isinstance(value, Tensor) and not 0 <= value <= 1:
             raise ValueError(f"strength={value!r} must be in [0, 1].")
-        if name == "iterations" and not isinstance(value, int):
-            raise ValueError(f"iterations={value!r} must be an integer.")
-    # A bound has a default in the config, where it is in units of the base weight, but none here.
-    for name in ("bound", *tensors):
-        if name in known and name not in options:
-            raise ValueError(f"normalization {method!r} needs {name}=; see the documentation of normalize.")
-    if options.get("order", 8) not in (2, 4, 8, 16, 32):
-        raise ValueError(f"order={options['order']!r} must be 2, 4, 8, 16 or 32.")
-    if options.get("factors", "A") not in ("both", "A"):
-        raise ValueError(f"factors={options['factors']!r} must be 'both' or 'A'.")
+
+
+def _check_option(name: str, value: Any) -> None:
+    option = OPTIONS[name]
+    if option.kind is float and isinstance(value, Tensor):
+        return
+    if not option.holds(value):
+        raise ValueError(f"{name}={value!r} must be {option.rule}.")
+    if option.kind is int and not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} must be an integer.")

@@ -12,7 +12,7 @@ from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.normalization import normalize
-from hyperadapt.normalization.methods import BOUNDED_NORMALIZATIONS, NORMALIZATIONS, UNIT_NORMALIZATIONS
+from hyperadapt.normalization.formulas import BOUNDED_NORMALIZATIONS, NORMALIZATIONS, UNIT_NORMALIZATIONS
 from tests.support.helpers import full_core, varied
 from tests.support.tolerances import (
     BFLOAT16_NETWORK,

@@ -1,6 +1,5 @@
 """Tests of what single normalisations add to an adapter's network: learned bounds, mixing, and nothing elsewhere."""
 
-import re
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from torch import Tensor
 from hyperadapt.config import HEADS
 from hyperadapt.hypernetwork.hypernetwork import Generated
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
-from hyperadapt.normalization.methods import NORMALIZATIONS, UNIT_NORMALIZATIONS
+from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS, UNIT_NORMALIZATIONS
 from tests.hypernetwork.test_network import BASE_NORMS, LONGEST, POSITIONS, generate, make_network, norms
 from tests.support.tolerances import EPS_FLOAT32, FLOAT32_FORMULA, norm_error, sample_variance_error
 
@@ -28,26 +27,26 @@ def generated(network: HyperAdapterNetwork) -> list[Generated]:
     return network.hypernetwork(network.task_embedding(torch.arange(3)), network.positions)
 
 
-@pytest.mark.parametrize("init_weights", [True, False])
 @pytest.mark.parametrize("changes", EACH, ids=str)
-def test_parameters_exist_only_where_they_are_used(changes: dict[str, Any], init_weights: bool) -> None:
-    network = make_network(**changes, init_weights=init_weights)
+def test_parameters_exist_only_where_they_are_used(changes: dict[str, Any]) -> None:
+    network = make_network(**changes, init_weights=True)
     plain = {name for name, _ in make_network(normalization="none").named_parameters()}
     extra = {name for name, _ in network.named_parameters()} - plain
     method = changes["normalization"]
     expected = set()
     if method in UNIT_NORMALIZATIONS and changes != WHITENING_A:
         expected |= {"gain"}
-        assert torch.equal(network.gain, torch.zeros(5) if init_weights else torch.ones(5))
-    if method == "adaptive":
+        assert torch.equal(network.gain, torch.zeros(5))
+        assert torch.equal(make_network(**changes, init_weights=False).gain, torch.ones(5))
+    if "strength" in METHODS[method].needs:
         expected |= {"strength_logit", "log_bound"}
-    if method == "sinkhorn":
+    if "logits" in METHODS[method].needs:
         expected |= {"hypernetwork.heads.mixing_r2.weight"}
     assert extra == expected
 
 
 @pytest.mark.parametrize("changes", EACH, ids=str)
-def test_zero_heads_only_where_zero_is_defined(changes: dict[str, Any]) -> None:
+def test_training_starts_where_zero_is_defined_and_can_leave_it(changes: dict[str, Any]) -> None:
     network = make_network(**changes, init_weights=True)
     hypernetwork = network.hypernetwork
     is_zero = {name: bool((head.weight == 0).all()) for name, head in hypernetwork.heads.items()}
@@ -57,10 +56,6 @@ def test_zero_heads_only_where_zero_is_defined(changes: dict[str, Any]) -> None:
     assert all(zeros) == (not hasattr(network, "gain"))
     assert any(zeros) == all(zeros)
 
-
-@pytest.mark.parametrize("changes", EACH, ids=str)
-def test_training_can_leave_its_start(changes: dict[str, Any]) -> None:
-    network = make_network(**changes, init_weights=True)
     loss(network).backward()
     moving = [name for name, p in network.named_parameters() if p.grad is not None and (p.grad != 0).any()]
     assert moving
@@ -68,30 +63,6 @@ def test_training_can_leave_its_start(changes: dict[str, Any]) -> None:
         assert parameter.grad is None or parameter.grad.isfinite().all()
     # Either the gain moves, or the heads of B.
     assert all(name == "gain" or name.startswith(("hypernetwork.heads.B", "hypernetwork.shared.B")) for name in moving)
-
-
-def test_adaptive_starts_halfway_at_the_configured_bound() -> None:
-    state = make_network(normalization="adaptive", normalization_bound=0.25).adaptive_state()
-    assert state == {position.name: (0.5, 0.25) for position in POSITIONS}
-
-
-def test_adaptive_state_reports_each_position_under_its_name() -> None:
-    network = make_network(normalization="adaptive", normalization_bound=0.25)
-    with torch.no_grad():
-        network.strength_logit.copy_(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
-        network.log_bound.copy_(torch.tensor([0.5, 0.25, 0.0, -0.25, -0.5]))
-    for index, (name, (strength, bound)) in enumerate(network.adaptive_state().items()):
-        assert name == POSITIONS[index].name
-        assert strength == pytest.approx(1 / (1 + torch.tensor(2.0 - index).exp().item()), rel=FLOAT32_FORMULA)
-        assert bound == pytest.approx(0.25 * torch.tensor(0.5 - index / 4).exp().item(), rel=FLOAT32_FORMULA)
-        assert type(strength) is type(bound) is float
-
-
-@pytest.mark.parametrize("normalization", [method for method in NORMALIZATIONS if method != "adaptive"])
-def test_adaptive_state_is_refused_for_other_methods(normalization: str) -> None:
-    message = re.escape(f"normalization={normalization!r} learns no strength and bound; only 'adaptive' does.")
-    with pytest.raises(ValueError, match=f"^{message}"):
-        make_network(normalization=normalization).adaptive_state()
 
 
 @pytest.mark.parametrize("changes", [{}, {"init_weights": "zero_gain"}], ids=str)
@@ -127,13 +98,12 @@ def test_adaptive_with_a_gain_bounds_the_gained_update(strength: float) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("r", [2, 4])
-def test_mixing_starts_near_the_identity_and_the_same_everywhere(head: str, r: int) -> None:
-    groups = generated(make_network(normalization="sinkhorn", head=head, r=r, init_weights=True))
+def test_mixing_starts_near_the_identity_and_the_same_everywhere(head: str) -> None:
+    groups = generated(make_network(normalization="sinkhorn", head=head, r=4, init_weights=True))
     assert sum(len(group.positions) for group in groups) == len(POSITIONS)
     for group in groups:
         assert group.logits is not None
-        assert torch.equal(group.logits, 4 * torch.eye(r).expand(3, len(group.positions), r, r))
+        assert torch.equal(group.logits, 4 * torch.eye(4).expand(3, len(group.positions), 4, 4))
         mixing = group.logits.softmax(-1)
         # exp(4) = 55 against at most three ones.
         assert (mixing.diagonal(dim1=-2, dim2=-1) > 0.9).all()

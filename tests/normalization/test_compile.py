@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 from hyperadapt import normalize
-from hyperadapt.normalization.methods import NORMALIZATION_OPTIONS, NORMALIZATIONS
+from hyperadapt.normalization.formulas import METHODS
+from tests.support.dense_updates import EACH
 
 # Dynamo instantiates autograd functions while it traces them, which torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
 
 
-@pytest.mark.parametrize("method", NORMALIZATIONS)
-def test_compiled_equals_eager(method: str) -> None:
+@pytest.mark.parametrize(("method", "options"), EACH, ids=str)
+def test_compiled_equals_eager(method: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     lora_A = torch.randn(3, 4, 20, requires_grad=True)
     lora_B = torch.randn(3, 16, 4, requires_grad=True)
-    options: dict[str, Any] = {"bound": 2.0} if "bound" in NORMALIZATION_OPTIONS[method] else {}
-    options |= {"strength": 0.5} if method == "adaptive" else {}
-    options |= {"logits": torch.randn(3, 4, 4)} if method == "sinkhorn" else {}
+    if "logits" in METHODS[method].needs:
+        options = options | {"logits": torch.randn(3, 4, 4)}
 
     def loss(lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return (lora_B @ normalize(lora_A, lora_B, method, **options) @ lora_A).square().sum()
