@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import re
 import reprlib
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -36,29 +34,12 @@ _abbreviation = _Abbreviation()
 
 
 def shown(value: object) -> str:
-    """A value as it appears in messages.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        Its ``repr``, abbreviated if long.
-    """
+    """A value as it appears in messages: its ``repr``, abbreviated if long."""
     return _abbreviation.repr(value)
 
 
 def check_integer(name: str, value: Any, maximum: int = MAX_SIZE) -> None:
-    """Check for an integer from 1 to a maximum.
-
-    Args:
-        name: The field.
-        value: Its value.
-        maximum: The largest allowed.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is out of range.
-    """
+    """Check for an integer from 1 to a maximum."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={shown(value)} must be an integer, not {type(value).__name__}.")
     if value < 1:
@@ -73,18 +54,7 @@ def check_number(
     rule: str = "a finite number above 0",
     holds: Callable[[float], bool] = lambda value: value > 0,
 ) -> None:
-    """Check for a finite number with a property, and of a sane size.
-
-    Args:
-        name: The field.
-        value: Its value.
-        rule: The property in words.
-        holds: Whether a number has the property.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is infinite, lacks the property or is huge.
-    """
+    """Check for a finite number of a sane size that has a property: whether it `holds`, and the `rule` in words."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={shown(value)} must be a number, not {type(value).__name__}.")
     # Not math.isfinite, which fails for an integer that no float can hold.
@@ -95,52 +65,20 @@ def check_number(
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Check for one of some values.
-
-    Args:
-        name: The field.
-        value: Its value.
-        choices: What is allowed; 1 is not True.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
+    """Check for one of some values; 1 is not True."""
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"{name}={shown(value)} is unknown. Choose one of {', '.join(map(repr, choices))}.")
 
 
 def check_type(name: str, value: Any, kind: type, description: str, *, optional: bool = True) -> None:
-    """Check for a type.
-
-    Args:
-        name: The field.
-        value: Its value.
-        kind: The type.
-        description: The type in words.
-        optional: Whether None is allowed.
-
-    Raises:
-        TypeError: If it has another type.
-    """
+    """Check for a type, or None where that is allowed; the description is the type in words."""
     if not isinstance(value, kind) and not (optional and value is None):
         none = " or None" if optional else ""
         raise TypeError(f"{name}={shown(value)} must be {description}{none}, not {type(value).__name__}.")
 
 
-def check_names(name: str, value: Any) -> list[str]:
-    """Check for a collection of names.
-
-    Args:
-        name: The field.
-        value: Its value.
-
-    Returns:
-        The names.
-
-    Raises:
-        TypeError: If it is no list, tuple or set.
-        ValueError: If it holds anything but non-empty strings.
-    """
+def checked_names(name: str, value: Any) -> list[str]:
+    """The names of a list, tuple or set, which are non-empty strings."""
     if not isinstance(value, list | tuple | set | frozenset):
         raise TypeError(f"{name}={shown(value)} must be a list of names, not {type(value).__name__}.")
     for entry in value:
@@ -149,101 +87,11 @@ def check_names(name: str, value: Any) -> list[str]:
     return list(value)
 
 
-def check_expression(name: str, value: str, before: str = "", after: str = "") -> None:
-    """Check for a regular expression.
-
-    Args:
-        name: The field.
-        value: Its value.
-        before: What PEFT puts before it.
-        after: What PEFT puts after it.
-
-    Raises:
-        ValueError: If it is empty or not valid.
-    """
-    if not value.strip():
-        raise ValueError(f"{name}={shown(value)} is empty. Write a name or a regular expression, or leave it out.")
-    try:
-        with warnings.catch_warnings():
-            # What Python may deprecate in expressions is no error yet.
-            warnings.simplefilter("ignore")
-            re.compile(f"{before}{value}{after}")
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{name}={shown(value)} is not a valid regular expression ({getattr(error, 'msg', error)}). Correct it; "
-            "special characters of a name need a backslash."
-        ) from None
-
-
-def check_pattern(name: str, value: Any, check: Callable[[str, Any], None]) -> None:  # noqa: DOC502
-    """Check for a dict from module name (or regular expression) to a value, such as `rank_pattern`.
-
-    Args:
-        name: The field.
-        value: Its value.
-        check: Takes the name and the value of an entry.
-
-    Raises:
-        TypeError: If it is no dict, or a key is no string.
-        ValueError: If a key is empty or no valid regular expression.
-    """
-    check_type(name, value, dict, "a dict from module name or regular expression to value", optional=False)
-    for key, entry in value.items():
-        check_type(f"key of {name}", key, str, "a string", optional=False)
-        check_expression(f"key of {name}", key, r"(.*\.)?(", ")$")
-        check(f"{name}[{shown(key)}]", entry)
-
-
-def checked_layers(layers: Any, pattern: Any, target_modules: Any) -> list[int] | int | None:
-    """Check which layers are adapted.
-
-    Args:
-        layers: The field `layers_to_transform`.
-        pattern: The field `layers_pattern`.
-        target_modules: The field of that name.
-
-    Returns:
-        The layers; a list if there are several.
-
-    Raises:
-        TypeError: If the layers are no integers.
-        ValueError: If a value, or their combination, is impossible.
-    """
-    if layers is not None:
-        indices: list[Any] = list(layers) if isinstance(layers, list | tuple | set | range) else [layers]
-        if any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
-            raise TypeError(f"layers_to_transform={shown(layers)} must be a layer index or a list of them.")
-        if any(index < 0 for index in indices):
-            raise ValueError(f"layers_to_transform={shown(layers)} holds a negative index; count from 0.")
-        if isinstance(target_modules, str):
-            raise ValueError(
-                f"layers_to_transform={shown(layers)} cannot be used with target_modules={shown(target_modules)}: "
-                "indices select among listed names. Pass target_modules as a list, or put the layers into the regular "
-                "expression."
-            )
-    if pattern is not None and pattern != "":
-        for value in [pattern] if isinstance(pattern, str) else check_names("layers_pattern", pattern):
-            check_expression("layers_pattern", value, r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.")
-        if pattern and layers is None:
-            raise ValueError(
-                f"layers_pattern={shown(pattern)} has no effect without layers_to_transform. Pass the layer indices as "
-                "layers_to_transform, or drop layers_pattern."
-            )
-    result: list[int] | int | None = list(layers) if isinstance(layers, tuple | set | range) else layers
-    return result
-
-
 def refuses_unknown_fields(config_class: Class) -> Class:
-    """Have a dataclass refuse the unknown fields of a file, which PEFT would drop with a warning.
+    """Have a subclass of ``PeftConfig`` refuse the unknown fields of a file, which PEFT would drop with a warning.
 
     A field that a newer version added may change what the adapter computes. Objects know by `is_from_file` whether they
     come from one.
-
-    Args:
-        config_class: A subclass of ``PeftConfig``.
-
-    Returns:
-        The same class.
     """
     construct = config_class.__init__  # type: ignore[misc]
     known = inspect.signature(construct).parameters

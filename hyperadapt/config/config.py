@@ -10,21 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hyperadapt.config.checks import (
     MAX_DEPTH,
     check_choice,
-    check_expression,
     check_integer,
-    check_names,
     check_number,
-    check_pattern,
     check_type,
-    checked_layers,
     refuses_unknown_fields,
-    shown,
+)
+from hyperadapt.config.module_fields import (
+    check_pattern,
+    check_unsupported,
+    checked_layers,
+    checked_modules,
+    checked_modules_to_save,
+    value_at,
 )
 from hyperadapt.config.normalization_fields import check_start, checked_options
 from hyperadapt.config.task_fields import (
@@ -203,7 +205,10 @@ class HyperAdapterConfig(PeftConfig):
         check_choice("conditioning", self.conditioning, CONDITIONINGS)
         check_choice("head", self.head, HEADS)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
-        self._check_modules()
+        check_unsupported(self.bias, self.target_parameters)
+        for name in ("target_modules", "exclude_modules"):
+            setattr(self, name, checked_modules(name, getattr(self, name)))
+        self.modules_to_save = checked_modules_to_save(self.modules_to_save)
         self.layers_to_transform = checked_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
         for option, value in checked_options(self.normalization, self._given_options()).items():
             setattr(self, f"normalization_{option}", value)
@@ -276,11 +281,8 @@ class HyperAdapterConfig(PeftConfig):
         Raises:
             ValueError: If several patterns match with different values.
         """
-        r, alpha = self.r, self.lora_alpha
-        if ranks := self._matching("rank_pattern", name):
-            [r] = ranks
-        if alphas := self._matching("alpha_pattern", name):
-            [alpha] = alphas
+        r = value_at("rank_pattern", self.rank_pattern, name, self.r)
+        alpha = value_at("alpha_pattern", self.alpha_pattern, name, self.lora_alpha)
         return r, alpha / r
 
     @property
@@ -302,48 +304,11 @@ class HyperAdapterConfig(PeftConfig):
         """Whether the heads that emit B start at zero."""
         return bool(self.init_weights) and not self.has_gain
 
-    def _matching(self, field_name: str, name: str) -> set[Any]:
-        """The value of the patterns that match a module, in a set; empty if none does."""
-        patterns: dict[str, Any] = getattr(self, field_name)
-        matching = {key: value for key, value in patterns.items() if get_pattern_key([key], name) == key}
-        if len(set(matching.values())) > 1:
-            # PEFT takes the first of them, but saves them in alphabetical order.
-            raise ValueError(
-                f"{field_name} gives module {name!r} several values: {shown(matching)}. Only one pattern may match a "
-                "module, since a file does not keep their order."
-            )
-        return set(matching.values())
-
     def _check_tasks(self) -> None:
         self.tasks, self.task_descriptions = checked_tasks(self.tasks, self.task_descriptions, self.default_task)
         self.task_embedding = checked_sources(self.task_embedding, self.tasks, self.task_descriptions)
         has_text = any(source != "learned" for source in self.task_sources)
         check_text_fields(has_text, self.text_encoder, self.text_encoder_revision, self.text_embedding_dim)
-
-    def _check_modules(self) -> None:
-        if self.bias != "none":
-            raise ValueError(
-                f"bias={shown(self.bias)} is not supported: a hyperadapter generates weights, not biases. Use "
-                "bias='none'; to train a module in full, name it in modules_to_save."
-            )
-        if self.target_parameters is not None:
-            raise ValueError(
-                f"target_parameters={shown(self.target_parameters)} is not supported: a parameter that is no linear "
-                "layer of its own, such as fused experts, does not see which row of the batch its input comes from, so "
-                "tasks could not be mixed. Name linear modules in target_modules instead, or train the module in "
-                "full with modules_to_save."
-            )
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                check_expression(name, value)
-            elif value is not None:
-                setattr(self, name, set(check_names(name, value)))
-        if self.modules_to_save is not None:
-            # PEFT extends the list for some task types.
-            self.modules_to_save = check_names("modules_to_save", self.modules_to_save)
-            for value in self.modules_to_save:
-                check_expression("modules_to_save entry", value, r"(^|.*\.)", r"($|\..*)")
 
     def _given_options(self) -> dict[str, Any]:
         """Every option of any normalisation, by name without the prefix; None if not given."""

@@ -1,4 +1,4 @@
-"""Conditions: the tasks of a configuration, their descriptions, and where the embedding of each comes from."""
+"""The tasks of a configuration, their descriptions, and where the embedding of each comes from."""
 
 from __future__ import annotations
 
@@ -14,20 +14,7 @@ FUNCTION = "function:"
 
 
 def checked_tasks(tasks: Any, descriptions: Any, default: Any) -> tuple[list[str], dict[str, str | list[str]] | None]:
-    """Check the tasks of an adapter.
-
-    Args:
-        tasks: A list of names, or a dict from name to one description or a list of them.
-        descriptions: A dict from name to one description or a list of them, or None.
-        default: The default task, or None.
-
-    Returns:
-        Names and descriptions; new objects.
-
-    Raises:
-        TypeError: If one has the wrong type.
-        ValueError: If a name or a description is empty or wrong, or both arguments describe the tasks.
-    """
+    """Names and descriptions of the tasks, as new objects; `tasks` may be a dict that gives both."""
     if isinstance(tasks, dict):
         if descriptions is not None:
             raise ValueError(
@@ -74,15 +61,7 @@ def _check_task_descriptions(descriptions: Any, names: list[str]) -> None:
 
 
 def check_description(name: str, description: Any) -> None:
-    """Check the description of a task.
-
-    Args:
-        name: The task.
-        description: A text, or a list of texts that each describe the task.
-
-    Raises:
-        ValueError: If there is no text, or an empty one.
-    """
+    """Check the description of a task: a text, or a list of texts that each describe it."""
     texts = description if isinstance(description, list | tuple) else [description]
     for text in texts or [description]:
         if not isinstance(text, str) or not text.strip():
@@ -93,15 +72,7 @@ def check_description(name: str, description: Any) -> None:
 
 
 def descriptions_of(task_descriptions: Mapping[str, str | list[str]] | None, task: str) -> list[str]:
-    """The descriptions of a task.
-
-    Args:
-        task_descriptions: Those of all tasks.
-        task: The task.
-
-    Returns:
-        A list, empty if there is none.
-    """
+    """The descriptions of a task; empty if there is none."""
     description = (task_descriptions or {}).get(task, [])
     return [description] if isinstance(description, str) else list(description)
 
@@ -109,20 +80,7 @@ def descriptions_of(task_descriptions: Mapping[str, str | list[str]] | None, tas
 def checked_sources(
     task_embedding: Any, tasks: Sequence[str], task_descriptions: Mapping[str, str | list[str]] | None
 ) -> str | dict[str, str]:
-    """Check where the embedding of each task comes from.
-
-    Args:
-        task_embedding: One of ``SOURCES`` for all tasks, or a dict from task name to one of them.
-        tasks: The task names.
-        task_descriptions: Their descriptions.
-
-    Returns:
-        One source if all tasks share it, or the dict.
-
-    Raises:
-        TypeError: If it is of another type.
-        ValueError: If a source or a task is unknown, a task has none, or lacks the description that its source needs.
-    """
+    """Where the embedding of each task comes from: one of ``SOURCES`` if all tasks share it, or a dict."""
     if not isinstance(task_embedding, str | dict):
         raise TypeError(
             f"task_embedding={shown(task_embedding)} must be one of {SOURCES}, or a dict from task name to one of "
@@ -152,18 +110,7 @@ def checked_sources(
 
 
 def check_text_fields(has_text: bool, text_encoder: Any, revision: Any, text_embedding_dim: Any) -> None:
-    """Check the fields that say how descriptions become vectors.
-
-    Args:
-        has_text: Whether any task needs them.
-        text_encoder: A name, a function, or None.
-        revision: Revision of the encoder, or None.
-        text_embedding_dim: Size of a vector; None if not known yet.
-
-    Raises:
-        TypeError: If one is of another type.
-        ValueError: If the encoder is missing, or a field would have no effect.
-    """
+    """Check the fields that say how descriptions become vectors, which some task must need."""
     if text_encoder is not None and not isinstance(text_encoder, str) and not callable(text_encoder):
         raise TypeError(
             f"text_encoder={shown(text_encoder)} must be the name or folder of a sentence-transformers model, or a "
@@ -191,14 +138,7 @@ def check_text_fields(has_text: bool, text_encoder: Any, revision: Any, text_emb
 
 
 def encoder_name(text_encoder: object) -> str | None:
-    """How a text encoder is called in files.
-
-    Args:
-        text_encoder: A name, a function, or None.
-
-    Returns:
-        The name; ``function:<module>.<name>`` of a function.
-    """
+    """How a text encoder is called in files: a name as it is, a function as ``function:<module>.<name>``."""
     if text_encoder is None or isinstance(text_encoder, str):
         return text_encoder
     kind = text_encoder if hasattr(text_encoder, "__qualname__") else type(text_encoder)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hyperadapt.cards.card import may_be_written_anew, write_lora_card
-from hyperadapt.config.checks import check_choice, check_names, shown
+from hyperadapt.config.checks import check_choice, checked_names, shown
 from hyperadapt.config.task_fields import descriptions_of
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.sharding import whole_network
@@ -98,7 +98,7 @@ def export_loras(  # noqa: DOC502
             file system that ignores case.
     """
     config = find_tuner(model).router.network(_exported_adapter(find_tuner(model))).config
-    names = config.task_names if tasks is None else check_names("tasks", tasks)
+    names = config.task_names if tasks is None else checked_names("tasks", tasks)
     task_ids = resolve_task_ids(names, config.task_names)
     _check_folder_names(names)
     targets = [_Target(Path(directory, name), name, descriptions_of(config.task_descriptions, name)) for name in names]

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hyperadapt.config.checks import check_integer, check_number, check_pattern, shown
+from hyperadapt.config.checks import check_integer, check_number, shown
+from hyperadapt.config.module_fields import check_pattern
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.positions import Position
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hyperadapt.config.checks import check_choice, check_names
+from hyperadapt.config.checks import check_choice, checked_names
 from hyperadapt.diagnosis import diagnose
 from hyperadapt.tuner.active import find_tuner
 
@@ -58,7 +58,7 @@ def plot(  # noqa: DOC503
         TypeError: As in ``draw``, or if `formats` is no list.
         ValueError: As in ``draw``, or if `formats` is empty or holds an unknown one, or `directory` is a file.
     """
-    kinds = list(dict.fromkeys(check_names("formats", formats)))
+    kinds = list(dict.fromkeys(checked_names("formats", formats)))
     for kind in kinds:
         check_choice("formats", kind, tuple(_METADATA))
     if not kinds:

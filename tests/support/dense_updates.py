@@ -90,7 +90,7 @@ def dense_update(lora_A: Tensor, lora_B: Tensor, method: str, **options: Any) ->
     white_B, root_B = _whitened(lora_B.mT, options.get("ridge", 1e-5))
     if method == "whitening":
         return lora_B @ white_A if options.get("factors") == "A" else white_B.mT @ white_A
-    assert method == "polar"
+    assert method == "polar", f"{method!r} has no definition here yet"
     left, _, right_h = torch.linalg.svd(root_B @ root_A)
     return white_B.mT @ (left @ right_h) @ white_A
 
