@@ -189,47 +189,14 @@ class HyperAdapterConfig(PeftConfig):
         check_type("peft_version", self.peft_version, str, "a string")
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = HyperAdapterType.HYPERADAPTER
-        for name in ("base_model_name_or_path", "revision"):
-            check_type(name, getattr(self, name), str, "a string")
-        check_type("auto_mapping", self.auto_mapping, dict, "a dict")
-        check_type("inference_mode", self.inference_mode, bool, "True or False", optional=False)
-        check_type("plugin", self.plugin, str, "a string", optional=False)
-        self.plugin = PLUGIN
-        for name in ("r", "task_embedding_dim", "hypernetwork_dim"):
-            check_integer(name, getattr(self, name))
-        check_integer("hypernetwork_depth", self.hypernetwork_depth, MAX_DEPTH)
-        check_number("lora_alpha", self.lora_alpha)
-        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", lambda value: 0 <= value < 1)
-        check_pattern("rank_pattern", self.rank_pattern, check_integer)
-        check_pattern("alpha_pattern", self.alpha_pattern, check_number)
-        check_choice("conditioning", self.conditioning, CONDITIONINGS)
-        check_choice("head", self.head, HEADS)
-        check_choice("normalization", self.normalization, NORMALIZATIONS)
-        check_unsupported(self.bias, self.target_parameters)
-        for name in ("target_modules", "exclude_modules"):
-            setattr(self, name, checked_modules(name, getattr(self, name)))
-        self.modules_to_save = checked_modules_to_save(self.modules_to_save)
-        self.layers_to_transform = checked_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
-        for option, value in checked_options(self.normalization, self._given_options()).items():
-            setattr(self, f"normalization_{option}", value)
-        check_start(self.init_weights, self.has_gain, self.normalization, self._given_options())
-        if isinstance(self.text_encoder, os.PathLike):
-            self.text_encoder = os.fspath(self.text_encoder)
+        self._check_saved()
+        self._check_hypernetwork()
+        self._check_modules()
+        self._check_normalization()
         self._check_tasks()
 
-    def replaced(self, **changes: Any) -> HyperAdapterConfig:  # noqa: DOC502
-        """A copy with other tasks, or another state of their text vectors.
-
-        Args:
-            **changes: Fields among those of the tasks and the text encoder.
-
-        Returns:
-            The copy; this object stays as it is, since others may hold it.
-
-        Raises:
-            TypeError: If a field has the wrong type.
-            ValueError: If a value, or a combination of values, is impossible.
-        """
+    def replaced(self, **changes: Any) -> HyperAdapterConfig:
+        """A copy with other fields of the tasks and the text encoder; this one stays, since others may hold it."""
         config = copy.copy(self)
         for name, value in changes.items():
             setattr(config, name, value)
@@ -238,11 +205,7 @@ class HyperAdapterConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as they are saved: a function as text encoder by its name.
-
-        Returns:
-            Values that JSON can hold, sets aside.
-        """
+        """The fields, as they are saved: a function as text encoder by its name."""
         return {**super().to_dict(), "text_encoder": encoder_name(self.text_encoder)}
 
     @property
@@ -269,18 +232,8 @@ class HyperAdapterConfig(PeftConfig):
         """Task of calls that name none: the default task, or else the first."""
         return self.default_task or self.task_names[0]
 
-    def rank_and_scaling(self, name: str) -> tuple[int, float]:  # noqa: DOC502
-        """Rank and scaling at a module, with `rank_pattern` and `alpha_pattern`.
-
-        Args:
-            name: Path of the module in the base model.
-
-        Returns:
-            The rank r, and the factor ``lora_alpha / r`` on the generated update (dimensionless).
-
-        Raises:
-            ValueError: If several patterns match with different values.
-        """
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+        """Rank r, and the dimensionless factor ``lora_alpha / r``, at a module with this path in the base model."""
         r = value_at("rank_pattern", self.rank_pattern, name, self.r)
         alpha = value_at("alpha_pattern", self.alpha_pattern, name, self.lora_alpha)
         return r, alpha / r
@@ -304,7 +257,42 @@ class HyperAdapterConfig(PeftConfig):
         """Whether the heads that emit B start at zero."""
         return bool(self.init_weights) and not self.has_gain
 
+    def _check_saved(self) -> None:
+        """Check what a file says beside the method's own fields."""
+        for name in ("base_model_name_or_path", "revision"):
+            check_type(name, getattr(self, name), str, "a string")
+        check_type("auto_mapping", self.auto_mapping, dict, "a dict")
+        check_type("inference_mode", self.inference_mode, bool, "True or False", optional=False)
+        check_type("plugin", self.plugin, str, "a string", optional=False)
+        self.plugin = PLUGIN
+
+    def _check_hypernetwork(self) -> None:
+        for name in ("r", "task_embedding_dim", "hypernetwork_dim"):
+            check_integer(name, getattr(self, name))
+        check_integer("hypernetwork_depth", self.hypernetwork_depth, MAX_DEPTH)
+        check_number("lora_alpha", self.lora_alpha)
+        check_number("lora_dropout", self.lora_dropout, "in [0, 1)", lambda value: 0 <= value < 1)
+        check_choice("conditioning", self.conditioning, CONDITIONINGS)
+        check_choice("head", self.head, HEADS)
+
+    def _check_modules(self) -> None:
+        check_pattern("rank_pattern", self.rank_pattern, check_integer)
+        check_pattern("alpha_pattern", self.alpha_pattern, check_number)
+        check_unsupported(self.bias, self.target_parameters)
+        for name in ("target_modules", "exclude_modules"):
+            setattr(self, name, checked_modules(name, getattr(self, name)))
+        self.modules_to_save = checked_modules_to_save(self.modules_to_save)
+        self.layers_to_transform = checked_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
+
+    def _check_normalization(self) -> None:
+        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        for option, value in checked_options(self.normalization, self._given_options()).items():
+            setattr(self, f"normalization_{option}", value)
+        check_start(self.init_weights, self.has_gain, self.normalization, self._given_options())
+
     def _check_tasks(self) -> None:
+        if isinstance(self.text_encoder, os.PathLike):
+            self.text_encoder = os.fspath(self.text_encoder)
         self.tasks, self.task_descriptions = checked_tasks(self.tasks, self.task_descriptions, self.default_task)
         self.task_embedding = checked_sources(self.task_embedding, self.tasks, self.task_descriptions)
         has_text = any(source != "learned" for source in self.task_sources)

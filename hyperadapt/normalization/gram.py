@@ -20,42 +20,22 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grams(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Gram matrices X·Xᵀ of the matrices in several batches.
+    """Gram matrices X·Xᵀ of batches of shape (n, r, d) with one r, dtype and device, each of shape ``(n, r, r)``.
 
-    Each input element is read once. The gradient with respect to X is (H + Hᵀ)·X, with H that of its Gram matrix.
-
-    Args:
-        tensors: Batches of shape ``(n, r, d)``, with one r, dtype and device; n and d may differ.
-
-    Returns:
-        A tensor of shape ``(n, r, r)`` for each batch, float32 (float64 for float64).
+    Float32, or float64 for float64. Each input element is read once. The gradient with respect to X is (H + Hᵀ)·X, with
+    H that of its Gram matrix.
     """
     joined = _grams(list(tensors))
     return list(torch.split(joined, [len(tensor) for tensor in tensors]))
 
 
 def grams_reference(tensors: Sequence[Tensor]) -> Tensor:
-    """The operator in plain torch.
-
-    Args:
-        tensors: As in ``grams``.
-
-    Returns:
-        All Gram matrices, shape ``(sum of n, r, r)``, float32 (float64 for float64).
-    """
+    """The operator in plain torch: all Gram matrices, shape ``(sum of n, r, r)``, float32 or float64."""
     return torch.cat([_wide(tensor) @ _wide(tensor).mT for tensor in tensors])
 
 
 def grams_backward_reference(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """The operator's gradient in plain torch.
-
-    Args:
-        tensors: As in ``grams``.
-        grad: Gradient of all Gram matrices, shape ``(sum of n, r, r)``.
-
-    Returns:
-        Gradients of `tensors`, with their shapes and dtype.
-    """
+    """The operator's gradient in plain torch, like `tensors`; `grad` has the shape ``(sum of n, r, r)``."""
     symmetric = torch.split(grad + grad.mT, [len(tensor) for tensor in tensors])
     return [(part @ _wide(tensor)).to(tensor.dtype) for part, tensor in zip(symmetric, tensors, strict=True)]
 

@@ -96,25 +96,12 @@ def _gram_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def forward(tensors: Sequence[Tensor], table: Tensor, grams: Tensor) -> None:
-    """Launch the forward kernel.
-
-    Args:
-        tensors: Contiguous tensors of shape ``(n, r, d)``, one dtype and device.
-        table: int32, a row (tensor, index in it, d) per matrix, on the device.
-        grams: Output, shape ``(matrices, r, r)``, float32.
-    """
+    """Fill `grams`, (matrices, r, r) float32, from contiguous (n, r, d) tensors; int32 rows (tensor, index, d)."""
     _gram_forward_kernel[(len(table),)](_addresses(tensors), table, grams, **_constants(tensors))
 
 
 def backward(tensors: Sequence[Tensor], table: Tensor, grad_grams: Tensor, gradients: Sequence[Tensor]) -> None:
-    """Launch the backward kernel.
-
-    Args:
-        tensors: As in ``forward``.
-        table: As in ``forward``.
-        grad_grams: Contiguous gradient of the Gram matrices, shape ``(matrices, r, r)``, float32.
-        gradients: Output, contiguous, shapes and dtype of `tensors`.
-    """
+    """Fill `gradients`, contiguous and like `tensors`, from contiguous float32 gradients of the Gram matrices."""
     constants = _constants([*tensors, *gradients])
     tiles = triton.cdiv(max(tensor.shape[2] for tensor in tensors), constants["TILE"])
     _gram_backward_kernel[(len(table), tiles)](
