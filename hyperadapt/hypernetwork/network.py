@@ -20,11 +20,8 @@ from hyperadapt.tasks.embedding import TaskEmbedding
 class HyperAdapterNetwork(nn.Module):
     """Generates the normalised adapters of one PEFT adapter name for any of its tasks.
 
-    Args:
-        config: The adapter's configuration.
-        positions: The adapted modules.
-        base_norms: Frobenius norm of each position's base weight, shape ``(positions,)``, float32. Kept
-            with the adapter, so that bounds and gains mean the same on a quantised or merged base.
+    The Frobenius norms of the base weights, ``(positions,)``, float32, are kept with the adapter, so that bounds and
+    gains mean the same on a quantised or merged base.
     """
 
     base_norms: Tensor
@@ -63,18 +60,11 @@ class HyperAdapterNetwork(nn.Module):
     def forward(
         self, tasks: Tensor, positions: Sequence[Position] | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Factors]:
-        """Generate and normalise adapters.
+        """Normalised adapters by position name, of task ids ``(tasks,)`` or embeddings ``(tasks, dim)``.
 
-        Runs in the network's own dtype also under autocast: it is a small share of the work, and the
-        factors and their Gram matrices deserve the precision.
-
-        Args:
-            tasks: Task ids ``(tasks,)``, int64, or task embeddings ``(tasks, task_embedding_dim)``, on any device.
-            positions: The positions to generate; None for all.
-            dtype: Of the A and B that are returned; None for the network's own.
-
-        Returns:
-            Factors of each position by its name.
+        Runs in the network's own dtype also under autocast: it is a small share of the work, and the factors and their
+        Gram matrices deserve the precision. ``dtype`` is that of the A and B that are returned; None for the network's
+        own.
         """
         positions = self.positions if positions is None else positions
         # Looked up in here, where sharded training has gathered the parameters.
