@@ -5,7 +5,7 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-RESULTS = "../examples/benchmarks/results/"
+RESULTS = "../benchmarks/results/"
 
 
 def on_files(files: Any, *, config: Any) -> Any:

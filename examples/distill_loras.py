@@ -16,11 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from examples.benchmarks.rows import save_rows
-from examples.cards import save_card
-from examples.encoder import batches, encode, load_tokenizer
-from examples.matching import LabelMatcher, accuracy, load_matcher
-from examples.text_tasks import load_task
+from benchmarks.rows import save_rows
+from examples.support.cards import save_card
+from examples.support.encoder import batches, encode, load_tokenizer
+from examples.support.matching import LabelMatcher, accuracy, load_matcher
+from examples.support.text_tasks import load_task
 from hyperadapt import HyperAdapterConfig, distill
 from hyperadapt.config import HEADS
 
@@ -32,9 +32,9 @@ MAX_LENGTH = 32
 WEIGHTS = "adapter_model.safetensors"
 USAGE = """\
 import hyperadapt  # registers the method with PEFT
-from examples.encoder import load_tokenizer
-from examples.matching import load_matcher
-from examples.text_tasks import load_task
+from examples.support.encoder import load_tokenizer
+from examples.support.matching import load_matcher
+from examples.support.text_tasks import load_task
 from peft import PeftModel
 
 tokenizer = load_tokenizer()

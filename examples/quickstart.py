@@ -32,8 +32,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from examples.cards import classifier_usage, save_card
-from examples.encoder import (
+from examples.support.cards import classifier_usage, save_card
+from examples.support.encoder import (
     MeanPoolingClassifier,
     batches,
     encode,
@@ -43,7 +43,7 @@ from examples.encoder import (
     predict_logits,
     predict_own_class,
 )
-from examples.text_tasks import TextTask, load_task
+from examples.support.text_tasks import TextTask, load_task
 from hyperadapt import HyperAdapterConfig, export_lora
 from hyperadapt.normalization import NORMALIZATIONS
 
@@ -225,14 +225,14 @@ def predict_in_fresh_process(folder: Path, rows: int, *arguments: str) -> torch.
     Args:
         folder: The adapter folder.
         rows: Test rows per task.
-        *arguments: Further arguments of ``examples.predict``.
+        *arguments: Further arguments of ``examples.support.predict``.
 
     Returns:
         Logits of shape ``(rows, classes)``.
     """
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary, "logits.safetensors")
-        command = [sys.executable, "-m", "examples.predict", str(folder), str(output), "--tasks", *TASKS]
+        command = [sys.executable, "-m", "examples.support.predict", str(folder), str(output), "--tasks", *TASKS]
         command += ["--rows", str(rows), "--max-length", str(MAX_LENGTH), *arguments]
         subprocess.run(command, check=True)
         return load_file(output)["logits"]

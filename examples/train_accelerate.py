@@ -19,9 +19,9 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
-from examples.cards import classifier_usage, save_card
-from examples.encoder import encode, label_offsets, load_base, load_tokenizer, predict_own_class
-from examples.text_tasks import load_task
+from examples.support.cards import classifier_usage, save_card
+from examples.support.encoder import encode, label_offsets, load_base, load_tokenizer, predict_own_class
+from examples.support.text_tasks import load_task
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.trainer import TaskCollator, TaskSampler, concatenate_tasks
 

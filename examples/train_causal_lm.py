@@ -16,9 +16,9 @@ import torch
 from datasets import concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
-from examples.cards import save_card
-from examples.causal_lm import answers, chats, exact_matches, load_base, load_tokenizer
-from examples.text_tasks import load_task
+from examples.support.cards import save_card
+from examples.support.causal_lm import answers, chats, exact_matches, load_base, load_tokenizer
+from examples.support.text_tasks import load_task
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.trainer import TaskTrainerMixin
 
@@ -30,7 +30,7 @@ TASKS = (
 USAGE = """\
 import hyperadapt  # registers the method with PEFT
 import torch
-from examples.causal_lm import load_base, load_tokenizer
+from examples.support.causal_lm import load_base, load_tokenizer
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(load_base(torch.bfloat16), "{folder}").eval()

@@ -14,9 +14,9 @@ import torch
 from peft import get_peft_model
 from transformers import DataCollatorWithPadding, EvalPrediction, TrainingArguments
 
-from examples.cards import classifier_usage, save_card
-from examples.encoder import encode, label_offsets, load_base, load_tokenizer, predict_own_class
-from examples.text_tasks import TextTask, load_task
+from examples.support.cards import classifier_usage, save_card
+from examples.support.encoder import encode, label_offsets, load_base, load_tokenizer, predict_own_class
+from examples.support.text_tasks import TextTask, load_task
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.trainer import HyperAdapterTrainer
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from datasets import Dataset, disable_progress_bars
 
-from examples.cards import LIMITS, MINILM
-from examples.text_tasks import TextTask, encoder_path, load_task
+from examples.support.cards import LIMITS, MINILM
+from examples.support.text_tasks import TextTask, encoder_path, load_task
 
 TASKS = (
     *("trec6", "sms_spam", "tweet_sent", "product_sent", "movie_sent"),

@@ -30,7 +30,7 @@ def test_the_templates_of_cards_are_in_the_wheel(tmp_path: Path) -> None:
         "hyperadapt/cards/templates/lora_template.md",
         "hyperadapt/py.typed",
     } <= set(names)
-    assert not any(name.startswith(("tests/", "examples/", "docs/", "model_cards/")) for name in names)
+    assert not any(name.startswith(("tests/", "examples/", "benchmarks/", "docs/", "model_cards/")) for name in names)
     command = [sys.executable, "-W", "ignore", "-c", CODE, str(tmp_path / "installed")]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert output == template("template.md").read_text()

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from examples import write_recipe
-from examples.text_tasks import encoder_path
+from examples.support.text_tasks import encoder_path
 from hyperadapt import cli
 from hyperadapt.cards.card import MARKER
 from hyperadapt.runs import load_run, train

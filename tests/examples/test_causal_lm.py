@@ -8,8 +8,9 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from examples import causal_lm, train_causal_lm
-from examples.text_tasks import encoder_path, load_task
+from examples import train_causal_lm
+from examples.support import causal_lm
+from examples.support.text_tasks import encoder_path, load_task
 from tests.support.card_schema import check_example_card
 from tests.support.helpers import adapter_config, make_active
 

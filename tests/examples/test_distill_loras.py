@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples import distill_loras
-from examples.text_tasks import encoder_path
+from examples.support.text_tasks import encoder_path
 from tests.support.card_schema import check_example_card
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples import quickstart
-from examples.text_tasks import encoder_path
+from examples.support.text_tasks import encoder_path
 from tests.support.card_schema import ROOT, check_example_card
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from examples import text_tasks
-from examples.task_descriptions import DESCRIPTIONS
-from examples.text_tasks import TASK_NAMES, TextTask, encoder_path, load_task
+from examples.support import text_tasks
+from examples.support.task_descriptions import DESCRIPTIONS
+from examples.support.text_tasks import TASK_NAMES, TextTask, encoder_path, load_task
 
 SPLITS = ("train", "validation", "test")
 # The data packages are pinned and the splits depend on the texts alone, so the sizes are exact.

@@ -17,7 +17,7 @@ from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
 from examples import train_accelerate
-from examples.text_tasks import encoder_path
+from examples.support.text_tasks import encoder_path
 from tests.support.card_schema import check_example_card
 from tests.support.helpers import ROOT
 

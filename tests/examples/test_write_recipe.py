@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples import write_recipe
-from examples.text_tasks import load_task
+from examples.support.text_tasks import load_task
 from hyperadapt.recipes import load_recipe
 from hyperadapt.runs import add_task, evaluate, load_run, train
 from tests.support.helpers import minilm

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
 from examples import write_recipe
-from examples.text_tasks import TextTask
+from examples.support.text_tasks import TextTask
 from hyperadapt import HyperAdapterConfig, cli
 from hyperadapt.recipes import load_recipe
 from hyperadapt.recipes.schema import SPLITS

@@ -28,7 +28,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from examples.text_tasks import encoder_path
+from examples.support.text_tasks import encoder_path
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors
 
