@@ -68,7 +68,7 @@ def main() -> None:
             rows.append({"arm": arm, "seed": seed, "rate": rate, "steps": steps, **run})
             print(f"{arm}, seed {seed}: {run['seconds']:.0f} CPU seconds", flush=True)
     judged = judge_all(rows)
-    save_rows(options.output / "architecture_search.json", [shared | row for row in judged])
+    save_rows(options.output / "architecture_search.jsonl", [shared | row for row in judged])
     report(judged, options.output)
 
 

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau, spearmanr
 
+from benchmarks.plots import save_plot
+
 Row = dict[str, Any]
 Scores = dict[str, float]
 
@@ -78,7 +80,7 @@ def report(rows: Sequence[Row], folder: Path) -> None:
 
     Args:
         rows: What ``judge_all`` returns.
-        folder: Where ``architecture_search.png`` and ``.svg`` go.
+        folder: Where ``architecture_search.svg`` goes.
     """
     arms = {name: [row for row in rows if row["arm"] == name] for name in dict.fromkeys(row["arm"] for row in rows)}
     alone = arms["alone"]
@@ -134,10 +136,8 @@ def _plot(searches: dict[str, list[Row]], truth: Scores, folder: Path) -> None:
         panel.set_xlabel("accuracy with generated weights, validation rows")
     panels[0].set_ylabel("accuracy trained alone, test rows")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"architecture_search.{ending}", dpi=100)
-    files = ", ".join(str(folder / f"architecture_search.{ending}") for ending in ("json", "png", "svg"))
-    print(f"\nrows and plots: {files}")
+    save_plot(figure, folder / "architecture_search.svg")
+    print(f"\nrows and plot: {folder / 'architecture_search.jsonl'}, {folder / 'architecture_search.svg'}")
 
 
 def _plot_arm(panel: Axes, found: Scores, truth: Scores) -> None:

@@ -210,7 +210,7 @@ def main() -> None:
         rows.append(row)
         strips.setdefault((arm, rate), images)
     print_table(rows, judge)
-    save_rows(folder / "gan.json", rows)
+    save_rows(folder / "gan.jsonl", rows)
     plot(rows, strips, judge, folder)
 
 

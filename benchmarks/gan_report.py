@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.gan_judge import Images, Judge
+from benchmarks.plots import save_plot
 
 Row = dict[str, Any]
 
@@ -75,6 +76,5 @@ def plot(rows: Sequence[Row], strips: Mapping[tuple[str, float], Images], judge:
         tile.imshow(np.hstack(list(strips[arm, rate].reshape(-1, 8, 8))), cmap="gray_r", vmin=-1, vmax=1)
         tile.set(xticks=[], yticks=[], title=f"rate {rate:g}" if row == 0 else "")
         tile.set_ylabel(arm if column == 0 else "", rotation=0, ha="right", va="center")
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"gan.{ending}", dpi=100)
-    print(f"rows and plots: {', '.join(str(folder / f'gan.{ending}') for ending in ('json', 'png', 'svg'))}")
+    save_plot(figure, folder / "gan.svg")
+    print(f"rows and plot: {folder / 'gan.jsonl'}, {folder / 'gan.svg'}")

@@ -245,7 +245,7 @@ def main() -> None:
     # The environment is read first: the code may be another by the end of a long run.
     shared = environment() | {"hidden_size": options.hidden_size, "repetitions": options.repetitions, "seed": 0}
     rows = [shared | row for row in rows_of(axes, middle, options.hidden_size, options.repetitions)]
-    save_rows(options.output / "growth.json", rows)
+    save_rows(options.output / "growth.jsonl", rows)
     report(rows, options.output)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from benchmarks.plots import save_plot
+
 Row = dict[str, Any]
 
 QUANTITIES = ("parameters", "folder_bytes", "step_bytes", "step_seconds", "adapter_seconds")
@@ -51,7 +53,7 @@ def report(rows: Sequence[Row], folder: Path) -> None:
 
     Args:
         rows: The rows.
-        folder: Where ``growth.png`` and ``growth.svg`` go.
+        folder: Where ``growth.svg`` goes.
     """
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     for axis in axes:
@@ -105,7 +107,5 @@ def _plot(rows: Sequence[Row], axes: Sequence[str], folder: Path) -> None:
             panel.set_title(quantity.replace("_", " "), fontsize="medium")
             panel.grid(alpha=0.3)
             panel.legend(fontsize="small", title="exponent", title_fontsize="small")
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"growth.{ending}", dpi=100)
-    files = ", ".join(str(folder / f"growth.{ending}") for ending in ("json", "png", "svg"))
-    print(f"\nrows and plots: {files}")
+    save_plot(figure, folder / "growth.svg")
+    print(f"\nrows and plot: {folder / 'growth.jsonl'}, {folder / 'growth.svg'}")

@@ -11,22 +11,20 @@ with 1/8, 1/2 and all of the training rows, the others with all.
 
 A row is one run (seed, fraction, arm), appended to ``rows.jsonl`` when it is done; runs of the choice of rates go to
 ``tuning.jsonl``. What has a row is skipped, and several processes may share the seeds after one has chosen the rates.
-``--report`` reads the rows, prints the tables, and writes ``multitask.json`` and the plot.
+``--report`` reads the rows, prints the tables, and writes ``multitask.jsonl`` and the plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.multitask_arms import ARMS, run_arm
 from benchmarks.multitask_data import MultitaskData
 from benchmarks.multitask_report import report
-from benchmarks.rows import environment
-from benchmarks.stability import read_rows
+from benchmarks.rows import append_row, environment, read_rows
 from examples.support.text_tasks import TASK_NAMES
 
 FRACTIONS = (1.0, 0.5, 0.125)
@@ -127,8 +125,7 @@ def _append(path: Path, data: MultitaskData, row: Row, shared: Row, steps: int, 
     """Run, and append what was measured."""
     settings = {"fraction": row["fraction"], "rate": row["rate"], "seed": row["seed"]}
     row = {**row, **run_arm(ARMS[row["arm"]], data, steps=steps, split=split, **settings), **shared, **environment()}
-    with path.open("a") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    append_row(path, row)
     print(
         split, *(f"{key} {row[key]}" for key in ("seed", "fraction", "arm", "rate", "accuracy", "seconds")), flush=True
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.plots import save_plot
+from benchmarks.rows import write_rows
 from benchmarks.stability_summary import complete_seeds
 from benchmarks.transfer_report import interval, shown
 
@@ -62,7 +63,7 @@ Cells = dict[float, dict[str, list[Row]]]
 
 
 def report(rows: Sequence[Row], tuning: Sequence[Row], folder: Path) -> None:
-    """Print the tables and write ``multitask.json``, ``multitask.png`` and ``multitask.svg``.
+    """Print the tables and write ``multitask.jsonl`` and ``multitask.svg``.
 
     Args:
         rows: The rows.
@@ -84,8 +85,7 @@ def report(rows: Sequence[Row], tuning: Sequence[Row], folder: Path) -> None:
         _print_arms(fraction, arms)
     _print_pairs(cells[max(cells)])
     _print_tasks(cells[max(cells)])
-    text = ",\n".join(json.dumps(row) for row in [*tuning, *rows])
-    (folder / "multitask.json").write_text(f"[\n{text}\n]\n")
+    write_rows(folder / "multitask.jsonl", [*tuning, *rows])
     _plot(cells, folder)
 
 
@@ -159,9 +159,8 @@ def _plot(cells: Cells, folder: Path) -> None:
     left, right = figure.subplots(1, 2)
     _plot_sizes(left, cells[max(cells)])
     _plot_fractions(right, cells)
-    for name in ("png", "svg"):
-        figure.savefig(folder / f"multitask.{name}", dpi=150)
-    print(f"\nplots: {folder / 'multitask.png'}, {folder / 'multitask.svg'}")
+    save_plot(figure, folder / "multitask.svg")
+    print(f"\nplot: {folder / 'multitask.svg'}")
 
 
 def _plot_sizes(axes: Axes, arms: dict[str, list[Row]]) -> None:

@@ -301,7 +301,7 @@ def main() -> None:
             end="",
         )
         print(f"{row['p20_ms']:>9.3f}{row['p50_ms']:>9.3f}{row['p80_ms']:>9.3f}{speed}{row['ratio_to_fused']:>9.2f}")
-    save_rows(options.output / "rows.json", rows)
+    save_rows(options.output / "rows.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main() -> None:
             errors = {case: largest_error(method, draw, dtype) for case, draw in CASES.items()}
             print(f"{method:<16}" + "".join(f"{'-' if e is None else f'{e:.1e}':>11}" for e in errors.values()))
             rows.append({"dtype": str(dtype), "method": method, "r": R, "in": IN, "out": OUT} | errors)
-    save_rows(options.output / "rows.json", rows)
+    save_rows(options.output / "rows.jsonl", rows)
 
 
 if __name__ == "__main__":

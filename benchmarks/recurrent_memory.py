@@ -262,7 +262,7 @@ def main() -> None:
     for length, name, rate in itertools.product(options.lengths, ARMS, options.rates):
         rows += run(name, rate, length, options.seeds, options.steps)
     print_table(rows)
-    save_rows(folder / "recurrent_memory.json", rows)
+    save_rows(folder / "recurrent_memory.jsonl", rows)
     plot(rows, folder)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.plots import save_plot
+
 CHANCE = 1 / 6
 """Mean squared error of always answering 1, the mean of the sums."""
 SOLVED = 0.02
@@ -72,8 +74,5 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="learning rate", title=f"{length} steps; line: median of the seeds")
     figure.axes[0].set_ylabel("final loss")
     figure.axes[-1].legend(fontsize="small")
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"recurrent_memory.{ending}", dpi=100)
-    print(
-        "rows and plots: " + ", ".join(str(folder / f"recurrent_memory.{ending}") for ending in ("json", "png", "svg"))
-    )
+    save_plot(figure, folder / "recurrent_memory.svg")
+    print(f"rows and plot: {folder / 'recurrent_memory.jsonl'}, {folder / 'recurrent_memory.svg'}")

@@ -1,4 +1,4 @@
-"""Result rows of benchmarks, with what is needed to compare them later."""
+"""Result rows of benchmarks: what is needed to compare them later, and files with one compact line per row."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
+Row = dict[str, Any]
+SHARED = "shared"
 
-def environment() -> dict[str, Any]:
-    """Versions, device, date and commit.
 
-    Returns:
-        Names and values that JSON can hold.
-    """
+def environment() -> Row:
+    """Versions, device, date and commit, as JSON can hold them."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         **{name: version(name) for name in ("torch", "transformers", "peft", "hyperadapt")},
@@ -31,13 +30,45 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as JSON, the environment added to each.
-
-    Args:
-        path: The file; its folder is made.
-        rows: The rows.
-    """
+def save_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines, the environment added to each; the file's folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = environment()
-    path.write_text(json.dumps([{**shared, **row} for row in rows], indent=1) + "\n")
+    write_rows(path, [{**shared, **row} for row in rows])
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines; the first line has what all rows have in common, `{"shared": {...}}`."""
+    # As text, for which 1, 1.0 and True differ and NaN is itself.
+    texts = [{name: _compact(value) for name, value in row.items()} for row in rows]
+    shared = [name for name, text in (texts or [{}])[0].items() if all(other.get(name) == text for other in texts)]
+    lines = [
+        {SHARED: {name: rows[0][name] for name in shared}},
+        *({name: value for name, value in row.items() if name not in shared} for row in rows),
+    ]
+    path.write_text("".join(f"{_compact(line)}\n" for line in lines), encoding="utf-8")
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add one row, complete, to a file that several processes may write to."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of either kind; none if there is no file."""
+    if not path.exists():
+        return []
+    shared: Row = {}
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.keys() == {SHARED}:
+            shared = row[SHARED]
+        else:
+            rows.append(shared | row)
+    return rows
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

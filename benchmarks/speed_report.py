@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.plots import save_plot
 from benchmarks.rows import save_rows
 from benchmarks.speed_arms import LORA, LORA_NAMES, MERGED, MIXED, PINNED, Scenario
 
@@ -113,14 +114,14 @@ def ratio_quantiles(turns: Sequence[float], reference: Sequence[float]) -> list[
 
 
 def report(rows: Sequence[Row], folder: Path) -> None:
-    """Print the targets and write ``speed.json``, ``speed.png`` and ``speed.svg``.
+    """Print the targets and write ``speed.jsonl`` and ``speed.svg``.
 
     Args:
         rows: The rows.
         folder: Where the files go; it is made.
     """
     _print_targets(rows)
-    save_rows(folder / "speed.json", rows)
+    save_rows(folder / "speed.jsonl", rows)
     _plot(rows, folder)
 
 
@@ -187,9 +188,8 @@ def _plot(rows: Sequence[Row], folder: Path) -> None:
         axes.set_title(f"{panel[0]}, {panel[1]}: over one LoRA", fontsize="medium")
     handles = [Line2D([], [], color=color, marker="o", label=arm) for arm, color in COLORS.items() if arm != LORA]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"speed.{ending}", dpi=100)
-    print(f"\nrows and plots: {', '.join(str(folder / f'speed.{ending}') for ending in ('json', 'png', 'svg'))}")
+    save_plot(figure, folder / "speed.svg")
+    print(f"\nrows and plot: {folder / 'speed.jsonl'}, {folder / 'speed.svg'}")
 
 
 def _plot_panel(axes: Axes, rows: Sequence[Row]) -> None:

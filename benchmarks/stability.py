@@ -15,18 +15,17 @@ processes may share the seeds. A run
 - spikes at a step whose loss is above twice the median of the ten before it;
 - reaches a loss of 0.6 at the first step with a mean below it over ten steps.
 
-``--report`` reads the rows of the seeds, prints the tables, and writes ``stability.json`` and the plot.
+``--report`` reads the rows of the seeds, prints the tables, and writes ``stability.jsonl`` and the plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import environment
+from benchmarks.rows import append_row, environment, read_rows
 from benchmarks.stability_arms import ARMS
 from benchmarks.stability_report import report
 from benchmarks.stability_runs import StabilityData, run_once
@@ -63,18 +62,6 @@ def main() -> None:
     report(rows, options.results or options.output)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows so far.
-
-    Args:
-        path: The JSON-lines file.
-
-    Returns:
-        The rows; none if there is no file.
-    """
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def run(options: argparse.Namespace, path: Path) -> None:
     """Run what has no row yet; a seed is complete before the next one begins.
 
@@ -106,8 +93,7 @@ def run(options: argparse.Namespace, path: Path) -> None:
                 **run_once(ARMS[name], data, training, rate, seed),
                 **shared,
             }
-            with path.open("a") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            append_row(path, row)
             print(*(f"{key} {row[key]}" for key in ("seed", "arm", "rate", "accuracy", "loss", "seconds")), flush=True)
 
 

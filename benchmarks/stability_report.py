@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from benchmarks.plots import save_plot
+from benchmarks.rows import write_rows
 from benchmarks.stability_summary import SIZES, Cells, Row, by_arm, complete_seeds, size_of, summarize_arms
 from benchmarks.transfer_report import shown
 
@@ -47,7 +48,7 @@ WIDTHS = ("width", "by_lora", "by_none", "width_2_points", "width_of_best_arm", 
 
 
 def report(rows: Sequence[Row], folder: Path) -> None:
-    """Print the tables and write ``stability.json``, ``stability.png`` and ``stability.svg``.
+    """Print the tables and write ``stability.jsonl`` and ``stability.svg``.
 
     Args:
         rows: The rows.
@@ -63,7 +64,7 @@ def report(rows: Sequence[Row], folder: Path) -> None:
     arms, summaries = by_arm(rows), summarize_arms(rows)
     _print_summaries(summaries, sorted({row["seed"] for row in rows}))
     _print_accuracies(arms)
-    _save_rows(rows, folder / "stability.json")
+    write_rows(folder / "stability.jsonl", rows)
     _plot(arms, {summary["arm"]: summary["range"] for summary in summaries}, folder)
 
 
@@ -105,13 +106,6 @@ def _print_accuracies(arms: dict[str, Cells]) -> None:
         print((f"{name:<42}" + "".join(accuracies)).rstrip())
 
 
-def _save_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write what all rows have in common once, and a line for each row."""
-    shared = {name: value for name, value in rows[0].items() if all(row.get(name) == value for row in rows)}
-    lines = (json.dumps({name: value for name, value in row.items() if name not in shared}) for row in rows)
-    path.write_text(f'{{"shared": {json.dumps(shared)},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n")
-
-
 def _all_rates(arms: dict[str, Cells]) -> list[float]:
     return sorted({rate for cells in arms.values() for rate in cells})
 
@@ -125,9 +119,8 @@ def _plot(arms: dict[str, Cells], ranges: dict[str, list[float]], folder: Path) 
         sizes, right.subplots(len(sizes), 1, sharex=True, sharey=True, squeeze=False).flat, strict=True
     ):
         _plot_curves(axes, arms, size)
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"stability.{ending}", dpi=100)
-    print(f"\nrows and plots: {', '.join(str(folder / f'stability.{ending}') for ending in ('json', 'png', 'svg'))}")
+    save_plot(figure, folder / "stability.svg")
+    print(f"\nrows and plot: {folder / 'stability.jsonl'}, {folder / 'stability.svg'}")
 
 
 def _plot_table(axes: Axes, arms: dict[str, Cells], ranges: dict[str, list[float]]) -> None:

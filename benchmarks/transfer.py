@@ -18,12 +18,11 @@ is there; several processes may share the seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.rows import save_rows
+from benchmarks.rows import read_rows, save_rows
 from benchmarks.transfer_arms import ARMS, add_hyperadapter
 from benchmarks.transfer_data import TransferData, load_data
 from benchmarks.transfer_report import report
@@ -96,7 +95,7 @@ def _is_missing(seed: int, arm: str, options: argparse.Namespace) -> bool:
     path = _path(seed, arm, options)
     if options.overwrite or not path.exists():
         return True
-    [row, *_] = json.loads(path.read_text())
+    [row, *_] = read_rows(path)
     for name in SETTINGS:
         if row[name] != getattr(options, name):
             raise SystemExit(
@@ -108,7 +107,7 @@ def _is_missing(seed: int, arm: str, options: argparse.Namespace) -> bool:
 
 
 def _path(seed: int, arm: str, options: argparse.Namespace) -> Path:
-    path: Path = options.output / f"rows_{seed}_{arm}.json"
+    path: Path = options.output / f"rows_{seed}_{arm}.jsonl"
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t
 
+from benchmarks.plots import save_plot
+from benchmarks.rows import read_rows
 from benchmarks.transfer_arms import TRAINED
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
@@ -46,7 +47,7 @@ def read_scores(folder: Path) -> tuple[Scores, list[str]]:
     Raises:
         FileNotFoundError: If there is none.
     """
-    rows = [row for path in sorted(folder.glob("rows_*.json")) for row in json.loads(path.read_text())]
+    rows = [row for path in sorted(folder.glob("rows_*.jsonl")) for row in read_rows(path)]
     if not rows:
         raise FileNotFoundError(f"{folder} has no rows yet: run the benchmark without --report first.")
     scores: Scores = defaultdict(lambda: defaultdict(dict))
@@ -73,7 +74,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def report(folder: Path) -> None:
-    """Print the tables and write ``transfer.png`` and ``transfer.svg``.
+    """Print the tables and write ``transfer.svg``.
 
     Args:
         folder: Where the row files are and the plots go.
@@ -131,9 +132,8 @@ def _plot(scores: Scores, held_out: Sequence[str], folder: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _plot_zero_shot(left, scores, held_out)
     _plot_few_shot(right, scores, held_out)
-    for name in ("png", "svg"):
-        figure.savefig(folder / f"transfer.{name}", dpi=150)
-    print(f"\nplots: {folder / 'transfer.png'}, {folder / 'transfer.svg'}")
+    save_plot(figure, folder / "transfer.svg")
+    print(f"\nplot: {folder / 'transfer.svg'}")
 
 
 def _plot_zero_shot(axes: Axes, scores: Scores, held_out: Sequence[str]) -> None:

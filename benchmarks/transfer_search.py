@@ -57,7 +57,7 @@ def main() -> None:
             rows = _hyperadapt(options)
         else:
             rows = _multi_task(part, options) if part in ("lora", "poly") else _few_shot(options)
-        save_rows(options.output / f"{part}.json", rows)
+        save_rows(options.output / f"{part}.jsonl", rows)
 
 
 def _multi_task(part: str, options: argparse.Namespace) -> list[Row]:

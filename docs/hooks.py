@@ -10,7 +10,7 @@ RESULTS = "../benchmarks/results/"
 
 def on_files(files: Any, *, config: Any) -> Any:
     """Add the pictures."""
-    for path in sorted((Path(config.docs_dir) / RESULTS).glob("*.png")):
+    for path in sorted((Path(config.docs_dir) / RESULTS).glob("*.svg")):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 

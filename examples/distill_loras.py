@@ -181,7 +181,7 @@ def main() -> None:
     shared = {key: value for key, value in vars(options).items() if key not in ("output", "reuse_loras")}
     shared |= {"gain_kept": kept / gain, "bytes": size, "lora_bytes": lora_size, "fit_seconds": seconds}
     save_rows(
-        options.output / "rows.json",
+        options.output / "rows.jsonl",
         [
             {
                 **shared,

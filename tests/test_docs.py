@@ -73,7 +73,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(path), f"{page.name}:{link.line} links to {link.target}, which has no such heading"
         if page.parent == DOCS and path.parent != DOCS:
             # Only pictures are taken into the site from elsewhere, by docs/hooks.py.
-            assert path.suffix == ".png", f"{page.name}:{link.line} links to {link.target}, outside of the site"
+            assert path.suffix == ".svg", f"{page.name}:{link.line} links to {link.target}, outside of the site"
 
 
 def test_every_page_is_in_the_navigation() -> None:

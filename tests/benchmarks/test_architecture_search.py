@@ -1,7 +1,6 @@
 """The architecture search cuts adapters to their candidates, and its report says what follows from the accuracies."""
 
 import itertools
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +19,7 @@ from benchmarks.architecture_search_runs import (
     build_alone,
     build_search,
 )
+from benchmarks.rows import read_rows
 from examples.support.text_tasks import encoder_path
 from hyperadapt import normalize
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
@@ -127,7 +127,7 @@ def test_fast_form(
     monkeypatch.setattr(architecture_search, "SearchData", lambda rows: data)
     monkeypatch.setattr("sys.argv", ["architecture_search", "--fast", "--output", str(tmp_path)])
     architecture_search.main()
-    rows = json.loads((tmp_path / "architecture_search.json").read_text())
+    rows = read_rows(tmp_path / "architecture_search.jsonl")
     assert [row["arm"] for row in rows] == [
         "soft_frobenius",
         "none",
@@ -151,4 +151,4 @@ def test_fast_form(
         assert line.removeprefix(name).split()[0] == f"{rows[-1]['parameters'][name]:,}"
     [line] = [line for line in lines if line.startswith("alone ")]
     assert line.split()[1] == "2"
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".svg"}

@@ -1,6 +1,5 @@
 """The GAN study runs, its arms start alike and are bound as they should be, and its measures are right."""
 
-import json
 import math
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from scipy.linalg import sqrtm
 
 from benchmarks import gan
 from benchmarks.gan_judge import Judge, frechet_distance
+from benchmarks.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_fast_form_writes_rows_table_and_plot(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["gan", "--fast", "--output", str(tmp_path)])
     gan.main()
-    rows = json.loads((tmp_path / "gan.json").read_text())
+    rows = read_rows(tmp_path / "gan.jsonl")
     assert [(row["arm"], row["rate"], row["seed"]) for row in rows] == [
         (arm, rate, 0) for arm in gan.ARMS for rate in gan.FAST["rates"]
     ]
@@ -33,7 +33,7 @@ def test_fast_form_writes_rows_table_and_plot(
         assert row["finite"]
         assert line.startswith(row["arm"])
         assert line.split()[-1] == f"{row['largest_gradient']:.3g}"
-    assert {path.name for path in tmp_path.iterdir()} == {"gan.json", "gan.png", "gan.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"gan.jsonl", "gan.svg"}
 
 
 def test_a_run_is_the_same_again(judge: Judge) -> None:

@@ -1,6 +1,5 @@
 """The growth study counts what it says it counts, and fits exponents."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 from benchmarks import growth
 from benchmarks.growth import saved_bytes
 from benchmarks.growth_report import QUANTITIES, curve, exponent
+from benchmarks.rows import read_rows
 
 
 def test_exponent_of_a_power() -> None:
@@ -30,7 +30,7 @@ def test_saved_bytes_by_hand() -> None:
 def test_fast_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["growth", "--fast", "--output", str(tmp_path)])
     growth.main()
-    rows = json.loads((tmp_path / "growth.json").read_text())
+    rows = read_rows(tmp_path / "growth.jsonl")
     assert len(rows) == 3 * 2 * 2
     one, many = ([row for row in rows if row["axis"] == "tasks" and row["tasks"] == tasks] for tasks in (1, 3))
 
@@ -60,4 +60,4 @@ def test_fast_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
             exponent(*curve(rows, axis, method, quantity)) for quantity in QUANTITIES for method in growth.METHODS
         ]
         assert [float(line.split()[-1]) for line in table] == pytest.approx(expected, abs=0.0051)
-    assert {path.name for path in tmp_path.iterdir()} == {"growth.json", "growth.png", "growth.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"growth.jsonl", "growth.svg"}

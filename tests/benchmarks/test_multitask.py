@@ -1,6 +1,5 @@
 """The multi-task benchmark trains every arm as it says, resumes, and its report says what follows from the rows."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks import multitask, multitask_arms
 from benchmarks.multitask_arms import ARMS, build, run_arm
 from benchmarks.multitask_data import BATCH_SIZE, MultitaskData, Row, in_batches
 from benchmarks.multitask_report import by_fraction, differences, report
+from benchmarks.rows import read_rows
 from benchmarks.transfer_baselines import fit
 from examples.support.encoder import batches, encode, load_tokenizer
 from examples.support.matching import load_matcher
@@ -59,9 +59,9 @@ def test_fast_form_runs_resumes_and_refuses_other_settings(
     assert printed.count("validation seed 100") == 12
     assert printed.count("test seed 0") == 6
     assert {path.name for path in tmp_path.iterdir()} == {
-        "rows.jsonl", "tuning.jsonl", "multitask.json", "multitask.png", "multitask.svg",
+        "rows.jsonl", "tuning.jsonl", "multitask.jsonl", "multitask.svg",
     }  # fmt: skip
-    assert len(json.loads((tmp_path / "multitask.json").read_text())) == 18
+    assert len(read_rows(tmp_path / "multitask.jsonl")) == 18
 
     multitask.main()
     assert "seed 0 fraction" not in capsys.readouterr().out

@@ -1,11 +1,11 @@
 """The benchmarks of the normalisations run and save complete rows; what they measure here means nothing."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import normalization, numerics
+from benchmarks.rows import read_rows
 from hyperadapt.normalization import NORMALIZATIONS
 
 ENVIRONMENT = {"torch", "transformers", "peft", "hyperadapt", "python", "device", "threads", "date", "commit"}
@@ -16,7 +16,7 @@ def test_normalization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     arguments += ["--rounds", "1", "--no-compile", "--skip-svd", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["normalization", *arguments])
     normalization.main()
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = read_rows(tmp_path / "rows.jsonl")
     # Two arms of the dense norm, two of the spectral one, Sinkhorn alone, and two arms in two passes for both methods.
     assert len(rows) == 2 + 2 + 1 + 2 * 2 * 2
     for row in rows:
@@ -29,7 +29,7 @@ def test_numerics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "SEEDS", 1)
     monkeypatch.setattr("sys.argv", ["numerics", "--output", str(tmp_path)])
     numerics.main()
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = read_rows(tmp_path / "rows.jsonl")
     assert [row["method"] for row in rows] == 2 * list(NORMALIZATIONS)
     for row in rows:
         assert row["zero"] is None

@@ -20,6 +20,7 @@ from benchmarks.recurrent_memory import (
     train,
 )
 from benchmarks.recurrent_memory_report import CHANCE
+from benchmarks.rows import read_rows
 
 
 def test_fast_form_writes_rows_table_and_plot(
@@ -27,7 +28,7 @@ def test_fast_form_writes_rows_table_and_plot(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["recurrent_memory", "--fast", "--output", str(tmp_path)])
     recurrent_memory.main()
-    rows = json.loads((tmp_path / "recurrent_memory.json").read_text())
+    rows = read_rows(tmp_path / "recurrent_memory.jsonl")
     fast = recurrent_memory.FAST
     assert [(row["length"], row["arm"], row["rate"], row["seed"]) for row in rows] == [
         (6, arm, rate, seed) for arm in ARMS for rate in fast["rates"] for seed in range(2)
@@ -38,7 +39,7 @@ def test_fast_form_writes_rows_table_and_plot(
         assert first["finite"]
         assert line.startswith(f"6       {first['arm']}")
         assert line.split()[-1] == f"{max(first['largest_gradient'], second['largest_gradient']):.3g}"
-    assert {path.suffix for path in tmp_path.glob("recurrent_memory.*")} == {".json", ".png", ".svg"}
+    assert {path.suffix for path in tmp_path.glob("recurrent_memory.*")} == {".jsonl", ".svg"}
 
 
 def test_adding_problem() -> None:

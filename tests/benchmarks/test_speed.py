@@ -1,7 +1,6 @@
 """The speed benchmark runs all its arms, and its numbers are what they are called; the times here mean nothing."""
 
 import gc
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from benchmarks import speed, speed_measures
+from benchmarks.rows import read_rows
 from benchmarks.speed_arms import (
     ARMS,
     BASES,
@@ -58,7 +58,7 @@ def test_fast_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(speed_measures, "TURN_MS", 1.0)
     monkeypatch.setattr("sys.argv", ["speed", "--fast", "--output", str(tmp_path)])
     speed.main()
-    rows = json.loads((tmp_path / "speed.json").read_text())
+    rows = read_rows(tmp_path / "speed.jsonl")
     cells = [(row["measure"], row["arm"]) for row in rows]
     assert cells == [
         *((measure, arm) for measure, arms in ARMS.items() for arm in arms),
@@ -71,7 +71,7 @@ def test_fast_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
         if row["arm"] == row["reference"]:
             assert row["ratio_p20"] == row["ratio_p80"] == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "speed.png", "speed.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.jsonl", "speed.svg"}
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(("qwen-4x256 ", "Qwen2.5-0.5B ")) for line in lines) == len(rows)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import stability
+from benchmarks.rows import read_rows
 from benchmarks.stability_arms import ARMS, build
 from benchmarks.stability_report import report
 from benchmarks.stability_runs import (
@@ -62,7 +63,7 @@ def test_fast_form_runs_resumes_and_refuses_other_settings(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["stability", "--fast", "--output", str(tmp_path)])
     stability.main()
-    rows = stability.read_rows(tmp_path / "rows.jsonl")
+    rows = read_rows(tmp_path / "rows.jsonl")
     assert {(row["arm"], row["rate"], row["seed"]) for row in rows} == {
         (arm, rate, 0) for arm in stability.FAST["arms"] for rate in (1e-3, 1e-2)
     }
@@ -72,9 +73,8 @@ def test_fast_form_runs_resumes_and_refuses_other_settings(
         assert row["failure"] is None
         # Nothing is random but the batches, and all arms start at the base model.
         assert row["train_start"] == rows[0]["train_start"]
-    saved = json.loads((tmp_path / "stability.json").read_text())
-    assert [saved["shared"] | row for row in saved["rows"]] == rows
-    assert {path.suffix for path in tmp_path.glob("stability.*")} == {".json", ".png", ".svg"}
+    assert read_rows(tmp_path / "stability.jsonl") == rows
+    assert {path.suffix for path in tmp_path.glob("stability.*")} == {".jsonl", ".svg"}
 
     # A row that is missing is run again, and is the same; nothing else is.
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
@@ -82,7 +82,7 @@ def test_fast_form_runs_resumes_and_refuses_other_settings(
     capsys.readouterr()
     stability.main()
     assert capsys.readouterr().out.count("seconds") == 1
-    again = stability.read_rows(tmp_path / "rows.jsonl")
+    again = read_rows(tmp_path / "rows.jsonl")
     assert again[:-1] == rows[1:]
     assert again[-1] | {"seconds": 0} == rows[0] | {"seconds": 0}
 
@@ -200,8 +200,7 @@ def test_report_prints_the_complete_seeds_alone(tmp_path: Path, capsys: pytest.C
     [summary, accuracies] = [line.split() for line in output if line.startswith("lora")]
     assert summary[1:9] == ["0.01", "0.800", "0.500", "+0.000", "0.01", "to", "0.01", "1"]
     assert accuracies[1:] == ["70.0", "80.0", "50.0!", "50.0"]
-    saved = json.loads((tmp_path / "stability.json").read_text())
-    assert [saved["shared"] | row for row in saved["rows"]] == rows
+    assert read_rows(tmp_path / "stability.jsonl") == rows
     with pytest.raises(ValueError, match=r"rows=\[\].*without --report"):
         report([], tmp_path / "empty")
     assert not (tmp_path / "empty").exists()

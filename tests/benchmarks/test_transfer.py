@@ -1,12 +1,12 @@
 """The transfer benchmark: its arms, their batches and texts, and that it runs, far too short to learn anything."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import transfer
+from benchmarks.rows import read_rows
 from benchmarks.transfer_arms import add_hyperadapter, make_trainer
 from benchmarks.transfer_baselines import task_batches
 from benchmarks.transfer_data import BLANK, UNRELATED, descriptions_for, load_data
@@ -26,7 +26,7 @@ def test_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         pytest.skip(str(error))
     monkeypatch.setattr("sys.argv", ["transfer", "--fast", "--output", str(tmp_path)])
     transfer.main()
-    rows = [row for path in tmp_path.glob("rows_0_*.json") for row in json.loads(path.read_text())]
+    rows = [row for path in tmp_path.glob("rows_0_*.jsonl") for row in read_rows(path)]
     zero_shot = {"majority", "base", "lora", "poly", *(f"hyperadapt {kind}" for kind in KINDS)}
     few_shot = {"hyperadapt, examples", "lora r=8, examples"}
     cells = {(row["arm"], row["task"], row["n"]) for row in rows}
@@ -42,7 +42,7 @@ def test_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     parameters = {row["arm"]: row["parameters"] for row in rows if "parameters" in row}
     assert set(parameters) == {"lora", "poly", "hyperadapt true"}
     assert max(parameters.values()) < 1.1 * min(parameters.values())
-    assert {path.suffix for path in tmp_path.glob("transfer.*")} == {".png", ".svg"}
+    assert {path.suffix for path in tmp_path.glob("transfer.*")} == {".svg"}
     output = capsys.readouterr().out
 
     # Everything is there, so only the report is made again; other settings are not mixed with it.

@@ -244,9 +244,8 @@ def test_the_cards_that_are_kept(path: Path) -> None:
     assert re.search(r"^- (command: python -m examples\.\w+|hardware: )", card.text, re.MULTILINE)
     assert "steps" in card.text
     assert "- versions: python " in card.text
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", card.text)
-    assert pictures
-    assert all((path.parent / picture).exists() for picture in pictures)
+    # Text alone: every run makes its pictures again.
+    assert "![" not in card.text
 
 
 def test_every_example_that_saves_an_adapter_has_a_card() -> None:

@@ -1,11 +1,11 @@
 """The distillation example runs from data to table; far too short here to learn anything."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks.rows import read_rows
 from examples import distill_loras
 from examples.support.text_tasks import encoder_path
 from tests.support.card_schema import check_example_card
@@ -29,12 +29,12 @@ def test_distill_loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     loras = [path.stat().st_size for path in sorted((folder / "loras").glob("*/adapter_model.safetensors"))]
     size = (folder / "hyperadapter" / "adapter_model.safetensors").stat().st_size
     assert lines[-1] == f"size: {size:,} bytes instead of {sum(loras):,}, {size / sum(loras):.1%}"
-    rows = json.loads((folder / "rows.json").read_text())
+    rows = read_rows(folder / "rows.jsonl")
     assert [row["task"] for row in rows] == list(names)
     trained = [path.stat().st_mtime_ns for path in sorted((folder / "loras").rglob("*.safetensors"))]
 
     monkeypatch.setattr("sys.argv", ["distill_loras", "--fast", "--reuse-loras"])
     distill_loras.main()
     assert [path.stat().st_mtime_ns for path in sorted((folder / "loras").rglob("*.safetensors"))] == trained
-    again = json.loads((folder / "rows.json").read_text())
+    again = read_rows(folder / "rows.jsonl")
     assert [row["distilled"] for row in again] == [row["distilled"] for row in rows]

@@ -12,6 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
+from examples.support.keep_card import without_pictures
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -78,6 +80,10 @@ def check_example_card(folder: Path, name: str) -> None:
     """
     text = (folder / "README.md").read_text(encoding="utf-8")
     check_card(ModelCard(text))
+    pictures = re.findall(r"^!\[.+\]\((.+)\)$", text, re.MULTILINE)
+    assert pictures
+    assert all((folder / picture).is_file() for picture in pictures)
+    assert "![" not in without_pictures(text)
     [code] = python_code(text)
     exec(compile(code, str(folder / "README.md"), "exec"), {})
     kept = (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8")

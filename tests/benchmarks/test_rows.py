@@ -1,0 +1,53 @@
+"""Files of rows: what is read is what was written, and the kept ones are compact and complete."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.rows import append_row, read_rows, write_rows
+from tests.support.docs_pages import PAGES, ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"arm": "a", "device": "cpu", "count": 1, "loss": float("inf"), "list": [1, {"x": None}]},
+        {"arm": "b", "device": "cpu", "count": True, "loss": float("inf"), "list": [1, {"x": None}]},
+        {"arm": "ß", "device": "cpu", "count": 1.0, "loss": float("inf"), "list": [1, {"x": None}], "more": None},
+    ]
+    for some in (rows, rows[:1], rows[1:], []):
+        write_rows(tmp_path / "rows.jsonl", some)
+        assert list(map(_sorted_text, read_rows(tmp_path / "rows.jsonl"))) == list(map(_sorted_text, some))
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert (tmp_path / "rows.jsonl").read_text().splitlines()[1] == '{"arm":"a","count":1}'
+
+
+def test_appended_rows_are_read_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    for count in (1, 2):
+        append_row(path, {"count": count})
+        assert read_rows(path)[-1] == {"count": count}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_row(path, {"count": float("nan")})
+    assert len(read_rows(path)) == 2
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json*")), ids=lambda path: path.stem)
+def test_kept_rows_are_compact(path: Path, tmp_path: Path) -> None:
+    rows = read_rows(path)
+    assert all(row.keys() >= {"torch", "peft", "device", "date", "commit"} for row in rows)
+    write_rows(tmp_path / "again.jsonl", rows)
+    assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_pictures_are_kept_for_the_pages_that_show_them() -> None:
+    shown = {name for page in PAGES for name in re.findall(r"\(\S*results/(\w+\.\w+)\)", page.read_text("utf-8"))}
+    assert {path.name for path in RESULTS.iterdir() if path.suffix not in (".jsonl", ".txt")} == shown
+
+
+def _sorted_text(row: dict[str, Any]) -> str:
+    return repr(sorted(row.items()))
