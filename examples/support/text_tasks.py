@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,11 @@ class TextTask:
         """The plainest of the descriptions, one sentence."""
         return self.descriptions[0]
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its rows have two texts."""
+        return self.train[0]["text_pair"] is not None
+
 
 class _Example(NamedTuple):
     text: str
@@ -77,6 +82,7 @@ class _Spec:
     split_by: Literal["text", "text_pair"] = "text"
 
 
+@cache
 def load_task(name: str) -> TextTask:
     """Read a task from its data package.
 
@@ -100,6 +106,18 @@ def load_task(name: str) -> TextTask:
     spec = _SPECS[name]
     splits = {split: _to_dataset(examples, spec) for split, examples in _split(spec).items()}
     return TextTask(name, DESCRIPTIONS[name], tuple(spec.labels.values()), **splits)
+
+
+def write_rows(task: TextTask, split: str, max_rows: int, path: Path) -> None:
+    """Write a split's first rows as JSON lines: `text`, `label` and, in a task of pairs, `text_pair`."""
+    rows: Dataset = getattr(task, split)
+    rows = rows.select(range(min(max_rows, len(rows))))
+    columns = {"text": list(rows["text"])}
+    if task.has_pairs:
+        columns["text_pair"] = list(rows["text_pair"])
+    columns["label"] = [task.labels[label] for label in rows["label"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict(columns).to_json(path, force_ascii=False)
 
 
 def encoder_path() -> Path:

@@ -18,7 +18,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     monkeypatch.chdir(tmp_path)
     # For the process that predicts.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr("sys.argv", ["quickstart", "--rows", "100", "--steps", "4"])
+    monkeypatch.setattr("sys.argv", ["quickstart", "--rows", "100", "--steps", "2"])
     quickstart.main()
     output = capfd.readouterr().out
     assert "reloaded in a fresh process: predictions identical" in output

@@ -16,12 +16,12 @@ def test_train_multitask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     monkeypatch.chdir(tmp_path)
-    options = ["--rows", "40", "--steps", "5", "--batch-size", "10"]
+    options = ["--rows", "40", "--steps", "2", "--batch-size", "10"]
     monkeypatch.setattr("sys.argv", ["train_multitask", *options])
     train_multitask.main()
     lines = capfd.readouterr().out.strip().splitlines()
     assert re.fullmatch(r"mean test accuracy: 0\.\d{3} over 10 tasks", lines[-1])
-    assert re.fullmatch(r"best checkpoint: checkpoint-\d of 5 steps", lines[-3])
+    assert re.fullmatch(r"best checkpoint: checkpoint-\d of 2 steps", lines[-3])
     table = {line.split()[0]: line.split()[1:] for line in lines[-14:-4]}
     assert set(table) == set(train_multitask.TASKS)
     mean = sum(float(columns[3]) for columns in table.values()) / 10

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
 from examples import write_recipe
-from examples.support.text_tasks import TextTask
+from examples.support.text_tasks import TextTask, write_rows
 from hyperadapt import HyperAdapterConfig, cli
 from hyperadapt.recipes import load_recipe
 from hyperadapt.recipes.schema import SPLITS
@@ -182,7 +182,7 @@ def _first(_: dict[str, Any]) -> None:
             )
         tasks.append(TextTask(name, (f"What {name} asks.",), labels, **splits))
         for split in SPLITS:
-            write_recipe.write_rows(tasks[-1], split, 24, Path("runs/first", name, f"{split}.jsonl"))
+            write_rows(tasks[-1], split, 24, Path("runs/first", name, f"{split}.jsonl"))
     content = write_recipe.recipe(tasks, ENCODER, steps=15)
     Path("runs/first/recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
