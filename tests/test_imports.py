@@ -15,6 +15,7 @@ MAX_LINES = 400
 
 # The way of the data. A room (a folder, or a file beside them) imports only rooms that stand before it.
 ROOMS = [
+    "files",
     "normalization",
     "nn",
     "config",

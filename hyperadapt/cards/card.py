@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -22,6 +21,7 @@ from hyperadapt.cards.snippets import base_model_of, lora_usage, usage
 from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis
+from hyperadapt.files import write_whole
 from hyperadapt.tuner.active import find_tuner
 
 CARD = "README.md"
@@ -105,7 +105,7 @@ def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite
         card = completed_card(model, path, told)
     else:
         card = make_card(model, told, str(directory))
-    _write(path, str(card))
+    write_whole(path, str(card))
     for task, (dataset_id, task_id) in told.benchmarks.items():
         _write_benchmark(path.parent / ".eval_results", task, dataset_id, task_id, told.results[task]["accuracy"])
 
@@ -233,7 +233,7 @@ def write_lora_card(
             f"{metadata.version('hyperadapt')}. The export is exact, and needs no package beside the usual ones."
         ),
     )
-    _write(Path(directory, CARD), str(card))
+    write_whole(Path(directory, CARD), str(card))
 
 
 def addressed(text: str, address: str) -> str:
@@ -302,15 +302,7 @@ def _card_data(model: PeftModel, facts: CardFacts, title: str) -> ModelCardData:
     )
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file that is complete or not there."""
-    # Several processes may save to one folder.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _write_benchmark(folder: Path, task: str, dataset_id: str, task_id: str, accuracy: float) -> None:
     folder.mkdir(exist_ok=True)
     entry = {"dataset": {"id": dataset_id, "task_id": task_id}, "value": accuracy}
-    _write(folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', task)}.yaml", yaml.safe_dump([entry]))
+    write_whole(folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', task)}.yaml", yaml.safe_dump([entry]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hyperadapt.cards.card import may_be_written_anew, write_lora_card
 from hyperadapt.config.checks import check_choice, checked_names, shown
 from hyperadapt.config.task_fields import descriptions_of
+from hyperadapt.files import whole_folders
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.loras.writing import FORMATS, Lora, padded, uniform_rank
@@ -166,22 +166,12 @@ def _write(model: nn.Module, tasks: Tensor, targets: Sequence[_Target], format: 
     for target in targets:
         if target.folder.is_file():
             raise ValueError(f"directory={str(target.folder)!r} is a file; pass a folder.")
-    # On the same file system as the folders, which are made last.
-    existing = Path(os.path.commonpath([target.folder.absolute() for target in targets]))
-    while not existing.exists():
-        existing = existing.parent
-    with tempfile.TemporaryDirectory(dir=existing) as temporary:
-        parts = [Path(temporary, str(index)) for index in range(len(targets))]
-        for part, target, lora in zip(parts, targets, _loras(model, tasks), strict=True):
-            part.mkdir()
-            FORMATS[format](lora, part)
+    with whole_folders([target.folder for target in targets]) as folders:
+        for folder, target, lora in zip(folders, targets, _loras(model, tasks), strict=True):
+            FORMATS[format](lora, folder)
             if may_be_written_anew(target.folder):
                 address = str(target.folder)
-                write_lora_card(model, target.task, target.descriptions, part, format=format, address=address)
-        for part, target in zip(parts, targets, strict=True):
-            target.folder.mkdir(parents=True, exist_ok=True)
-            for path in part.iterdir():
-                os.replace(path, target.folder / path.name)
+                write_lora_card(model, target.task, target.descriptions, folder, format=format, address=address)
 
 
 def _loras(model: nn.Module, tasks: Tensor) -> Iterator[Lora]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from hyperadapt.config.checks import check_choice, checked_names
 from hyperadapt.diagnosis import diagnose
+from hyperadapt.files import whole_folder
 from hyperadapt.tuner.active import find_tuner
 
 try:
@@ -67,17 +67,13 @@ def plot(  # noqa: DOC503
     if folder.is_file():
         raise ValueError(f"directory={str(directory)!r} is a file; pass a folder.")
     figures = draw(model, tasks=tasks, log_history=log_history)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{name}.{kind}" for name in figures for kind in kinds]
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, drawing(), warnings.catch_warnings():
+    with whole_folder(folder) as new, drawing(), warnings.catch_warnings():
         # A task's name may be in any script; what the font lacks is shown as boxes.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
         for name, figure in figures.items():
             for kind in kinds:
-                figure.savefig(Path(temporary, f"{name}.{kind}"), dpi=_DPI, metadata=_METADATA[kind])
-        for name in names:
-            os.replace(Path(temporary, name), folder / name)
-    return [folder / name for name in names]
+                figure.savefig(new / f"{name}.{kind}", dpi=_DPI, metadata=_METADATA[kind])
+    return [folder / f"{name}.{kind}" for name in figures for kind in kinds]
 
 
 def draw(  # noqa: DOC502

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.files import write_whole
 from hyperadapt.recipes.schema import SPLITS, read_fields
 from hyperadapt.recipes.yaml_lines import Problem, YamlFile, dump_yaml
 from hyperadapt.trainer.batches import TaskSampler
@@ -185,9 +186,7 @@ class Recipe:
             given = {key: value for key, value in vars(task).items() if value != defaults[key]}
             tasks[name] = _relative(given, ["dataset", *SPLITS], folder)
         fields["tasks"] = tasks
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(dump_yaml(fields), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, dump_yaml(fields))
 
 
 def load_recipe(

@@ -1,4 +1,4 @@
-"""The files of a run: its record, and how several files of a folder are replaced at once."""
+"""The record of a run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import math
 import os
 import platform
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +14,9 @@ from typing import Any
 
 import torch
 
+from hyperadapt.files import write_whole
+
 RECIPE, RECORD = "recipe.yaml", "record.json"
-UNFINISHED = ".unfinished-"
 _PACKAGES = ("hyperadapt", "torch", "transformers", "peft")
 
 
@@ -64,9 +63,7 @@ class Record:
             folder: The run's folder, which exists.
         """
         text = json.dumps(finite(vars(self)), indent=2, ensure_ascii=False, allow_nan=False)
-        temporary = Path(folder, f".{RECORD}.tmp")
-        temporary.write_text(f"{text}\n", encoding="utf-8")
-        os.replace(temporary, Path(folder, RECORD))
+        write_whole(Path(folder, RECORD), f"{text}\n")
 
 
 def finite(value: Any) -> Any:
@@ -106,35 +103,6 @@ def versions() -> dict[str, str]:
         Name -> version.
     """
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
-
-
-@contextmanager
-def replaced_together(folder: Path) -> Iterator[Path]:
-    """Write files that take their places in a folder together when all are written, or not at all.
-
-    Args:
-        folder: The folder; made if missing, other files in it are left alone.
-
-    Yields:
-        An empty folder to write to.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        new.mkdir()
-        old.mkdir()
-        yield new
-        names = sorted(os.listdir(new))
-        # The record, which says that the run is finished, comes last.
-        names.sort(key=RECORD.__eq__)
-        with ExitStack() as undo:
-            for name in names:
-                if (folder / name).exists():
-                    os.rename(folder / name, old / name)
-                    undo.callback(os.rename, old / name, folder / name)
-                os.rename(new / name, folder / name)
-                undo.callback(os.rename, folder / name, new / name)
-            undo.pop_all()
 
 
 def _processor() -> str:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from hyperadapt.cards.card import CARD, addressed
 from hyperadapt.config.checks import check_choice, shown
+from hyperadapt.files import whole_folder
 from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
 from hyperadapt.recipes.columns import dataset_columns, read_columns
 from hyperadapt.recipes.recipe import Recipe, TaskRecipe, load_recipe
@@ -27,7 +28,7 @@ from hyperadapt.recipes.rows import TaskRows, checked_rows, data_columns, read_r
 from hyperadapt.recipes.schema import SPLITS, check_task_name, checked_file, checked_labels
 from hyperadapt.recipes.tokens import collator, tokenized
 from hyperadapt.runs.evaluation import class_scores, completion_scores
-from hyperadapt.runs.record import RECIPE, RECORD, Record, replaced_together
+from hyperadapt.runs.record import RECIPE, RECORD, Record
 from hyperadapt.runs.training import (
     CHECKPOINTS,
     Report,
@@ -147,7 +148,7 @@ def save_run(run: Run, folder: str | os.PathLike[str]) -> None:
         folder: The folder; made if missing, other files in it are left alone.
     """
     folder = Path(folder)
-    with replaced_together(folder) as new:
+    with whole_folder(folder, seal=RECORD) as new:
         card = new / CARD
         if (folder / CARD).exists():
             # Saving completes the metadata of a card, and keeps its text.

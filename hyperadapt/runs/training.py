@@ -28,10 +28,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hyperadapt.config.checks import shown
+from hyperadapt.files import UNFINISHED
 from hyperadapt.recipes.recipe import Recipe, load_recipe
 from hyperadapt.recipes.rows import read_rows
 from hyperadapt.recipes.tokens import collator, tokenized
-from hyperadapt.runs.record import RECIPE, RECORD, UNFINISHED, hardware, versions
+from hyperadapt.runs.record import RECIPE, RECORD, hardware, versions
 from hyperadapt.trainer.trainer import HyperAdapterTrainer
 
 CHECKPOINTS = "checkpoints"

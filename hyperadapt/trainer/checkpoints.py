@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-# No name that is taken for a checkpoint's.
-_UNFINISHED = ".unfinished-checkpoint"
+from hyperadapt.files import UNFINISHED
+
+# No name that is taken for a checkpoint's; the same in all processes.
+_UNFINISHED = f"{UNFINISHED}checkpoint"
 
 
 class WholeCheckpointsMixin(Trainer):

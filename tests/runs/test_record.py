@@ -1,4 +1,4 @@
-"""Records are read back or refused, and files of a folder are replaced together or not at all."""
+"""Records are read back or refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperadapt.runs.record import RECORD, Record, hardware, replaced_together, versions
+from hyperadapt.runs.record import RECORD, Record, hardware, versions
 
 RECORDED = Record({"steps": 3, "rows": {"a": 5}}, {"split": "test", "tasks": {}}, [{"loss": 0.1, "step": 1}])
 
@@ -59,74 +59,3 @@ def test_what_a_run_was_made_with() -> None:
     # Builds differ in whether the package's own version names the local one.
     assert torch.__version__.startswith(found["torch"])
     assert json.dumps(found)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in ("a", "b", "mine", RECORD):
-        (tmp_path / name).write_text(f"old {name}")
-    return tmp_path
-
-
-def write(new: Path) -> None:
-    for name in (RECORD, "b", "c"):
-        (new / name).write_text(f"new {name}")
-    (new / "a").mkdir()
-    (new / "a" / "inner").write_text("new inner")
-
-
-def test_files_are_replaced_and_others_are_kept(folder: Path) -> None:
-    with replaced_together(folder) as new:
-        write(new)
-        assert contents(folder)["b"] == "old b"
-    assert contents(folder) == {
-        "a/inner": "new inner",
-        "b": "new b",
-        "c": "new c",
-        "mine": "old mine",
-        RECORD: f"new {RECORD}",
-    }
-    assert sorted(os.listdir(folder)) == ["a", "b", "c", "mine", RECORD]
-
-
-def test_a_failure_while_writing_changes_nothing(folder: Path) -> None:
-    def write_and_fail() -> None:
-        with replaced_together(folder) as new:
-            write(new)
-            raise OSError("disk full")
-
-    before = contents(folder)
-    with pytest.raises(OSError, match="disk full"):
-        write_and_fail()
-    assert contents(folder) == before
-
-
-def test_the_record_comes_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = renames(monkeypatch, None)
-    with replaced_together(folder) as new:
-        write(new)
-    # Three files are moved out of the way, and four are put there.
-    assert [target.name for target in calls] == ["a", "a", "b", "b", "c", RECORD, RECORD]
-
-
-@pytest.mark.parametrize("failing", range(7))
-def test_a_failure_while_replacing_changes_nothing(folder: Path, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = contents(folder)
-    renames(monkeypatch, failing)
-    with pytest.raises(OSError, match="disk full"), replaced_together(folder) as new:
-        write(new)
-    assert contents(folder) == before
-
-
-def renames(monkeypatch: pytest.MonkeyPatch, failing: int | None) -> list[Path]:
-    """The targets of the calls of ``os.rename`` from here on, of which one fails."""
-    rename, calls = os.rename, []
-
-    def renamed(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) - 1 == failing:
-            raise OSError("disk full")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", renamed)
-    return calls

@@ -1,0 +1,80 @@
+"""Files that are whole or not there, whenever the process dies."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+UNFINISHED = ".unfinished-"
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8; a failure leaves what was there."""
+    path = Path(path)
+    # Several processes may write one file.
+    temporary = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike[str], *, seal: str = "") -> Iterator[Path]:
+    """As ``whole_folders``, for one folder."""
+    with whole_folders([folder], seal=seal) as [new]:
+        yield new
+
+
+@contextmanager
+def whole_folders(folders: Sequence[str | os.PathLike[str]], *, seal: str = "") -> Iterator[list[Path]]:
+    """Empty folders to write to, whose files are moved into `folders` together in the end; on an error nothing changes.
+
+    Missing folders are made, and other files in them are left alone. A process that is killed while the files are moved
+    leaves some of them, but not `seal`: of the files that are moved it is taken away first and put there last.
+    """
+    targets = [Path(folder).absolute() for folder in folders]
+    # On the targets' file system, and in them rather than beside them where they are there.
+    place = Path(os.path.commonpath(targets))
+    while not place.exists():
+        place = place.parent
+    with tempfile.TemporaryDirectory(dir=place, prefix=UNFINISHED) as temporary:
+        sources = [Path(temporary, str(index)) for index in range(len(targets))]
+        for source in sources:
+            source.mkdir()
+        yield sources
+        moves: list[tuple[Path, Path]] = []
+        for source, target in zip(sources, targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            moves += _moves(source, target)
+        moves.sort(key=lambda move: move[1].name == seal)
+        _replace(moves, Path(temporary, "old"))
+
+
+def _moves(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
+    """What is to be moved where: a folder that is there already stays, and gets the other's entries."""
+    if source.is_dir() and target.is_dir():
+        for name in sorted(os.listdir(source)):
+            yield from _moves(source / name, target / name)
+    else:
+        yield source, target
+
+
+def _replace(moves: Sequence[tuple[Path, Path]], old: Path) -> None:
+    """Make the moves, all or none; what is in their way is taken to the folder `old`, in the opposite order."""
+    old.mkdir()
+    with ExitStack() as undo:
+        for index, (_, target) in reversed(list(enumerate(moves))):
+            if os.path.lexists(target):
+                os.rename(target, old / str(index))
+                undo.callback(os.rename, old / str(index), target)
+        for source, target in moves:
+            os.rename(source, target)
+            undo.callback(os.rename, target, source)
+        undo.pop_all()
