@@ -37,7 +37,6 @@ class Diagnosis:
         share: Share of the updates that the task explains, all positions together (dimensionless).
         position_shares: The same at each position, shape ``(P,)``.
         cosines: Cosine of the whole updates between tasks, shape ``(T, T)``.
-        position_cosines: The same at each position, shape ``(P, T, T)``.
         norms: ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), shape ``(P, T)``.
         task_norms: The same over all positions, ``√(Σ‖ΔW‖² / Σ‖W₀‖²)``, shape ``(T,)``.
         singular_values: Singular values of ΔW by position, in units of the weights, shape ``(T, r)``, descending; fewer
@@ -49,7 +48,6 @@ class Diagnosis:
     share: float
     position_shares: Tensor
     cosines: Tensor
-    position_cosines: Tensor
     norms: Tensor
     task_norms: Tensor
     singular_values: dict[str, Tensor]
@@ -98,7 +96,7 @@ class Diagnosis:
         return f"{self.tasks[other]} ({float(cosines[other]):.2f})" if cosines[other] > -torch.inf else ""
 
 
-def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
+def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:  # noqa: DOC502
     """Compare the updates that the active adapter generates for its tasks; the model is not changed.
 
     Warns if they are all zero, or if there are several tasks and all get nearly the same update: a hypernetwork that
@@ -117,6 +115,29 @@ def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
         ValueError: If a task is unknown or named twice, several adapters are active, an update is not finite, or
             parameters are partitioned by DeepSpeed's ZeRO-3 and not gathered.
     """
+    diagnosis = measure(model, tasks)
+    count = len(diagnosis.tasks)
+    [adapter_name] = find_tuner(model).active_adapters
+    if diagnosis.is_zero:
+        warnings.warn(
+            f"All updates of adapter {adapter_name!r} are zero: it computes exactly what the base model "
+            "does. It is untrained; train it, or load its weights.",
+            stacklevel=2,
+        )
+    elif diagnosis.is_collapsed:
+        warnings.warn(
+            f"The hypernetwork of adapter {adapter_name!r} ignores its condition: only "
+            f"{diagnosis.share:.2%} of the updates depend on the task (below {COLLAPSED_SHARE:.0%}; "
+            f"{1 - 1 / count:.0%} for {count} unrelated tasks), so all tasks share one adapter. Check that "
+            "each row is trained with its own task, train longer or with a higher learning rate; if the tasks are that "
+            "similar, a single task does as well.",
+            stacklevel=2,
+        )
+    return diagnosis
+
+
+def measure(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
+    """As ``diagnose``, without a warning."""
     tuner = find_tuner(model)
     if len(tuner.active_adapters) != 1:
         raise ValueError(
@@ -129,23 +150,7 @@ def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
         raise ValueError(f"tasks names {duplicates} more than once; name every task once.")
-    diagnosis = _measure(network, names)
-    if diagnosis.is_zero:
-        warnings.warn(
-            f"All updates of adapter {tuner.active_adapters[0]!r} are zero: it computes exactly what the base model "
-            "does. It is untrained; train it, or load its weights.",
-            stacklevel=2,
-        )
-    elif diagnosis.is_collapsed:
-        warnings.warn(
-            f"The hypernetwork of adapter {tuner.active_adapters[0]!r} ignores its condition: only "
-            f"{diagnosis.share:.2%} of the updates depend on the task (below {COLLAPSED_SHARE:.0%}; "
-            f"{1 - 1 / len(names):.0%} for {len(names)} unrelated tasks), so all tasks share one adapter. Check that "
-            "each row is trained with its own task, train longer or with a higher learning rate; if the tasks are that "
-            "similar, a single task does as well.",
-            stacklevel=2,
-        )
-    return diagnosis
+    return _measure(network, names)
 
 
 @torch.no_grad()
@@ -169,7 +174,6 @@ def _measure(network: HyperAdapterNetwork, names: Sequence[str]) -> Diagnosis:
         share=float(_shares(products.sum(0))),
         position_shares=_shares(products),
         cosines=_cosines(products.sum(0)),
-        position_cosines=_cosines(products),
         norms=(squared / squared_base[:, None]).sqrt(),
         task_norms=(squared.sum(0) / squared_base.sum()).sqrt(),
         singular_values={name: singular_values(factors).cpu() for name, factors in generated.items()},

@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from torch import nn
@@ -54,8 +53,6 @@ class CardFacts:
         results: Task -> metric -> value, such as ``{"trec": {"accuracy": 0.9}}``.
         split: Split of the data that the results are for.
         datasets: Names on the Hub of the data sets.
-        benchmarks: Task -> (data set on the Hub that is registered as a benchmark, id of the benchmark's task): its
-            accuracy also goes to ``.eval_results/``, where the Hub's leaderboards read it.
         training: Fact -> value, in the order to show them.
         diagnosis: What ``diagnose`` says of the model.
         figures: Title -> path of a picture, relative to the card.
@@ -72,7 +69,6 @@ class CardFacts:
     results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     split: str = "test"
     datasets: Sequence[str] = ()
-    benchmarks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: Diagnosis | None = None
     figures: Mapping[str, str] = field(default_factory=dict)
@@ -82,7 +78,7 @@ class CardFacts:
     limits: Sequence[str] = ()
 
 
-def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite: bool = False, **facts: Any) -> None:  # noqa: DOC503
+def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite: bool = False, **facts: Any) -> None:  # noqa: DOC502
     """Write the model card of the active adapter, README.md.
 
     A card that is there already keeps its text, and its metadata are only completed, unless `overwrite` is set.
@@ -95,35 +91,21 @@ def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite
 
     Raises:
         TypeError: If a fact is unknown.
-        ValueError: If results are given for an unknown task, or a benchmark has no accuracy among them.
-    """
-    path, told = Path(directory, CARD), CardFacts(**facts)
-    unmeasured = [task for task in told.benchmarks if "accuracy" not in told.results.get(task, {})]
-    if unmeasured:
-        raise ValueError(f"benchmarks names {shown(unmeasured)}, whose accuracy is not in results. Give it there.")
-    if path.exists() and not overwrite:
-        card = completed_card(model, path, told)
-    else:
-        card = make_card(model, told, str(directory))
-    write_whole(path, str(card))
-    for task, (dataset_id, task_id) in told.benchmarks.items():
-        _write_benchmark(path.parent / ".eval_results", task, dataset_id, task_id, told.results[task]["accuracy"])
-
-
-def make_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
-    """A new card.
-
-    Args:
-        model: A ``PeftModel`` with a hyperadapter.
-        facts: What to tell.
-        address: Where the adapter is loaded from if the facts name no repository.
-
-    Returns:
-        The card, from the template in ``templates/``.
-
-    Raises:
         ValueError: If results are given for an unknown task.
     """
+    write_whole(Path(directory, CARD), card_text(model, directory, overwrite=overwrite, **facts))
+
+
+def card_text(model: PeftModel, directory: str | os.PathLike[str], *, overwrite: bool, **facts: Any) -> str:
+    """What ``write_card`` writes into a folder."""
+    path, told = Path(directory, CARD), CardFacts(**facts)
+    if path.exists() and not overwrite:
+        return str(_completed_card(model, path, told))
+    return str(_new_card(model, told, str(directory)))
+
+
+def _new_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
+    """A new card; the adapter is loaded from `address` if the facts name no repository."""
     config = _config(model)
     unknown = sorted(facts.results.keys() - set(config.tasks))
     if unknown:
@@ -156,17 +138,8 @@ def make_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
     return card
 
 
-def completed_card(model: PeftModel, path: Path, facts: CardFacts) -> ModelCard:
-    """A card with its own text, and with the metadata that it lacks.
-
-    Args:
-        model: A ``PeftModel`` with a hyperadapter.
-        path: The card.
-        facts: What to tell in the metadata.
-
-    Returns:
-        The card; tags are united, anything else that it says stays.
-    """
+def _completed_card(model: PeftModel, path: Path, facts: CardFacts) -> ModelCard:
+    """A card with its own text and the metadata that it lacks; tags are united, anything else that it says stays."""
     card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
     new = _card_data(model, facts, facts.title or "hyperadapter")
     known = vars(card.data)
@@ -277,7 +250,7 @@ def _card_data(model: PeftModel, facts: CardFacts, title: str) -> ModelCardData:
     results = [
         EvalResult(
             task_type=pipeline or "other",
-            dataset_type=facts.benchmarks[task][0] if task in facts.benchmarks else plain(task),
+            dataset_type=plain(task),
             dataset_name=plain(task),
             dataset_split=facts.split,
             metric_type=metric,
@@ -300,9 +273,3 @@ def _card_data(model: PeftModel, facts: CardFacts, title: str) -> ModelCardData:
         eval_results=results or None,
         model_name=title if results else None,
     )
-
-
-def _write_benchmark(folder: Path, task: str, dataset_id: str, task_id: str, accuracy: float) -> None:
-    folder.mkdir(exist_ok=True)
-    entry = {"dataset": {"id": dataset_id, "task_id": task_id}, "value": accuracy}
-    write_whole(folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', task)}.yaml", yaml.safe_dump([entry]))

@@ -91,10 +91,9 @@ def card(
     as_json: Json = False,
 ) -> None:
     """Write the model card of an adapter anew, README.md, with its tasks, results and diagnostics."""
-    from hyperadapt.runs.report import publish_files
-    from hyperadapt.runs.run import load_run
+    from hyperadapt.runs.run import load_run, save_report
 
     with quiet_output():
-        publish_files(load_run(str(adapter)), adapter)
+        save_report(load_run(adapter), figures=True)
     path = adapter / "README.md"
     show({"card": str(path)}, f"card written to {path}", as_json)

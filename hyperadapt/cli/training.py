@@ -22,17 +22,13 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter on all tasks of a recipe, test it, and write its card and pictures."""
-    from hyperadapt.recipes.recipe import load_recipe
-    from hyperadapt.runs.report import publish_files
-    from hyperadapt.runs.run import load_run
-    from hyperadapt.runs.run import train as train_run
+    from hyperadapt.recipes import load_recipe
+    from hyperadapt.runs import train as train_run
 
     with quiet_output():
-        folder = train_run(load_recipe(recipe, output_dir=output), resume=resume, overwrite=overwrite)
-        run = load_run(folder)
-        publish_files(run, folder)
-    result = {"folder": str(folder), **run.record.results}
-    show(result, f"{_results_table(run.record.results)}\n\nsaved to {folder}", as_json)
+        run = train_run(load_recipe(recipe, output_dir=output), resume=resume, overwrite=overwrite)
+    result = {"folder": str(run.folder), **run.record.results}
+    show(result, f"{_results_table(run.record.results)}\n\nsaved to {run.folder}", as_json)
 
 
 def evaluate(
@@ -44,16 +40,15 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy and loss of every task. Results of all tasks go into the folder's record and card."""
-    from hyperadapt.runs.report import publish_files
-    from hyperadapt.runs.run import evaluate as evaluate_run
-    from hyperadapt.runs.run import load_run, save_record
+    from hyperadapt.runs import evaluate as evaluate_run
+    from hyperadapt.runs import load_run, save_record
+    from hyperadapt.runs.run import save_report
 
     with quiet_output():
         run = load_run(adapter, revision=revision)
         results = evaluate_run(run, split, task, batch_size)
         if not task and Path(adapter).is_dir():
-            run = save_record(run, results)
-            publish_files(run, Path(adapter), figures=False)
+            save_report(save_record(run, results), figures=False)
     show(results, _results_table(results), as_json)
 
 
@@ -75,9 +70,8 @@ def add_task(
     as_json: Json = False,
 ) -> None:
     """Add a task to a trained adapter, from a description or from examples; the other tasks keep every bit."""
-    from hyperadapt.runs.report import publish_files
-    from hyperadapt.runs.run import add_task as add_task_to_run
-    from hyperadapt.runs.run import load_run, save_run
+    from hyperadapt.runs import add_task as add_task_to_run
+    from hyperadapt.runs import load_run, save_run
 
     folder = output or Path(adapter)
     if output is None and not folder.is_dir():
@@ -86,7 +80,6 @@ def add_task(
         run = load_run(adapter)
         add_task_to_run(run, name, description=description, examples=examples, test=test, labels=label)
         save_run(run, folder)
-        publish_files(run, folder, figures=False)
     tasks = run.recipe.adapter_config.task_names
     show({"folder": str(folder), "tasks": tasks}, f"{len(tasks)} tasks, with {name!r}, saved to {folder}", as_json)
 

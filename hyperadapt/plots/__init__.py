@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from hyperadapt.config.checks import check_choice, checked_names
-from hyperadapt.diagnosis import diagnose
+from hyperadapt.diagnosis import Diagnosis, measure
 from hyperadapt.files import whole_folder
 from hyperadapt.tuner.active import find_tuner
 
@@ -23,8 +23,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from hyperadapt.plots.adapter import draw_adapter
-from hyperadapt.plots.axes import drawing
+from hyperadapt.plots.axes import picture_style
 from hyperadapt.plots.training import draw_training
+
+__all__ = ["draw", "plot"]
 
 # Nothing that changes from run to run goes into a file.
 _METADATA: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
@@ -67,12 +69,8 @@ def plot(  # noqa: DOC503
     if folder.is_file():
         raise ValueError(f"directory={str(directory)!r} is a file; pass a folder.")
     figures = draw(model, tasks=tasks, log_history=log_history)
-    with whole_folder(folder) as new, drawing(), warnings.catch_warnings():
-        # A task's name may be in any script; what the font lacks is shown as boxes.
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
-        for name, figure in figures.items():
-            for kind in kinds:
-                figure.savefig(new / f"{name}.{kind}", dpi=_DPI, metadata=_METADATA[kind])
+    with whole_folder(folder) as new:
+        save_figures(figures, new, kinds)
     return [folder / f"{name}.{kind}" for name in figures for kind in kinds]
 
 
@@ -107,10 +105,24 @@ def draw(  # noqa: DOC502
         TypeError: If `tasks` holds anything but names, or `log_history` is not what a trainer logged.
         ValueError: If a task is unknown or named twice, several adapters are active, or an update is not finite.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All updates of adapter|The hypernetwork of adapter")
-        diagnosis = diagnose(model, tasks)
+    return make_figures(model, measure(model, tasks), log_history)
+
+
+def make_figures(
+    model: nn.Module, diagnosis: Diagnosis, log_history: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Figure]:
+    """As ``draw``, of the tasks that were measured."""
     tuner = find_tuner(model)
     figures = draw_adapter(tuner.router.network(tuner.active_adapters[0]), diagnosis)
     training = None if log_history is None else draw_training(log_history, diagnosis.tasks)
     return figures if training is None else figures | {"training": training}
+
+
+def save_figures(figures: Mapping[str, Figure], folder: Path, kinds: Sequence[str]) -> None:
+    """Write figures as ``<name>.<kind>`` into a folder that is there."""
+    with picture_style(), warnings.catch_warnings():
+        # A task's name may be in any script; what the font lacks is shown as boxes.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")
+        for name, figure in figures.items():
+            for kind in kinds:
+                figure.savefig(folder / f"{name}.{kind}", dpi=_DPI, metadata=_METADATA[kind])

@@ -26,9 +26,9 @@ from hyperadapt.plots.axes import (
     Array,
     counted,
     draw_spread,
-    drawing,
     label,
     name_ticks,
+    picture_style,
     use_log_scale,
 )
 
@@ -51,7 +51,7 @@ def draw_adapter(network: HyperAdapterNetwork, diagnosis: Diagnosis) -> dict[str
     """
     ids = torch.tensor([network.config.task_names.index(task) for task in diagnosis.tasks])
     figures = {}
-    with drawing():
+    with picture_style():
         if len(ids) > 2:
             figures["task_map"] = _task_map(diagnosis.tasks, *_principal_components(_directions(network, ids)))
         figures["singular_values"] = _singular_values(diagnosis, *_spectra(network, ids, diagnosis))

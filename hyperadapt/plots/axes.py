@@ -38,7 +38,7 @@ _STYLE = {
 }
 
 
-def drawing() -> AbstractContextManager[None]:
+def picture_style() -> AbstractContextManager[None]:
     """Settings for making and saving pictures, whatever the user's own are; those come back afterwards.
 
     Returns:

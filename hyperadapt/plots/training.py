@@ -23,9 +23,9 @@ from hyperadapt.plots.axes import (
     Array,
     counted,
     draw_spread,
-    drawing,
     label,
     mark,
+    picture_style,
     use_log_scale,
 )
 
@@ -57,7 +57,7 @@ def draw_training(log_history: Sequence[Mapping[str, Any]], tasks: Sequence[str]
     if not entries:
         return None
     has_norms = any(key.partition("/")[0] == "grad_norm" for entry in entries for key in entry)
-    with drawing():
+    with picture_style():
         figure = Figure(figsize=(WIDTH, 6.5 if has_norms else 3.8), layout="constrained")
         panels = figure.subplots(1 + has_norms, 1, sharex=True, squeeze=False)[:, 0]
         _draw_losses(panels[0], entries, tasks)

@@ -1,7 +1,10 @@
 """A trained adapter with its recipe and record."""
 
+from hyperadapt.runs.evaluation import evaluate
+from hyperadapt.runs.new_task import add_task
 from hyperadapt.runs.record import Record
-from hyperadapt.runs.run import Run, add_task, evaluate, load_model, load_record, load_run, save_record, save_run, train
+from hyperadapt.runs.run import Run, load_model, load_record, load_run, save_record, save_run
+from hyperadapt.runs.training import train
 
 __all__ = [
     "Record",

@@ -1,9 +1,9 @@
-"""How well a model does on one task: loss, and accuracy of classes or of generated answers."""
+"""How well a run does on its tasks: loss, and accuracy of classes or of generated answers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,78 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from hyperadapt.recipes.tokens import collator
+from hyperadapt.config.checks import check_choice, shown
+from hyperadapt.recipes.recipe import Recipe
+from hyperadapt.recipes.rows import TaskRows, read_rows
+from hyperadapt.recipes.schema import SPLITS
+from hyperadapt.recipes.tokens import collator, tokenized
+from hyperadapt.runs.folder import RECIPE
+from hyperadapt.runs.run import Run
 from hyperadapt.trainer.losses import IGNORED, row_losses
 
 Progress = Callable[[int], Any]
+
+
+def evaluate(run: Run, split: str = "test", tasks: Sequence[str] | None = None, batch_size: int = 64) -> dict[str, Any]:
+    """Measure loss and accuracy task by task; every row competes among its own task's labels only.
+
+    Args:
+        run: The run.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        tasks: Names of tasks; None for all that have such a split.
+        batch_size: Rows at once.
+
+    Returns:
+        ``split``; ``tasks``, task -> ``accuracy`` (of language models: exact matches of greedily generated answers),
+        ``loss``, ``rows`` and ``majority`` (what the most frequent answer would reach); and ``mean``, the unweighted
+        means over tasks.
+
+    Raises:
+        ValueError: If a task is unknown, there is no such split, or its data cannot be read.
+    """
+    check_choice("split", split, SPLITS)
+    known = run.recipe.tasks
+    unknown = [name for name in tasks or () if name not in known]
+    if unknown:
+        raise ValueError(
+            f"tasks names {shown(unknown)}, which are no tasks of the run. Its tasks: {shown(list(known))}."
+        )
+    names = list(tasks) if tasks else [name for name in known if getattr(known[name], split)]
+    lacking = [name for name in names if getattr(known[name], split) is None]
+    if lacking or not names:
+        raise ValueError(
+            f"split={split!r} is not given for the tasks {shown(lacking or list(known))}. Name its file in {RECIPE} of "
+            f"{run.folder}, or choose another split."
+        )
+    data = {name: tokenize(read_rows(run.recipe, name, split), run.recipe, run.tokenizer) for name in names}
+    return evaluate_rows(run, split, data, batch_size)
+
+
+def tokenize(rows: TaskRows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows as a recipe's model reads them."""
+    return tokenized(rows, tokenizer, task_type=recipe.task_type, labels=recipe.labels, max_length=recipe.max_length)
+
+
+def evaluate_rows(run: Run, split: str, data: Mapping[str, Dataset], batch_size: int) -> dict[str, Any]:
+    """As ``evaluate``, for tokenised rows by task."""
+    total = sum(map(len, data.values()))
+    with logging.tqdm(total=total, desc=f"evaluating {split}", unit="row") as bar:
+        scores = {name: _scores(run, name, rows, batch_size, bar.update) for name, rows in data.items()}
+    mean = {
+        metric: sum(values[metric] for values in scores.values()) / len(scores)
+        for metric in ("accuracy", "loss", "majority")
+    }
+    return {"split": split, "tasks": scores, "mean": mean}
+
+
+def _scores(run: Run, name: str, rows: Dataset, batch_size: int, progress: Progress) -> dict[str, float]:
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    if run.recipe.task_type == "CAUSAL_LM":
+        return completion_scores(run.model, run.tokenizer, rows, name, **options)
+    own = [run.recipe.labels.index(label) for label in run.recipe.tasks[name].labels or ()]
+    return class_scores(run.model, run.tokenizer, rows, name, own, **options)
 
 
 @torch.no_grad()
@@ -30,20 +97,7 @@ def class_scores(
     batch_size: int,
     progress: Progress,
 ) -> dict[str, float]:
-    """Score a classifier where each row competes among its own task's classes only.
-
-    Args:
-        model: The model, in evaluation mode.
-        tokenizer: The tokenizer.
-        dataset: Tokenised rows with ``labels``.
-        task: Their task.
-        own: Class ids of the task's labels.
-        batch_size: Rows at once.
-        progress: Told the number of rows after each batch.
-
-    Returns:
-        ``accuracy``, ``loss`` (mean cross entropy), ``rows``, and ``majority``: the share of the most frequent label.
-    """
+    """Accuracy and loss of a classifier; each row competes among its own task's classes alone."""
     device = next(model.parameters()).device
     classes = torch.tensor(own, device=device)
     right, loss = 0, 0.0
@@ -69,20 +123,7 @@ def completion_scores(
     batch_size: int,
     progress: Progress,
 ) -> dict[str, float]:
-    """Score a language model: loss of the completions, and whether greedy generation writes exactly them.
-
-    Args:
-        model: The model, in evaluation mode.
-        tokenizer: The tokenizer.
-        dataset: Tokenised rows with ``labels``, -100 in the prompt.
-        task: Their task.
-        batch_size: Rows at once.
-        progress: Told the number of rows after each batch.
-
-    Returns:
-        ``accuracy`` (exact matches, blanks at the ends aside), ``loss`` (mean over tokens), ``rows``, and
-        ``majority``: the share of the most frequent completion.
-    """
+    """Loss over tokens of a language model, and how often greedy generation writes exactly the row's completion."""
     device = next(model.parameters()).device
     totals = torch.zeros(2, device=device)
     right = 0

@@ -16,7 +16,7 @@ import torch
 
 from hyperadapt.files import write_whole
 
-RECIPE, RECORD = "recipe.yaml", "record.json"
+RECORD = "record.json"
 _PACKAGES = ("hyperadapt", "torch", "transformers", "peft")
 
 
@@ -67,14 +67,7 @@ class Record:
 
 
 def finite(value: Any) -> Any:
-    """Numbers as JSON can hold them.
-
-    Args:
-        value: A number, text, None, or lists and mappings of them.
-
-    Returns:
-        The same with None in place of numbers that are not finite.
-    """
+    """A value as JSON can hold it: None in place of numbers that are not finite."""
     if isinstance(value, Mapping):
         return {name: finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -83,25 +76,14 @@ def finite(value: Any) -> Any:
 
 
 def hardware(device: torch.device) -> str:
-    """What a model was trained on.
-
-    Args:
-        device: Where it was.
-
-    Returns:
-        Number and name of the GPUs, or of the CPU's threads.
-    """
+    """What a model was trained on: number and name of the GPUs, or of the CPU's threads."""
     if device.type == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
     return f"{torch.get_num_threads()} threads of {_processor()}" if device.type == "cpu" else str(device)
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter for a run.
-
-    Returns:
-        Name -> version.
-    """
+    """Versions of Python and of the packages that matter for a run, by name."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
 
 

@@ -1,17 +1,17 @@
-"""Card and pictures of a run, from its record."""
+"""Card and pictures of a run."""
 
 from __future__ import annotations
 
 import importlib.util
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from hyperadapt.cards.card import may_be_written_anew, write_card
+from peft import PeftModel
+
+from hyperadapt.cards.card import card_text, may_be_written_anew
 from hyperadapt.cards.snippets import is_on_the_hub
-from hyperadapt.diagnosis import diagnose
-from hyperadapt.runs.run import Run
+from hyperadapt.diagnosis import measure
+from hyperadapt.recipes.recipe import Recipe
+from hyperadapt.runs.record import Record
 
 # Of each picture, what a card calls it.
 FIGURES = {
@@ -22,45 +22,39 @@ FIGURES = {
     "training": "Training",
 }
 _MEASURED = ("accuracy", "loss")
+_KINDS = ("png", "svg")
 
 
-def publish_files(run: Run, folder: Path, *, figures: bool = True) -> None:
-    """Write the card of a run into its folder, and the pictures if matplotlib is installed.
+def make_report(model: PeftModel, recipe: Recipe, record: Record, folder: Path, new: Path, *, figures: bool) -> str:
+    """Draw a run's pictures into the folder `new`, if matplotlib is installed, and compose the card for `folder`.
 
-    A card that does not say that it may be rewritten keeps its text, and its metadata are completed.
-
-    Args:
-        run: The run.
-        folder: Its folder.
-        figures: Whether to draw the pictures, or to keep those that are there.
+    A card in `folder` that does not say that it may be rewritten keeps its text, and gets the metadata that it lacks.
+    Without `figures`, the card shows the pictures that are there.
     """
+    diagnosis = measure(model)
     pictures = folder / "figures"
     if figures and importlib.util.find_spec("matplotlib") is not None:
-        from hyperadapt.plots import plot
+        from hyperadapt.plots import make_figures, save_figures
 
-        plot(run.model, pictures, log_history=run.record.log_history)
-    with warnings.catch_warnings():
-        # The card itself says it.
-        warnings.filterwarnings("ignore", message="All updates of adapter|The hypernetwork of adapter")
-        diagnosis = diagnose(run.model)
-    write_card(
-        run.model,
+        pictures = new / "figures"
+        pictures.mkdir()
+        save_figures(make_figures(model, diagnosis, record.log_history), pictures, _KINDS)
+    results = {
+        task: {name: values[name] for name in _MEASURED if values.get(name) is not None}
+        for task, values in record.results["tasks"].items()
+        if task in diagnosis.tasks
+    }
+    return card_text(
+        model,
         folder,
         overwrite=may_be_written_anew(folder),
-        results=_results(run.record.results),
-        split=run.record.results["split"],
-        datasets=sorted({task.dataset for task in run.recipe.tasks.values() if is_on_the_hub(task.dataset)}),
-        training=run.record.training,
+        results=results,
+        split=record.results["split"],
+        datasets=sorted({task.dataset for task in recipe.tasks.values() if is_on_the_hub(task.dataset)}),
+        training=record.training,
         diagnosis=diagnosis,
         figures={
             title: f"figures/{name}.png" for name, title in FIGURES.items() if (pictures / f"{name}.png").exists()
         },
-        **run.recipe.card,
+        **recipe.card,
     )
-
-
-def _results(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    return {
-        task: {name: values[name] for name in _MEASURED if values.get(name) is not None}
-        for task, values in results["tasks"].items()
-    }

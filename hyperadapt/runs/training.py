@@ -1,11 +1,13 @@
-"""What a training run is made of: its folder, its trainer, and what it reports."""
+"""Training of a run: its data, its trainer, and what it reports."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import (
+    AutoTokenizer,
     EvalPrediction,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -24,125 +27,101 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from hyperadapt.config.checks import shown
-from hyperadapt.files import UNFINISHED
-from hyperadapt.recipes.recipe import Recipe, load_recipe
+from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
+from hyperadapt.recipes.recipe import Recipe
 from hyperadapt.recipes.rows import read_rows
-from hyperadapt.recipes.tokens import collator, tokenized
-from hyperadapt.runs.record import RECIPE, RECORD, hardware, versions
+from hyperadapt.recipes.tokens import collator
+from hyperadapt.runs.evaluation import evaluate_rows, tokenize
+from hyperadapt.runs.folder import CHECKPOINTS, begin, check_folder, is_finished, last_checkpoint
+from hyperadapt.runs.record import Record, hardware, versions
+from hyperadapt.runs.run import Run, load_run, save_run
 from hyperadapt.trainer.trainer import HyperAdapterTrainer
 
-CHECKPOINTS = "checkpoints"
 Data = Mapping[str, Mapping[str, Dataset]]
 Report = Callable[[str], None]
 
 
 def write_line(text: str) -> None:
-    """Write a line to the standard error, past a progress bar.
-
-    Args:
-        text: The line.
-    """
+    """Write a line to the standard error, past a progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a finished run.
+def train(  # noqa: DOC502
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    figures: bool = True,
+    report: Report | None = write_line,
+) -> Run:
+    """Train as a recipe says, evaluate, and write adapter, tokenizer, recipe, record and card.
+
+    Evaluated is the test split of the tasks that have one; if none has, the validation split, or else the rows that
+    were trained on. Checkpoints are removed in the end, unless the recipe sets ``save_total_limit``.
 
     Args:
-        folder: The folder.
+        recipe: The recipe, whose `output_dir` is written to.
+        resume: Whether to go on with an unfinished run in the folder. A finished one is loaded as it is.
+        overwrite: Whether to replace a run in the folder.
+        figures: Whether to draw pictures for the card, if matplotlib is installed.
+        report: Gets a line of text for each stage and log; None for no lines and no bars.
 
     Returns:
-        Whether it has a record.
-    """
-    return (folder / RECORD).exists()
-
-
-def check_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
-    """Check that a run may write to a folder; what others wrote is never replaced.
-
-    Args:
-        folder: The folder.
-        recipe: The recipe.
-        resume: Whether an unfinished run may be resumed.
-        overwrite: Whether a run may be replaced.
-
-    Returns:
-        The checkpoint to go on from, or None.
+        The run, with the trained model where the training left it.
 
     Raises:
-        ValueError: If the folder holds anything that was not to be expected, or the unfinished run another recipe.
+        ValueError: If the folder holds anything else, data are wrong, or the training diverged: then its checkpoints
+            stay.
     """
-    shown_folder = f"output_dir={str(folder)!r}"
-    if resume and overwrite:
-        raise ValueError(f"{shown_folder} can be resumed or overwritten, not both. Ask for one of the two.")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{shown_folder} is a file. Name a folder.")
-    begun = folder / CHECKPOINTS / RECIPE
-    if is_finished(folder):
-        if not overwrite:
-            raise ValueError(f"{shown_folder} holds a finished run. Name another folder, or ask to overwrite it.")
-    elif begun.exists():
-        if not resume and not overwrite:
-            raise ValueError(f"{shown_folder} holds an unfinished run. Ask to resume or to overwrite it.")
-    elif folder.exists():
-        others = sorted(path.name for path in folder.iterdir() if not _is_remnant(path))
-        if others:
-            raise ValueError(f"{shown_folder} holds no run, but {shown(others)}. Name another folder, or empty it.")
-    if not resume or not begun.exists():
-        return None
-    _check_same(load_recipe(begun, to_train=False), recipe, folder)
-    checkpoint: str | None = get_last_checkpoint(str(folder / CHECKPOINTS))  # type: ignore[no-untyped-call]
-    return checkpoint
+    started, folder = time.monotonic(), Path(recipe.output_dir)
+    if resume and is_finished(folder):
+        return load_run(folder)
+    say = report or (lambda line: None)
+    check_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    checkpoint = last_checkpoint(folder) if resume else None
+    with quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, revision=recipe.revision or "main", **SAFELY)
+    say(f"reading the data of {len(recipe.tasks)} tasks")
+    labelled, data = read_data(recipe, tokenizer)
+    arguments = recipe.training_arguments(folder / CHECKPOINTS)
+    set_seed(arguments.seed)
+    with quiet_loading():
+        base = load_base(labelled, tokenizer)
+    model = get_peft_model(base, recipe.adapter_config, revision=recipe.revision)
+    trainer = make_trainer(model, tokenizer, labelled, arguments, data, report)
+    begin(folder, recipe, checkpoint)
+    say(f"training on {sum(map(len, data['train'].values()))} rows")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    facts, history = training_facts(trainer, data), trainer.state.log_history
+    run = Run(model.eval(), tokenizer, labelled, Record(facts, {}, history), folder)
+    split = next(split for split in ("test", "validation", "train") if data[split])
+    with quiet_loading() if report is None else nullcontext():
+        results = evaluate_rows(run, split, data[split], arguments.per_device_eval_batch_size)
+    facts["seconds"] = round(time.monotonic() - started)
+    run = replace(run, record=Record(facts, results, history))
+    save_run(run, folder, figures=figures)
+    if "save_total_limit" not in recipe.training:
+        shutil.rmtree(folder / CHECKPOINTS)
+    return run
 
 
-def begin(folder: Path, recipe: Recipe, checkpoint: str | None) -> None:
-    """Make the folder of a run's checkpoints, and keep the recipe there.
+def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recipe, Data]:
+    """The recipe with the labels of all tasks; and split -> task -> tokenised rows, where a task has the split.
 
-    Args:
-        folder: The folder of the run.
-        recipe: The recipe.
-        checkpoint: The checkpoint to go on from; None removes those of an earlier run.
-    """
-    checkpoints = folder / CHECKPOINTS
-    if checkpoint is None and checkpoints.exists():
-        shutil.rmtree(checkpoints)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    recipe.save(checkpoints / RECIPE)
-
-
-def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recipe, Data]:  # noqa: DOC502
-    """Read all data, and find the tasks' labels.
-
-    Args:
-        recipe: The recipe.
-        tokenizer: The tokenizer.
-
-    Returns:
-        The recipe with the labels of all tasks; and split -> task -> tokenised rows, of all splits that the tasks have:
-        those for the evaluation in the end are wrong before the training rather than after it.
-
-    Raises:
-        ValueError: If data cannot be read or are wrong.
+    All splits are read, so that wrong rows for the evaluation in the end are found before the training.
     """
     rows = {"train": {name: read_rows(recipe, name, "train") for name in recipe.tasks}}
     tasks = {name: replace(task, labels=rows["train"][name].names or None) for name, task in recipe.tasks.items()}
     recipe = replace(recipe, tasks=tasks)
     for split in ("validation", "test"):
         rows[split] = {name: read_rows(recipe, name, split) for name, task in tasks.items() if getattr(task, split)}
-    options: dict[str, Any] = {
-        "task_type": recipe.task_type,
-        "labels": recipe.labels,
-        "max_length": recipe.max_length,
-    }
-    data = {
-        split: {name: tokenized(one, tokenizer, **options) for name, one in by_task.items()}
+    return recipe, {
+        split: {name: tokenize(one, recipe, tokenizer) for name, one in by_task.items()}
         for split, by_task in rows.items()
     }
-    return recipe, data
 
 
 def make_trainer(
@@ -153,19 +132,7 @@ def make_trainer(
     data: Data,
     report: Report | None,
 ) -> HyperAdapterTrainer:
-    """Make the trainer of a run.
-
-    Args:
-        model: The model with the adapter.
-        tokenizer: The tokenizer.
-        recipe: The recipe, with the labels of all tasks.
-        arguments: Its training arguments.
-        data: Split -> task -> tokenised rows.
-        report: Gets a line for each log; None for no lines and no bars.
-
-    Returns:
-        The trainer.
-    """
+    """The trainer of a run; `recipe` has the labels of all tasks."""
     is_classifier = recipe.task_type == "SEQ_CLS"
     trainer = _RecipeTrainer(
         model,
@@ -186,15 +153,7 @@ def make_trainer(
 
 
 def training_facts(trainer: HyperAdapterTrainer, data: Data) -> dict[str, Any]:
-    """What to record of a training.
-
-    Args:
-        trainer: The trainer, after training.
-        data: Split -> task -> rows.
-
-    Returns:
-        Fact -> value.
-    """
+    """What to record of a finished training: fact -> value."""
     arguments, state = trainer.args, trainer.state
     model: Any = trainer.model
     trainable, total = model.get_nb_trainable_parameters()
@@ -234,11 +193,7 @@ class _RecipeTrainer(HyperAdapterTrainer):
 
 
 class _Progress(ProgressCallback):
-    """The usual bars, and a line for each log that people can read.
-
-    Args:
-        report: Gets the line.
-    """
+    """The usual bars, and a line for each log that people can read."""
 
     def __init__(self, report: Report) -> None:
         super().__init__()
@@ -260,18 +215,3 @@ def _own_labels(recipe: Recipe) -> Tensor:
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
-
-
-def _is_remnant(path: Path) -> bool:
-    """Whether a run that failed at its start, or was killed while it was saved, may have left this."""
-    return path.name.startswith(UNFINISHED) or (path.is_dir() and not any(path.iterdir()))
-
-
-def _check_same(begun: Recipe, recipe: Recipe, folder: Path) -> None:
-    names = [field.name for field in fields(Recipe) if field.name != "output_dir"]
-    changed = [name for name in names if getattr(begun, name) != getattr(recipe, name)]
-    if changed:
-        raise ValueError(
-            f"The unfinished run in output_dir={str(folder)!r} was begun with another recipe: {', '.join(changed)} "
-            "changed. Undo that, or ask to overwrite the run."
-        )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -62,7 +61,6 @@ def test_a_complete_card(tmp_path: Path) -> None:
         diagnosis=diagnose(model),
         figures={"Cosines of the updates": "figures/cosines.png"},
         datasets=["stanfordnlp/imdb"],
-        benchmarks={"alpha": ("cais/hle", "hle")},
         license="apache-2.0",
         language="en",
         tags=["mine"],
@@ -89,9 +87,7 @@ def test_a_complete_card(tmp_path: Path) -> None:
         assert text in card.text, text
     norms = diagnose(model).task_norms
     assert f"| `alpha` | {float(norms[0]):.3g} | beta (" in card.text
-    benchmark = yaml.safe_load((tmp_path / ".eval_results" / "alpha.yaml").read_text())
-    assert benchmark == [{"dataset": {"id": "cais/hle", "task_id": "hle"}, "value": 0.9}]
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", ".eval_results"}
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_the_code_of_a_card_runs_as_written(tmp_path: Path) -> None:
@@ -189,8 +185,6 @@ def test_errors_write_nothing(tmp_path: Path) -> None:
     model = named("llama", "org/base")
     with pytest.raises(ValueError, match=re.escape("results names ['gamma'], which are no tasks of the adapter.")):
         write_card(model, tmp_path, results={"gamma": {"accuracy": 1.0}})
-    with pytest.raises(ValueError, match=re.escape("benchmarks names ['alpha'], whose accuracy is not in results.")):
-        write_card(model, tmp_path, results={"beta": {"accuracy": 1.0}}, benchmarks={"alpha": ("cais/hle", "hle")})
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         write_card(model, tmp_path, colour="red")
     assert list(tmp_path.iterdir()) == []

@@ -60,7 +60,7 @@ def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a tiny model, with text descriptions; not to be changed."""
     folder = tmp_path_factory.mktemp("trained")
-    return train(tiny_runs.recipe(folder))
+    return train(tiny_runs.recipe(folder)).folder
 
 
 @pytest.fixture

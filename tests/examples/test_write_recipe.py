@@ -10,7 +10,7 @@ import pytest
 from examples import write_recipe
 from examples.support.text_tasks import load_task
 from hyperadapt.recipes import load_recipe
-from hyperadapt.runs import add_task, evaluate, load_run, train
+from hyperadapt.runs import add_task, evaluate, train
 from tests.support.helpers import minilm
 
 
@@ -29,7 +29,7 @@ def test_write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     pair = json.loads((tmp_path / "stereoset_rel" / "train.jsonl").read_text().splitlines()[0])
     assert list(pair) == ["text", "text_pair", "label"]
 
-    run = load_run(train(recipe, report=None))
+    run = train(recipe, report=None, figures=False)
     assert len(run.recipe.labels) == 2 + 2 + 5
     assert {task: values["rows"] for task, values in run.record.results["tasks"].items()} == dict.fromkeys(tasks, 20)
     held_out = tmp_path / write_recipe.HELD_OUT

@@ -12,8 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hyperadapt.runs import Run, add_task, evaluate, load_run, save_run, train
-from hyperadapt.runs import run as runs
+from hyperadapt.runs import Run, add_task, evaluate, load_run, new_task, save_run, train
 from hyperadapt.tasks import encoders
 from tests.support.helpers import letters
 from tests.support.tiny_runs import ADAPTER, labelled_rows, recipe, write_rows
@@ -30,7 +29,7 @@ def task_type(request: pytest.FixtureRequest) -> str:
 def trained(task_type: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(task_type)
     training = {"max_steps": 4, "per_device_train_batch_size": 8, "use_cpu": True, "eval_strategy": "no"}
-    train(recipe(folder, task_type, training=training), report=None)
+    train(recipe(folder, task_type, training=training), report=None, figures=False)
     write_rows(folder / "new" / "examples.jsonl", rows(task_type, 12, 1))
     write_rows(folder / "new" / "test.jsonl", rows(task_type, 20, 2))
     return folder
@@ -88,7 +87,7 @@ def test_a_data_set_and_several_descriptions(run: Run, task_type: str) -> None:
 
 
 def test_of_many_examples_some_are_drawn(run: Run, task_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "MAX_EXAMPLES", 8)
+    monkeypatch.setattr(new_task, "MAX_EXAMPLES", 8)
     given = []
     tuner = run.model.base_model
     monkeypatch.setattr(type(tuner), "add_task", lambda self, name, **options: given.append(options["examples"]))
@@ -149,7 +148,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def test_a_description_alone_is_enough_where_tasks_have_them(tmp_path: Path, encoder: Callable[..., Any]) -> None:
     adapter = {"task_type": "SEQ_CLS", **ADAPTER, "task_embedding": "both", "text_encoder": "base"}
     made = recipe(tmp_path, adapter=adapter, training={"max_steps": 2, "use_cpu": True})
-    run = load_run(train(made, report=None))
+    run = train(made, report=None, figures=False)
     write_rows(tmp_path / "a.jsonl", rows("SEQ_CLS", 5, 1))
     add_task(run, "new", description="Tell a from b.", labels=["negative", "positive"], test=tmp_path / "a.jsonl")
     sources = {"reviews": "both", "letters": "both", "mail": "both", "new": "text"}

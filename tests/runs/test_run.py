@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.runs import Record, evaluate, load_model, load_record, load_run, save_record, save_run, train
-from hyperadapt.runs import run as runs
+from hyperadapt.runs import folder as run_folder
 from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, training
 from tests.support.tolerances import FLOAT32_FORWARD
 
@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, l
     found = {}
     for task_type in ("SEQ_CLS", "CAUSAL_LM"):
         folder, lines = tmp_path_factory.mktemp(task_type), []
-        assert train(recipe(folder, task_type), report=lines.append) == folder / "run"
+        assert train(recipe(folder, task_type), report=lines.append, figures=False).folder == folder / "run"
         found[task_type] = (folder, lines)
     return found
 
@@ -128,7 +128,7 @@ def test_a_run_is_loaded_from_the_hub(
         asked.append((name, options))
         return str(folder)
 
-    monkeypatch.setattr(runs, "snapshot_download", download)
+    monkeypatch.setattr(run_folder, "snapshot_download", download)
     run = load_run("me/mine", revision="abc", token="secret")
     assert run.folder == folder
     assert load_record("me/mine") == run.record

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.runs import Record, load_run, train
-from hyperadapt.runs import run as runs
+from hyperadapt.runs import report as runs_report
+from hyperadapt.runs import training as runs_training
 from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, stopped, training, write_rows
 
 ADAPTER_WITH_DROPOUT = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "r": 2, "lora_dropout": 0.1}
@@ -116,10 +117,25 @@ def test_a_training_that_cannot_start_may_be_tried_again(tmp_path: Path, monkeyp
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "begin", fail)
+        patch.setattr(runs_training, "begin", fail)
         with pytest.raises(OSError, match="disk full"):
             silent(made)
     assert Record.load(silent(made)).training["steps"] == 1
+
+
+def test_a_training_that_diverged_keeps_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(tmp_path, **training(max_steps=2, eval_strategy="no"))
+
+    def fail(*_: object) -> None:
+        raise ValueError("The update is not finite: training has diverged.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs_report, "measure", fail)
+        with pytest.raises(ValueError, match="training has diverged"):
+            silent(made)
+    assert os.listdir(tmp_path / "run") == ["checkpoints"]
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
+    assert sorted(os.listdir(silent(made, resume=True))) == FILES
 
 
 def test_the_trainer_gets_its_section(tmp_path: Path) -> None:
@@ -149,7 +165,7 @@ def test_nothing_is_printed_without_a_report(tmp_path: Path, capfd: pytest.Captu
     capfd.readouterr()
     silent(made)
     assert capfd.readouterr() == ("", "")
-    train(made, overwrite=True)
+    train(made, overwrite=True, figures=False)
     printed = capfd.readouterr()
     assert printed.out == ""
     assert "step 1 of 1: loss" in printed.err

@@ -145,8 +145,8 @@ def recipe(folder: Path, task_type: str = "SEQ_CLS", **changes: Any) -> Recipe:
 
 
 def silent(made: Recipe, **options: Any) -> Path:
-    """Train without a word."""
-    return train(made, report=None, **options)
+    """Train without a word or a picture; the folder."""
+    return train(made, report=None, figures=False, **options).folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -167,4 +167,4 @@ def stopped(made: Recipe, line: str, **options: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(made, report=report, **options)
+        train(made, report=report, figures=False, **options)
