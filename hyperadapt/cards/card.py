@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from hyperadapt.cards.sections import diagnosis_table, facts_list, normalization_text, plain, task_table
-from hyperadapt.cards.snippets import base_model_of, lora_usage, usage
+from hyperadapt.cards.snippets import base_model_of, usage
 from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis
@@ -161,52 +161,6 @@ def may_be_written_anew(directory: str | os.PathLike[str]) -> bool:
     """
     path = Path(directory, CARD)
     return not path.exists() or MARKER.encode() in path.read_bytes()
-
-
-def write_lora_card(
-    model: nn.Module,
-    task: str | None,
-    description: str | Sequence[str] | None,
-    directory: str | os.PathLike[str],
-    *,
-    format: str = "peft",
-    address: str | None = None,
-) -> None:
-    """Write the card of an exported LoRA, README.md, which says how to use it without this package.
-
-    Args:
-        model: The ``PeftModel`` that it was exported from.
-        task: Name of its task; None for one that a description alone asked for.
-        description: What the task is.
-        directory: The folder to write to.
-        format: Format of the export.
-        address: Where the LoRA will be loaded from; None for `directory`.
-    """
-    base = base_model_of(model)
-    title = f"LoRA for {base.name}: {plain(task) if task else 'from a description'}"
-    texts = [description] if isinstance(description, str) else list(description or ())
-    kinds = {"mlx": "mlx", "diffusers": "diffusers"}
-    data = ModelCardData(
-        base_model=base.hub_id,
-        base_model_relation="adapter" if base.hub_id else None,
-        library_name=kinds.get(format, "peft"),
-        pipeline_tag=PIPELINES.get(_config(model).task_type or ""),
-        tags=["hyperadapt", "lora"],
-    )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(template("lora_template.md")),
-        marker=MARKER,
-        title=title,
-        summary=" ".join([f"A LoRA adapter for {base.link}.", *(plain(text) for text in texts)]),
-        usage=lora_usage(model, base, address or str(directory), format),
-        origin=(
-            f"Exported from {'task `' + plain(task) + '` of ' if task else ''}a hyperadapter, a hypernetwork that "
-            "generates LoRA adapters, with hyperadapt "
-            f"{metadata.version('hyperadapt')}. The export is exact, and needs no package beside the usual ones."
-        ),
-    )
-    write_whole(Path(directory, CARD), str(card))
 
 
 def addressed(text: str, address: str) -> str:

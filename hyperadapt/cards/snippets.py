@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
 from hyperadapt.tuner.active import find_tuner

@@ -18,7 +18,7 @@ from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.hypernetwork.updates import inner_product
-from hyperadapt.loras.reading import Lora, read_lora
+from hyperadapt.loras.reading import LoraFile, read_lora
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import find_tuner
 
@@ -221,14 +221,14 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
     return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def _grouped(positions: Sequence[Position], loras: Sequence[Lora]) -> list[_Group]:
+def _grouped(positions: Sequence[Position], loras: Sequence[LoraFile]) -> list[_Group]:
     groups: dict[tuple[int, int, int], list[Position]] = {}
     for position in positions:
         groups.setdefault((position.in_features, position.out_features, position.r), []).append(position)
     return [_Group([member.name for member in members], _stacked(members, loras)) for members in groups.values()]
 
 
-def _stacked(positions: Sequence[Position], loras: Sequence[Lora]) -> Factors:
+def _stacked(positions: Sequence[Position], loras: Sequence[LoraFile]) -> Factors:
     """The LoRAs' updates at positions of one shape, in float32, on the CPU."""
     updates = [[lora.updates.get(position.name) for position in positions] for lora in loras]
     ranks = [update.lora_A.shape[0] for row in updates for update in row if update is not None]

@@ -13,13 +13,15 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hyperadapt.cards.card import may_be_written_anew, write_lora_card
+from hyperadapt.cards.card import may_be_written_anew
+from hyperadapt.cards.lora_card import write_lora_card
 from hyperadapt.config.checks import check_choice, checked_names, shown
 from hyperadapt.config.task_fields import descriptions_of
 from hyperadapt.files import whole_folders
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.sharding import whole_network
-from hyperadapt.loras.writing import FORMATS, Lora, padded, uniform_rank
+from hyperadapt.loras.lora import Lora, padded, uniform_rank
+from hyperadapt.loras.writing import FORMATS
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import find_tuner
 from hyperadapt.tuner.layer import HyperAdapterLayer
@@ -32,7 +34,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{digit}" for name in ("com", 
 
 
 @dataclass(frozen=True)
-class _Target:
+class _Export:
     """A folder to write, and what its card tells of the task."""
 
     folder: Path
@@ -71,7 +73,7 @@ def export_lora(  # noqa: DOC502
     """
     config = find_tuner(model).router.network(_exported_adapter(find_tuner(model))).config
     tasks = resolve_task_ids([task], config.task_names)
-    _write(model, tasks, [_Target(Path(directory), task, descriptions_of(config.task_descriptions, task))], format)
+    _write(model, tasks, [_Export(Path(directory), task, descriptions_of(config.task_descriptions, task))], format)
 
 
 def export_loras(  # noqa: DOC502
@@ -101,9 +103,9 @@ def export_loras(  # noqa: DOC502
     names = config.task_names if tasks is None else checked_names("tasks", tasks)
     task_ids = resolve_task_ids(names, config.task_names)
     _check_folder_names(names)
-    targets = [_Target(Path(directory, name), name, descriptions_of(config.task_descriptions, name)) for name in names]
-    _write(model, task_ids, targets, format)
-    return {name: target.folder for name, target in zip(names, targets, strict=True)}
+    exports = [_Export(Path(directory, name), name, descriptions_of(config.task_descriptions, name)) for name in names]
+    _write(model, task_ids, exports, format)
+    return {name: export.folder for name, export in zip(names, exports, strict=True)}
 
 
 def generate_lora(  # noqa: DOC502
@@ -130,7 +132,7 @@ def generate_lora(  # noqa: DOC502
     """
     embedding = find_tuner(model).embed_description(description, text_encoder=text_encoder)
     descriptions = [description] if isinstance(description, str) else list(description)
-    _write(model, embedding[None], [_Target(Path(directory), None, descriptions)], format)
+    _write(model, embedding[None], [_Export(Path(directory), None, descriptions)], format)
 
 
 def _exported_adapter(tuner: HyperAdapterModel) -> str:
@@ -160,18 +162,18 @@ def _check_folder_names(names: Sequence[str]) -> None:
         seen[name.casefold()] = name
 
 
-def _write(model: nn.Module, tasks: Tensor, targets: Sequence[_Target], format: str) -> None:
+def _write(model: nn.Module, tasks: Tensor, exports: Sequence[_Export], format: str) -> None:
     """Write adapters of tasks, given by id, shape (n,), or embedding, shape (n, task_embedding_dim), or nothing."""
     check_choice("format", format, tuple(FORMATS))
-    for target in targets:
-        if target.folder.is_file():
-            raise ValueError(f"directory={str(target.folder)!r} is a file; pass a folder.")
-    with whole_folders([target.folder for target in targets]) as folders:
-        for folder, target, lora in zip(folders, targets, _loras(model, tasks), strict=True):
+    for export in exports:
+        if export.folder.is_file():
+            raise ValueError(f"directory={str(export.folder)!r} is a file; pass a folder.")
+    with whole_folders([export.folder for export in exports]) as folders:
+        for folder, export, lora in zip(folders, exports, _loras(model, tasks), strict=True):
             FORMATS[format](lora, folder)
-            if may_be_written_anew(target.folder):
-                address = str(target.folder)
-                write_lora_card(model, target.task, target.descriptions, folder, format=format, address=address)
+            if may_be_written_anew(export.folder):
+                address = str(export.folder)
+                write_lora_card(model, export.task, export.descriptions, folder, format=format, address=address)
 
 
 def _loras(model: nn.Module, tasks: Tensor) -> Iterator[Lora]:

@@ -36,8 +36,8 @@ _SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Lora:
-    """One LoRA.
+class LoraFile:
+    """What a LoRA's folder holds.
 
     Args:
         updates: By position name the factors A ``(r, in_features)`` and B ``(out_features, r)`` as the file holds them,
@@ -51,7 +51,7 @@ class Lora:
     num_bytes: int
 
 
-def read_lora(task: str, folder: str | os.PathLike[str], positions: Mapping[str, Position]) -> Lora:  # noqa: DOC502
+def read_lora(task: str, folder: str | os.PathLike[str], positions: Mapping[str, Position]) -> LoraFile:  # noqa: DOC502
     """Read a LoRA folder, from the disk alone.
 
     The scaling is ``lora_alpha / r``, or ``lora_alpha / √r`` with ``use_rslora``; ``rank_pattern`` and
@@ -93,7 +93,7 @@ def read_lora(task: str, folder: str | os.PathLike[str], positions: Mapping[str,
         )
     updates = {name: _update(positions[name], pair, config, where) for name, pair in pairs.items()}
     tensors = list(state_dict.values())
-    return Lora(updates, sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors))
+    return LoraFile(updates, sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors))
 
 
 def _read_config(path: Path, where: str) -> LoraConfig:

@@ -41,7 +41,7 @@ class PositionMonitor:
         self._passes += 1
         for position, base_norm in zip(network.positions, network.base_norms, strict=True):
             name, factors = position.name, generated[position.name]
-            update = _norm_of_largest(factors) / base_norm
+            update = _largest_update(factors) / base_norm
             self._updates[name] = torch.maximum(self._updates.get(name, update), update)
             for tensor in (factors.lora_A, factors.lora_B):
                 tensor.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
@@ -52,7 +52,7 @@ class PositionMonitor:
 
 
 @torch.no_grad()
-def _norm_of_largest(factors: Factors) -> Tensor:
+def _largest_update(factors: Factors) -> Tensor:
     """Largest ‖B·S·A‖_F of any task, without the product."""
     factors = Factors(*(tensor.float() for tensor in factors))
     A, B = factors.lora_A, factors.outer()

@@ -14,12 +14,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hyperadapt import HyperAdapterConfig, diagnose, export_lora
-from hyperadapt.cards.card import addressed, template, write_card, write_lora_card
+from hyperadapt.cards.card import addressed, template, write_card
+from hyperadapt.cards.lora_card import write_lora_card
 from tests.support.card_schema import check_card, python_code
 from tests.support.helpers import (
     TASK_TYPES,
     VOCABULARY,
-    adapted_model,
     adapter_config,
     base_model,
     make_active,
@@ -188,34 +188,6 @@ def test_errors_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         write_card(model, tmp_path, colour="red")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("format", "library", "text"),
-    [
-        ("peft", "peft", "PeftModel.from_pretrained(base_model,"),
-        ("gguf-ready", "peft", "convert_lora_to_gguf.py --base "),
-        ("mlx", "mlx", "mlx_lm.generate --model org/base --adapter-path"),
-        ("diffusers", "diffusers", "pipeline.load_lora_weights("),
-    ],
-)
-def test_cards_of_exports(tmp_path: Path, format: str, library: str, text: str) -> None:
-    write_lora_card(named("llama", "org/base"), "beta", ["Is it spam?"], tmp_path, format=format)
-    card = ModelCard.load(tmp_path / "README.md")
-    check_card(card)
-    assert (card.data.library_name, card.data.base_model) == (library, "org/base")
-    assert text in card.text
-    assert "import hyperadapt" not in card.text
-
-
-def test_the_card_of_an_export_follows_its_task(tmp_path: Path) -> None:
-    model = adapted_model("llama", tasks=["alpha", "beta"])
-    for task in ("alpha", "beta"):
-        export_lora(model, task, tmp_path)
-        assert f"Exported from task `{task}`" in (tmp_path / "README.md").read_text()
-    (tmp_path / "README.md").write_bytes(b"mine \xff")
-    export_lora(model, "alpha", tmp_path)
-    assert (tmp_path / "README.md").read_bytes() == b"mine \xff"
 
 
 def test_the_code_can_be_given_another_address(tmp_path: Path) -> None:

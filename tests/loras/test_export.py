@@ -16,6 +16,7 @@ from hyperadapt import export_lora, export_loras, generate_lora
 from hyperadapt.config.checks import shown
 from hyperadapt.loras import export
 from hyperadapt.loras import writing as formats
+from hyperadapt.loras.lora import Lora
 from hyperadapt.normalization import NORMALIZATIONS
 from tests.support.helpers import (
     TASK_TYPES,
@@ -261,15 +262,6 @@ def test_every_module_gets_a_rank_that_servers_take(tmp_path: Path, ranks: tuple
         assert not lora_B[:, rank:].any()
 
 
-def test_an_export_has_a_card(tmp_path: Path) -> None:
-    model = adapted_model("llama", tasks={"alpha": "find the topic", "beta": "is it spam"}, task_type="CAUSAL_LM")
-    export_lora(model, "beta", tmp_path / "lora")
-    text = (tmp_path / "lora" / "README.md").read_text()
-    assert "beta" in text
-    assert "is it spam" in text
-    assert str(tmp_path / "lora") in text
-
-
 def test_all_tasks_are_exported_to_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"task {index}" for index in range(2 * export._TASKS_AT_ONCE + 3)]
     model = adapted_model("llama", tasks=names, target_modules=["q_proj", "v_proj"])
@@ -348,7 +340,7 @@ def test_of_several_tasks_all_or_none_are_written(
         export_lora(model, "alpha", tmp_path / "all" / "alpha")
     before = contents(tmp_path)
 
-    def fail_at_the_second(lora: formats.Lora, folder: Path) -> None:
+    def fail_at_the_second(lora: Lora, folder: Path) -> None:
         if written:
             raise OSError("disk full")
         written.append(folder)
