@@ -151,28 +151,13 @@ def _completed_card(model: PeftModel, path: Path, facts: CardFacts) -> ModelCard
 
 
 def may_be_written_anew(directory: str | os.PathLike[str]) -> bool:
-    """Whether a folder has no card, or one that says that it may be rewritten.
-
-    Args:
-        directory: The folder.
-
-    Returns:
-        Whether replacing the card loses nobody's words.
-    """
+    """Whether a folder has no card, or one that says that it may be rewritten, so that nobody's words are lost."""
     path = Path(directory, CARD)
     return not path.exists() or MARKER.encode() in path.read_bytes()
 
 
 def addressed(text: str, address: str) -> str:
-    """A card whose code loads the adapter from elsewhere.
-
-    Args:
-        text: The card.
-        address: Folder of the adapter, or its name on the Hub.
-
-    Returns:
-        The card.
-    """
+    """A card whose code loads the adapter from `address`, a folder or a name on the Hub."""
     return re.sub(
         r'(PeftModel\.from_pretrained\(base_model, )"(?:[^"\\]|\\.)*"',
         lambda match: match[1] + json.dumps(address),
@@ -181,14 +166,7 @@ def addressed(text: str, address: str) -> str:
 
 
 def template(name: str) -> Path:
-    """Path of a template of cards.
-
-    Args:
-        name: Its file name.
-
-    Returns:
-        Where it is.
-    """
+    """Path of a template of cards."""
     return Path(__file__).parent / "templates" / name
 
 

@@ -13,15 +13,7 @@ _SHOWN_TASKS = 100
 
 
 def task_table(config: HyperAdapterConfig, results: Mapping[str, Mapping[str, float]]) -> str:
-    """The tasks with their descriptions and results.
-
-    Args:
-        config: The adapter's configuration.
-        results: Task -> metric -> value.
-
-    Returns:
-        A table of at most 100 tasks.
-    """
+    """The tasks with their descriptions and results (task -> metric -> value), a table of at most 100 tasks."""
     metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
     rows = [["task", "description", *metrics]]
     for task in config.task_names[:_SHOWN_TASKS]:
@@ -34,14 +26,7 @@ def task_table(config: HyperAdapterConfig, results: Mapping[str, Mapping[str, fl
 
 
 def normalization_text(config: HyperAdapterConfig) -> str:
-    """How the updates are generated and normalised.
-
-    Args:
-        config: The adapter's configuration.
-
-    Returns:
-        A paragraph.
-    """
+    """How the updates are generated and normalised, a paragraph."""
     options = ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in config.normalization_options.items()
@@ -54,14 +39,7 @@ def normalization_text(config: HyperAdapterConfig) -> str:
 
 
 def diagnosis_table(diagnosis: Diagnosis) -> str:
-    """How much the tasks' updates differ.
-
-    Args:
-        diagnosis: What ``diagnose`` measured.
-
-    Returns:
-        A sentence, and a table of at most 100 tasks.
-    """
+    """How much the tasks' updates differ: a sentence, and a table of at most 100 tasks."""
     rows = [["task", "‖ΔW‖ / ‖W₀‖", "nearest task (cosine)"]]
     for index, task in enumerate(diagnosis.tasks[:_SHOWN_TASKS]):
         norm = f"{float(diagnosis.task_norms[index]):.3g}"
@@ -71,27 +49,13 @@ def diagnosis_table(diagnosis: Diagnosis) -> str:
 
 
 def facts_list(facts: Mapping[str, Any]) -> str:
-    """Facts as a list.
-
-    Args:
-        facts: Name -> number, text, or a mapping of such.
-
-    Returns:
-        One line for each.
-    """
+    """Facts, name -> number, text, or a mapping of such, as a list with a line for each."""
     lines = [f"- {plain(name).replace('_', ' ')}: {plain(_value(value))}" for name, value in facts.items()]
     return "\n".join(lines)
 
 
 def plain(text: str) -> str:
-    """Text that cannot break out of a line, a table or code.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The text in one line, without what Markdown and HTML would take for more than text.
-    """
+    """Text in one line that cannot break out of a table or code, nor be taken for Markdown or HTML."""
     return re.sub(r"\s+", " ", text).replace("|", r"\|").replace("`", "'").replace("<", "&lt;").strip()
 
 

@@ -26,14 +26,11 @@ _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model as a card speaks of it.
+    """The base model as a card speaks of it."""
 
-    Args:
-        path: What it is loaded from: a name on the Hub or a folder; None if that is not known.
-        hub_id: Its name on the Hub, None if it was loaded from a folder.
-    """
-
+    # What it is loaded from, a name on the Hub or a folder; None if that is not known.
     path: str | None
+    # Its name on the Hub; None if it was loaded from a folder.
     hub_id: str | None
 
     @property
@@ -48,29 +45,14 @@ class BaseModel:
 
 
 def base_model_of(model: nn.Module, hub_id: str | None = None) -> BaseModel:
-    """The base model of a hyperadapter.
-
-    Args:
-        model: A ``PeftModel`` with a hyperadapter.
-        hub_id: Its name on the Hub, where it was loaded from a folder.
-
-    Returns:
-        The base model.
-    """
+    """The base model of a hyperadapter; `hub_id` names it where it was loaded from a folder."""
     tuner = find_tuner(model)
     path = tuner.router.network(tuner.active_adapters[0]).config.base_model_name_or_path
     return BaseModel(hub_id or path or None, hub_id or (path if is_on_the_hub(path) else None))
 
 
 def is_on_the_hub(path: str | None) -> bool:
-    """Whether a model or data set is loaded from the Hub.
-
-    Args:
-        path: What it is loaded from.
-
-    Returns:
-        Whether that is a name on the Hub, and no folder.
-    """
+    """Whether what a model or data set is loaded from is a name on the Hub, and no folder."""
     if not path or os.path.exists(path):
         return False
     try:
@@ -81,16 +63,7 @@ def is_on_the_hub(path: str | None) -> bool:
 
 
 def usage(model: nn.Module, base: BaseModel, address: str) -> str:
-    """Code that loads a hyperadapter and runs one of its tasks.
-
-    Args:
-        model: The ``PeftModel``.
-        base: Its base model.
-        address: Folder of the adapter, or its name on the Hub.
-
-    Returns:
-        A block of code in Markdown.
-    """
+    """Code in Markdown that loads a hyperadapter from a folder or the Hub and runs one of its tasks."""
     tuner = find_tuner(model)
     task = tuner.router.network(tuner.active_adapters[0]).config.fallback_task
     return _snippet(
@@ -99,17 +72,7 @@ def usage(model: nn.Module, base: BaseModel, address: str) -> str:
 
 
 def lora_usage(model: nn.Module, base: BaseModel, address: str, format: str) -> str:
-    """How an exported LoRA is used.
-
-    Args:
-        model: The ``PeftModel`` that it was exported from.
-        base: Its base model.
-        address: Folder of the LoRA, or its name on the Hub.
-        format: Format of the export.
-
-    Returns:
-        Markdown.
-    """
+    """Markdown on how an exported LoRA is used."""
     path = base.path or "path/to/the/base/model"
     if format == "mlx":
         return f"```text\nmlx_lm.generate --model {path} --adapter-path {address} --prompt Hello\n```"

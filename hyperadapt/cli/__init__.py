@@ -28,11 +28,7 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are told in a line, without a traceback.
-
-    Raises:
-        USER_ERRORS: With HYPERADAPT_TRACEBACK=1, what else is told in a line.
-    """
+    """Run the command line; errors that a user can mend are told in a line, without a traceback."""
     install_warnings()
     try:
         app()

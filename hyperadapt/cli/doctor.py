@@ -25,13 +25,7 @@ _OPTIONAL = {
 
 
 def report() -> dict[str, Any]:
-    """Look at the installation; nothing is loaded and the network is not used.
-
-    Returns:
-        ``versions`` (package -> version, None where it is missing), ``devices``, ``kernels`` (what computes the Gram
-        matrices: ``"triton"`` or ``"torch"``, and why), ``hub`` (endpoint, whether there is a token, whether offline),
-        ``missing`` (package -> what is not available without it, and what installs it).
-    """
+    """Versions, devices, kernels, Hub, and what is missing; nothing is loaded and the network is not used."""
     versions = {"python": platform.python_version()} | {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
     missing = {
         name: {"without": without, "remedy": remedy}

@@ -22,35 +22,18 @@ FAILURE, MISUSE, INTERRUPTED = 1, 2, 130
 
 @contextlib.contextmanager
 def quiet_output() -> Iterator[None]:
-    """Send what libraries print to the standard error, so that the standard output holds the result alone.
-
-    Yields:
-        None.
-    """
+    """Send what libraries print to the standard error, so that the standard output holds the result alone."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """Print the result of a command.
-
-    Args:
-        result: For machines. Numbers that are not finite, which JSON lacks, become null.
-        text: For people.
-        as_json: Which of the two.
-    """
+    """Print the result of a command, for machines with null for numbers that are not finite, or as text."""
     print(json.dumps(finite(result), indent=2, ensure_ascii=False) if as_json else text, flush=True)
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
-    """Aligned columns: text to the left, numbers to the right.
-
-    Args:
-        rows: The rows, the head first.
-
-    Returns:
-        The lines.
-    """
+    """Aligned columns, text to the left and numbers to the right; the first row is the head."""
     cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [isinstance(cell, int | float) for cell in rows[-1]]
@@ -65,11 +48,7 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def report_error(error: BaseException) -> None:
-    """Say on the standard error what went wrong; and on the standard output, if that is read by a machine.
-
-    Args:
-        error: The error.
-    """
+    """Say on the standard error what went wrong; and on the standard output, if that is read by a machine."""
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     message = message or type(error).__name__
     print(f"error: {message}", file=sys.stderr)

@@ -55,7 +55,7 @@ class _Destination:
         return "" if self.subfolder is None else f"{self.subfolder}/"
 
 
-def push(  # noqa: DOC502, DOC503
+def push(  # noqa: DOC503
     source: PeftModel | str | os.PathLike[str],
     repo_id: str,
     *,

@@ -63,14 +63,10 @@ class Distillation:
 
 
 class _Group(NamedTuple):
-    """The positions of one shape, and what is to be generated there.
-
-    Args:
-        names: Names of the positions.
-        targets: The LoRAs' updates with leading dimensions ``(tasks, positions)``, padded to one rank with zeros.
-    """
+    """The positions of one shape, and what is to be generated there."""
 
     names: list[str]
+    # The LoRAs' updates with leading dimensions (tasks, positions), padded to one rank with zeros.
     targets: Factors
 
 
@@ -155,18 +151,13 @@ def distill(  # noqa: DOC503
 
 
 class _Problem(NamedTuple):
-    """What is to be fitted.
-
-    Args:
-        network: The network.
-        task_ids: Ids of the tasks, shape ``(tasks,)``.
-        groups: The targets.
-        squared_norms: Squared norms of the tasks' targets over all positions, shape ``(tasks,)``, float64.
-    """
+    """What is to be fitted."""
 
     network: HyperAdapterNetwork
+    # Shape (tasks,).
     task_ids: Tensor
     groups: list[_Group]
+    # Of the tasks' targets over all positions, shape (tasks,), float64.
     squared_norms: Tensor
 
 

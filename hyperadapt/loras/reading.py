@@ -37,38 +37,21 @@ _SHOWN_NAMES = 5
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """What a LoRA's folder holds.
+    """What a LoRA's folder holds."""
 
-    Args:
-        updates: By position name the factors A ``(r, in_features)`` and B ``(out_features, r)`` as the file holds them,
-            and as core the scaling times the identity; where the LoRA has no factors, there is no entry.
-        parameters: Number of weights in the file.
-        num_bytes: Their size.
-    """
-
+    # By position name A (r, in_features) and B (out_features, r) as the file holds them, and as core the scaling times
+    # the identity; no entry where the LoRA has no factors.
     updates: dict[str, Factors]
+    # Number of weights in the file, and their size.
     parameters: int
     num_bytes: int
 
 
-def read_lora(task: str, folder: str | os.PathLike[str], positions: Mapping[str, Position]) -> LoraFile:  # noqa: DOC502
-    """Read a LoRA folder, from the disk alone.
+def read_lora(task: str, folder: str | os.PathLike[str], positions: Mapping[str, Position]) -> LoraFile:
+    """Read a LoRA folder, from the disk alone; `positions`, by name, are those that it may adapt.
 
     The scaling is ``lora_alpha / r``, or ``lora_alpha / √r`` with ``use_rslora``; ``rank_pattern`` and
     ``alpha_pattern`` are heeded. Kernels of convolutions are flattened as a hyperadapter does.
-
-    Args:
-        task: Name of the LoRA's task, for messages.
-        folder: Where ``save_pretrained`` wrote it.
-        positions: The positions that it may adapt, by name.
-
-    Returns:
-        The LoRA.
-
-    Raises:
-        FileNotFoundError: If the folder or a file in it is missing.
-        ValueError: If a file is damaged, the folder holds something else than a plain LoRA, or its weights do not fit
-            the positions.
     """
     path, where = Path(folder), f"The LoRA of task {task!r} in {str(folder)!r}"
     for file in (path / CONFIG_NAME, path / SAFETENSORS_WEIGHTS_NAME):

@@ -22,9 +22,9 @@ except ModuleNotFoundError as error:
         'Pictures are drawn by matplotlib, which is not installed. Install it with pip install "hyperadapt[plot]".'
     ) from error
 
-from hyperadapt.plots.adapter import draw_adapter
+from hyperadapt.plots.adapter import adapter_figures
 from hyperadapt.plots.axes import picture_style
-from hyperadapt.plots.training import draw_training
+from hyperadapt.plots.training import training_figure
 
 __all__ = ["draw", "plot"]
 
@@ -88,7 +88,8 @@ def draw(  # noqa: DOC502
       of the update ΔW, by index; means over tasks, then median and range over positions.
     - ``update_norms``: ‖ΔW‖_F of every task at every position.
     - ``cosines``: cosines between the tasks' updates; left out for a single task.
-    - ``training``: see ``draw_training``; left out without `log_history`, or if that holds no training loss.
+    - ``training``: training loss, overall and by task, and norm of the gradient, overall and by position, as logged;
+      left out without `log_history`, or if that holds no training loss.
 
     Norms and singular values are relative to ‖W₀‖_F of the base weight. The pictures also say what ``diagnose`` warns
     of, that all updates are zero or hardly depend on the task; here that is no warning.
@@ -113,8 +114,8 @@ def make_figures(
 ) -> dict[str, Figure]:
     """As ``draw``, of the tasks that were measured."""
     tuner = find_tuner(model)
-    figures = draw_adapter(tuner.router.network(tuner.active_adapters[0]), diagnosis)
-    training = None if log_history is None else draw_training(log_history, diagnosis.tasks)
+    figures = adapter_figures(tuner.router.network(tuner.active_adapters[0]), diagnosis)
+    training = None if log_history is None else training_figure(log_history, diagnosis.tasks)
     return figures if training is None else figures | {"training": training}
 
 

@@ -39,16 +39,8 @@ _MAX_NAMES = 40
 _NO_VALUE = "#DDDDDD"
 
 
-def draw_adapter(network: HyperAdapterNetwork, diagnosis: Diagnosis) -> dict[str, Figure]:
-    """Draw what a network generates.
-
-    Args:
-        network: The network.
-        diagnosis: What ``diagnose`` says of it, for the tasks to show.
-
-    Returns:
-        Figures by name, as ``hyperadapt.plots.draw`` lists them.
-    """
+def adapter_figures(network: HyperAdapterNetwork, diagnosis: Diagnosis) -> dict[str, Figure]:
+    """What a network generates for the measured tasks: figures by name, as ``plots.draw`` lists them."""
     ids = torch.tensor([network.config.task_names.index(task) for task in diagnosis.tasks])
     figures = {}
     with picture_style():

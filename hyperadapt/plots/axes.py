@@ -39,24 +39,12 @@ _STYLE = {
 
 
 def picture_style() -> AbstractContextManager[None]:
-    """Settings for making and saving pictures, whatever the user's own are; those come back afterwards.
-
-    Returns:
-        A context.
-    """
+    """Settings for making and saving pictures, whatever the user's own are; those come back afterwards."""
     return style.context(_STYLE, after_reset=True)
 
 
 def label(name: str, width: int = 28) -> str:
-    """A name as it stands in a picture: on one line, not read as a formula, without its middle if long.
-
-    Args:
-        name: The name.
-        width: The most characters.
-
-    Returns:
-        The text for matplotlib.
-    """
+    """A name as it stands in a picture: on one line, not read as a formula, without its middle if it is long."""
     text = " ".join(name.split())
     if len(text) > width:
         text = f"{text[: width // 2]}…{text[width // 2 + 1 - width :]}"
@@ -65,26 +53,12 @@ def label(name: str, width: int = 28) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things in words.
-
-    Args:
-        number: How many.
-        noun: What, in the singular.
-
-    Returns:
-        The words.
-    """
+    """A number of things in words, such as "3 tasks"; the noun is given in the singular."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def name_ticks(axis: Axis, names: Sequence[str], places: Sequence[float] | None = None) -> None:
-    """Name the ticks of an axis: of many only every n-th, and along x slanted where they need the room.
-
-    Args:
-        axis: The axis.
-        names: Names, not yet made fit for matplotlib.
-        places: Where they belong; None for 0, 1, 2 and so on.
-    """
+    """Name the ticks of an axis: of many only every n-th, and along x slanted where they need the room."""
     step = math.ceil(len(names) / _MAX_TICKS)
     labels = [label(name) for name in names[::step]]
     look: dict[str, Any] = {"fontsize": 9 if len(names) <= 20 else 7.5}
@@ -95,16 +69,7 @@ def name_ticks(axis: Axis, names: Sequence[str], places: Sequence[float] | None 
 
 
 def draw_spread(axes: Axes, x: Array, values: Array, name: str, color: str, line: str) -> None:
-    """Draw the median, and a band from the smallest to the largest value.
-
-    Args:
-        axes: Where.
-        x: Shape ``(n,)``.
-        values: Shape ``(any number, n)``; NaN is left out.
-        name: For the legend.
-        color: Of line and band.
-        line: Format of the line.
-    """
+    """Draw median and range of `values`, shape ``(any, n)``, at x, shape ``(n,)``; NaN is left out."""
     shown = ~np.isnan(values).all(0)
     median, low, high = np.full((3, len(x)), np.nan)
     median[shown] = np.nanmedian(values[:, shown], axis=0)
@@ -116,11 +81,7 @@ def draw_spread(axes: Axes, x: Array, values: Array, name: str, color: str, line
 
 
 def use_log_scale(axes: Axes) -> None:
-    """Scale y by the lines that were drawn; zeros, which have no place there, are marked at the lower edge.
-
-    Args:
-        axes: Where; nothing that is drawn later counts.
-    """
+    """Scale y by the lines drawn so far; zeros, which have no place there, are marked at the lower edge."""
     x, y = np.concatenate([np.asarray(line.get_xydata(), dtype=np.float64) for line in axes.lines]).T
     positive = y[y > 0]
     low, high = (positive.min() / 1.5, positive.max() * 1.5) if positive.size else (0.1, 1)
@@ -136,15 +97,7 @@ def use_log_scale(axes: Axes) -> None:
 
 
 def mark(axes: Axes, x: Array, edge: float, marker: str, name: str) -> None:
-    """Mark what cannot be drawn at the lower or upper edge.
-
-    Args:
-        axes: Where.
-        x: Where along the edge; may be empty.
-        edge: 0 for the lower, 1 for the upper.
-        marker: The mark.
-        name: For the legend.
-    """
+    """Mark at places x along the lower (0) or upper (1) edge what cannot be drawn."""
     x = np.unique(x)
     if x.size:
         look: dict[str, Any] = {"linestyle": "none", "color": RED, "clip_on": False, "zorder": 5}

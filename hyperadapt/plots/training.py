@@ -34,22 +34,12 @@ _NAMED_OF_MORE = 5
 _MAX_DOTS = 40
 
 
-def draw_training(log_history: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Figure | None:
-    """Draw the training loss, and the norm of the gradient on a logarithmic axis.
+def training_figure(log_history: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Figure | None:
+    """The training loss, and the norm of the gradient on a logarithmic axis; None if no training loss was logged.
 
     Reads ``loss``, ``loss_<task>``, ``grad_norm`` and ``grad_norm/<position>``, where they were logged. Values that are
     not finite are marked at the upper edge, norms of zero at the lower one. Of more than 14 tasks only the five with
     the highest losses at the end have names.
-
-    Args:
-        log_history: What a trainer logged.
-        tasks: Names of the tasks to show.
-
-    Returns:
-        The figure; None if no training loss was logged.
-
-    Raises:
-        TypeError: If `log_history` is no list of dicts, or holds anything but a number where one belongs.
     """
     if isinstance(log_history, Mapping) or not all(isinstance(entry, Mapping) for entry in log_history):
         raise TypeError(f"log_history={shown(log_history)} must be a list of dicts; pass trainer.state.log_history.")

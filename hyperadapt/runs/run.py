@@ -70,9 +70,7 @@ def load_run(  # noqa: DOC502
     return Run(model.to(device).eval(), tokenizer, recipe, record, folder)
 
 
-def load_model(  # noqa: DOC503
-    source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-) -> PeftModel:
+def load_model(source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> PeftModel:
     """Load an adapter, whether or not a recipe lies beside it.
 
     Args:

@@ -14,11 +14,12 @@ IGNORED = -100
 
 @torch.no_grad()
 def row_losses(outputs: Mapping[str, Any], labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
-    """Sums of losses and numbers of terms, ``(batch,)`` each, float32, whose quotient is each row's mean loss.
+    """Sums and counts, float32, shape ``(batch,)``, whose quotient is each row's mean loss.
 
     Classification, multi-label classification and regression count a row as one; language models and token
-    classification count the tokens whose label is not -100. One row's logits at a time are widened to float32. TRL's
-    trainers, which form no logits, give ``log_probs`` and ``label_mask``. ``shift``: a token's label is the next token.
+    classification count the tokens whose label is not -100. One row's logits at a time are widened to float32.
+    `outputs` holds ``logits``, ``(batch, classes)`` or ``(batch, length, classes)``; or, from TRL's trainers, which do
+    not form them, ``log_probs`` and ``label_mask``, ``(batch, length)``. With `shift` the label of a token is the next.
     """
     if "log_probs" in outputs:
         return -outputs["log_probs"].float().sum(1), outputs["label_mask"].float().sum(1)

@@ -24,10 +24,10 @@ class PositionMonitor:
         network.register_forward_hook(self._watch)
 
     def collect(self) -> tuple[dict[str, float], dict[str, float]]:
-        """What was seen since the last call in this process, by position name.
+        """What was seen since the last call, in this process: largest update and norm of the gradient by position name.
 
-        The largest ‖ΔW‖_F / ‖W₀‖_F of any task, dimensionless; and the norm of the gradient by the factors A and B of
-        all tasks of a forward pass, as the root mean square over the passes.
+        The update is ‖ΔW‖_F / ‖W₀‖_F of any task; the gradient is the one by the factors A and B of all tasks of a
+        forward pass, as the root mean square over the passes.
         """
         updates = {name: float(value) for name, value in self._updates.items()}
         gradients = {name: float((total / self._passes).sqrt()) for name, total in self._gradients.items()}

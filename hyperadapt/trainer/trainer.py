@@ -46,8 +46,8 @@ class TaskTrainerMixin(Trainer):
         temperature: As in ``TaskSampler``.
         max_tasks_per_batch: As in ``TaskSampler``.
         log_task_losses: Whether to log the training loss of each task, at the cost of reading the logits once more.
-        log_positions: Whether to log ``update_norm/<position>`` and ``grad_norm/<position>`` (see
-            ``PositionMonitor``), and to warn of positions where one is not finite.
+        log_positions: Whether to log ``update_norm/<position>``, the largest ‖ΔW‖_F / ‖W₀‖_F of any task, and
+            ``grad_norm/<position>``, by the factors of all tasks, and to warn of positions where one is not finite.
         **kwargs: As for the other trainer.
 
     Raises:

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hyperadapt.plots.training import draw_training
+from hyperadapt.plots.training import training_figure
 
 
 def entry(step: int, loss: float, grad_norm: float | None = None, **values: float) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def curves(axes: Axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def drawn(history: list[dict[str, Any]], tasks: list[str]) -> Figure:
-    figure = draw_training(history, tasks)
+    figure = training_figure(history, tasks)
     assert figure is not None
     figure.draw_without_rendering()
     return figure
@@ -144,18 +144,18 @@ def test_a_single_entry_is_visible_and_has_its_step_as_a_tick() -> None:
 
 @pytest.mark.parametrize("history", [[], [{"eval_loss": 1.0, "step": 3}, {"train_loss": 2.0, "step": 3}]])
 def test_without_a_training_loss_there_is_no_picture(history: list[dict[str, Any]]) -> None:
-    assert draw_training(history, ["a"]) is None
+    assert training_figure(history, ["a"]) is None
 
 
 def test_anything_but_a_log_is_refused() -> None:
     message = "must be a list of dicts; pass trainer.state.log_history."
     for wrong in ({"loss": 1.0}, [entry(1, 1.0), 7], "a log"):
         with pytest.raises(TypeError, match=re.escape(message)):
-            draw_training(wrong, ["a"])
+            training_figure(wrong, ["a"])
     for key, value in (("loss_a", "1.0"), ("loss", None), ("grad_norm", torch.ones(1)), ("grad_norm/p", [1.0])):
         with pytest.raises(
             TypeError, match=re.escape(f"log_history has {key}=") + r".* at step=3; both must be numbers\."
         ):
-            draw_training([entry(3, 1.0) | {key: value}], ["a"])
+            training_figure([entry(3, 1.0) | {key: value}], ["a"])
     with pytest.raises(TypeError, match="at step='3'; both must be numbers"):
-        draw_training([{"loss": 1.0, "step": "3"}], ["a"])
+        training_figure([{"loss": 1.0, "step": "3"}], ["a"])
