@@ -14,7 +14,7 @@ from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.hypernetwork.updates import pairwise_inner_products, singular_values
 from hyperadapt.tasks.ids import resolve_task_ids
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import active_network
 
 # A share of the squared norm: what tells the tasks' updates apart then is below a tenth (√0.01) of the updates' norm.
 # With random heads, before any training, the share is above 0.1.
@@ -117,7 +117,7 @@ def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
     """
     diagnosis = measure(model, tasks)
     count = len(diagnosis.tasks)
-    [adapter_name] = find_tuner(model).active_adapters
+    adapter_name, _ = active_network(model)
     if diagnosis.is_zero:
         warnings.warn(
             f"All updates of adapter {adapter_name!r} are zero: it computes exactly what the base model "
@@ -138,12 +138,7 @@ def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
 
 def measure(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
     """As ``diagnose``, without a warning."""
-    tuner = find_tuner(model)
-    if len(tuner.active_adapters) != 1:
-        raise ValueError(
-            f"diagnose looks at one adapter, but {tuner.active_adapters} are active. Set one with set_adapter."
-        )
-    network = whole_network(tuner.router.network(tuner.active_adapters[0]))
+    network = whole_network(active_network(model)[1])
     if isinstance(tasks, str):
         raise TypeError(f"tasks={tasks!r} must be a list of task names, or None for all.")
     names = network.config.task_names if tasks is None else list(tasks)

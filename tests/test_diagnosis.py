@@ -158,7 +158,7 @@ def test_bad_calls() -> None:
     with pytest.raises(TypeError, match="tasks='alpha' must be a list of task names, or None"):
         diagnose(model, "alpha")
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match=re.escape("one adapter, but ['default', 'second'] are active.")):
+    with pytest.raises(ValueError, match=re.escape("One adapter must be active, but ['default', 'second'] are.")):
         diagnose(model)
     with pytest.raises(TypeError, match="has no hyperadapter"):
         diagnose(torch.nn.Linear(2, 2))

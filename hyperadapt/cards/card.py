@@ -13,15 +13,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
-from torch import nn
 
 from hyperadapt.cards.sections import diagnosis_table, facts_list, normalization_text, plain, task_table
 from hyperadapt.cards.snippets import base_model_of, usage
 from hyperadapt.config.checks import shown
-from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.files import write_whole
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import first_network
 
 CARD = "README.md"
 MARKER = "<!-- Written by hyperadapt, which may write it anew. Delete this line to keep your own words. -->"
@@ -106,7 +104,7 @@ def card_text(model: PeftModel, directory: str | os.PathLike[str], *, overwrite:
 
 def _new_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
     """A new card; the adapter is loaded from `address` if the facts name no repository."""
-    config = _config(model)
+    config = first_network(model).config
     unknown = sorted(facts.results.keys() - set(config.tasks))
     if unknown:
         raise ValueError(
@@ -115,7 +113,7 @@ def _new_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
     base = base_model_of(model, facts.base_model)
     address = facts.repo_id or address
     title = facts.title or f"{len(config.tasks)} tasks for {base.name} in one hyperadapter"
-    positions = len(find_tuner(model).router.network(model.active_adapter).positions)
+    positions = len(first_network(model).positions)
     card: ModelCard = ModelCard.from_template(
         _card_data(model, facts, title),
         template_path=str(template("template.md")),
@@ -170,13 +168,8 @@ def template(name: str) -> Path:
     return Path(__file__).parent / "templates" / name
 
 
-def _config(model: nn.Module) -> HyperAdapterConfig:
-    tuner = find_tuner(model)
-    return tuner.router.network(tuner.active_adapters[0]).config
-
-
 def _card_data(model: PeftModel, facts: CardFacts, title: str) -> ModelCardData:
-    config, base = _config(model), base_model_of(model, facts.base_model)
+    config, base = first_network(model).config, base_model_of(model, facts.base_model)
     pipeline = PIPELINES.get(config.task_type or "")
     given = getattr(model.get_base_model(), "model_tags", None) or []
     results = [

@@ -14,7 +14,7 @@ from hyperadapt.cards.card import CARD, MARKER, PIPELINES, template
 from hyperadapt.cards.sections import plain
 from hyperadapt.cards.snippets import base_model_of, lora_usage
 from hyperadapt.files import write_whole
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import first_network
 
 
 def write_lora_card(
@@ -31,7 +31,7 @@ def write_lora_card(
     `task` is None for a LoRA that a description alone asked for, `address` where it is loaded from other than
     `directory`.
     """
-    base, tuner = base_model_of(model), find_tuner(model)
+    base = base_model_of(model)
     title = f"LoRA for {base.name}: {plain(task) if task else 'from a description'}"
     texts = [description] if isinstance(description, str) else list(description or ())
     kinds = {"mlx": "mlx", "diffusers": "diffusers"}
@@ -39,7 +39,7 @@ def write_lora_card(
         base_model=base.hub_id,
         base_model_relation="adapter" if base.hub_id else None,
         library_name=kinds.get(format, "peft"),
-        pipeline_tag=PIPELINES.get(tuner.router.network(tuner.active_adapters[0]).config.task_type or ""),
+        pipeline_tag=PIPELINES.get(first_network(model).config.task_type or ""),
         tags=["hyperadapt", "lora"],
     )
     card = ModelCard.from_template(

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import find_tuner, first_network
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -46,8 +46,7 @@ class BaseModel:
 
 def base_model_of(model: nn.Module, hub_id: str | None = None) -> BaseModel:
     """The base model of a hyperadapter; `hub_id` names it where it was loaded from a folder."""
-    tuner = find_tuner(model)
-    path = tuner.router.network(tuner.active_adapters[0]).config.base_model_name_or_path
+    path = first_network(model).config.base_model_name_or_path
     return BaseModel(hub_id or path or None, hub_id or (path if is_on_the_hub(path) else None))
 
 
@@ -64,8 +63,7 @@ def is_on_the_hub(path: str | None) -> bool:
 
 def usage(model: nn.Module, base: BaseModel, address: str) -> str:
     """Code in Markdown that loads a hyperadapter from a folder or the Hub and runs one of its tasks."""
-    tuner = find_tuner(model)
-    task = tuner.router.network(tuner.active_adapters[0]).config.fallback_task
+    task = first_network(model).config.fallback_task
     return _snippet(
         model, base, address, ["import hyperadapt  # registers the method with PEFT"], f", tasks={json.dumps(task)}"
     )
@@ -84,9 +82,8 @@ def lora_usage(model: nn.Module, base: BaseModel, address: str, format: str) -> 
 
 
 def _snippet(model: nn.Module, base: BaseModel, address: str, imports: list[str], routing: str) -> str:
-    tuner = find_tuner(model)
-    config = tuner.router.network(tuner.active_adapters[0]).config
-    kind = type(tuner.model)
+    config, base_model = first_network(model).config, find_tuner(model).model
+    kind = type(base_model)
     auto = _AUTO_CLASSES.get(config.task_type or "")
     if base.path is None or not kind.__module__.startswith("transformers."):
         # Only its maker knows how such a model is made.
@@ -94,11 +91,11 @@ def _snippet(model: nn.Module, base: BaseModel, address: str, imports: list[str]
         lines += [f"model = PeftModel.from_pretrained(base_model, {json.dumps(address)})", f"model(**batch{routing})"]
         return "\n".join([*lines, "```"])
     loader = auto or kind.__name__
-    has_text = hasattr(tuner.model.config, "vocab_size")
+    has_text = hasattr(base_model.config, "vocab_size")
     arguments = [json.dumps(base.path)]
     if config.task_type in _CLASSIFIERS:
-        arguments.append(f"num_labels={tuner.model.config.num_labels}")
-    dtype = tuner.model.dtype
+        arguments.append(f"num_labels={base_model.config.num_labels}")
+    dtype = base_model.dtype
     if dtype not in (torch.float32, None):
         arguments.append(f'dtype="{str(dtype).removeprefix("torch.")}"')
     lines = [*imports, "from peft import PeftModel"]

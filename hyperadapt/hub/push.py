@@ -20,7 +20,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from hyperadapt.cards.card import CARD, addressed, may_be_written_anew, write_card
 from hyperadapt.hub.failures import explained
 from hyperadapt.hub.folder import checked_files
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import active_network
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def push(  # noqa: DOC503
         repo_id, private, token, revision, subfolder, create_pr, commit_message, commit_description
     )
     if isinstance(source, PeftModel):
-        return _push_model(source, [_active_adapter(source)], destination)
+        return _push_model(source, [active_network(source)[0]], destination)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source is of type {type(source).__name__}, but must be a PeftModel or a folder.")
     return _publish(Path(source), destination)
@@ -132,7 +132,7 @@ def create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
 
 def _push_model(model: PeftModel, names: list[str], destination: _Destination, tags: Sequence[str] = ()) -> CommitInfo:
     """Publish adapters: the active one at the top, where it is looked for, others in folders of their names."""
-    active = _active_adapter(model)
+    active, _ = active_network(model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "published")
         for name in names:
@@ -197,10 +197,3 @@ def _content(name: str, path: Path, repo_id: str, subfolder: str | None) -> Path
         call = f"PeftModel.from_pretrained(base_model, {json.dumps(repo_id)}"
         text = text.replace(f"{call})", f"{call}, subfolder={json.dumps(subfolder)})")
     return text.encode()
-
-
-def _active_adapter(model: PeftModel) -> str:
-    active = find_tuner(model).active_adapters
-    if len(active) != 1:
-        raise ValueError(f"One adapter is published, but {active} are active. Set one with set_adapter.")
-    return active[0]

@@ -20,7 +20,7 @@ from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.hypernetwork.updates import inner_product
 from hyperadapt.loras.reading import LoraFile, read_lora
 from hyperadapt.tasks.ids import resolve_task_ids
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import active_network, find_tuner
 
 _MAX_STEPS = 10**9
 # Adam's first steps are of full size in every entry, whatever the gradient; a short rise keeps them from mattering.
@@ -123,7 +123,7 @@ def distill(  # noqa: DOC503
     check_number("learning_rate", learning_rate)
     if tasks_per_step is not None:
         check_integer("tasks_per_step", tasks_per_step, len(adapters))
-    network = _active_network(model)
+    network = _trainable_network(model)
     task_ids = resolve_task_ids(list(adapters), network.config.task_names)
     positions = {position.name: position for position in network.positions}
     loras = [read_lora(task, folder, positions) for task, folder in adapters.items()]
@@ -242,18 +242,15 @@ def _squared_norms(groups: Sequence[_Group]) -> Tensor:
     return torch.stack([inner_product(targets, targets).sum(1) for targets in doubled]).sum(0)
 
 
-def _active_network(model: nn.Module) -> HyperAdapterNetwork:
+def _trainable_network(model: nn.Module) -> HyperAdapterNetwork:
     """The network of the only active adapter, if it can be trained here and now."""
-    tuner = find_tuner(model)
-    if len(tuner.active_adapters) != 1:
-        raise ValueError(f"distill fits one adapter, but {tuner.active_adapters} are active. Set one with set_adapter.")
-    [name] = tuner.active_adapters
-    if name in tuner.router.merged:
+    name, network = active_network(model)
+    merged = find_tuner(model).router.merged
+    if name in merged:
         raise ValueError(
-            f"Task {tuner.router.merged[name]!r} of adapter {name!r} is merged into the base weights, which would keep "
+            f"Task {merged[name]!r} of adapter {name!r} is merged into the base weights, which would keep "
             "its old update. Call unmerge_adapter() first."
         )
-    network = tuner.router.network(name)
     if whole_network(network) is not network:
         raise ValueError(
             f"Adapter {name!r} is sharded over processes, but distill runs in one: it takes no activations, so the "

@@ -23,7 +23,7 @@ from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.loras.lora import Lora, padded, uniform_rank
 from hyperadapt.loras.writing import FORMATS
 from hyperadapt.tasks.ids import resolve_task_ids
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import active_network, find_tuner
 from hyperadapt.tuner.layer import HyperAdapterLayer
 from hyperadapt.tuner.model import HyperAdapterModel
 
@@ -71,7 +71,7 @@ def export_lora(  # noqa: DOC502
         ValueError: If the task or the format is unknown, the format has no place for a module, several adapters are
             active, `directory` is a file, or parameters are partitioned by DeepSpeed's ZeRO-3 and not gathered.
     """
-    config = find_tuner(model).router.network(_exported_adapter(find_tuner(model))).config
+    config = active_network(model)[1].config
     tasks = resolve_task_ids([task], config.task_names)
     _write(model, tasks, [_Export(Path(directory), task, descriptions_of(config.task_descriptions, task))], format)
 
@@ -99,7 +99,7 @@ def export_loras(  # noqa: DOC502
         ValueError: As in ``export_lora``; or if a task's name is no safe name of a folder, or two are the same to a
             file system that ignores case.
     """
-    config = find_tuner(model).router.network(_exported_adapter(find_tuner(model))).config
+    config = active_network(model)[1].config
     names = config.task_names if tasks is None else checked_names("tasks", tasks)
     task_ids = resolve_task_ids(names, config.task_names)
     _check_folder_names(names)
@@ -133,14 +133,6 @@ def generate_lora(  # noqa: DOC502
     embedding = find_tuner(model).embed_description(description, text_encoder=text_encoder)
     descriptions = [description] if isinstance(description, str) else list(description)
     _write(model, embedding[None], [_Export(Path(directory), None, descriptions)], format)
-
-
-def _exported_adapter(tuner: HyperAdapterModel) -> str:
-    if len(tuner.active_adapters) != 1:
-        raise ValueError(
-            f"Only one adapter is exported, but {tuner.active_adapters} are active. Set one with set_adapter."
-        )
-    return tuner.active_adapters[0]
 
 
 def _check_folder_names(names: Sequence[str]) -> None:
@@ -179,11 +171,11 @@ def _write(model: nn.Module, tasks: Tensor, exports: Sequence[_Export], format: 
 def _loras(model: nn.Module, tasks: Tensor) -> Iterator[Lora]:
     """The LoRAs of tasks, in their order."""
     tuner = find_tuner(model)
-    adapter_name = _exported_adapter(tuner)
+    adapter_name, network = active_network(model)
     layers = _layers(tuner, adapter_name)
     config = _lora_config(tuner, adapter_name)
     saved = _fully_trained_state_dict(model, adapter_name)
-    network = whole_network(tuner.router.network(adapter_name))
+    network = whole_network(network)
     for chunk in torch.split(tasks, _TASKS_AT_ONCE):
         with torch.no_grad():
             generated = network(chunk)

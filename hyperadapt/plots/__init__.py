@@ -13,7 +13,7 @@ from torch import nn
 from hyperadapt.config.checks import check_choice, checked_names
 from hyperadapt.diagnosis import Diagnosis, measure
 from hyperadapt.files import whole_folder
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import active_network
 
 try:
     from matplotlib.figure import Figure
@@ -113,8 +113,7 @@ def make_figures(
     model: nn.Module, diagnosis: Diagnosis, log_history: Sequence[Mapping[str, Any]] | None
 ) -> dict[str, Figure]:
     """As ``draw``, of the tasks that were measured."""
-    tuner = find_tuner(model)
-    figures = adapter_figures(tuner.router.network(tuner.active_adapters[0]), diagnosis)
+    figures = adapter_figures(active_network(model)[1], diagnosis)
     training = None if log_history is None else training_figure(log_history, diagnosis.tasks)
     return figures if training is None else figures | {"training": training}
 

@@ -18,7 +18,7 @@ from hyperadapt.recipes.schema import check_task_name, checked_file, checked_lab
 from hyperadapt.recipes.tokens import collator
 from hyperadapt.runs.evaluation import tokenize
 from hyperadapt.runs.run import Run
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import active_network, find_tuner
 
 # Of more, that many are drawn: all of them are run through the model from up to 66 starting points.
 MAX_EXAMPLES = 256
@@ -64,9 +64,9 @@ def add_task(  # noqa: DOC502
         task = replace(task, labels=task.labels or (rows.names if rows else None))
         _check_known_labels(run, name, task)
     encoded = None if rows is None else tokenize(rows, run.recipe, run.tokenizer)
-    tuner = find_tuner(run.model)
-    tuner.add_task(name, description=description, examples=encoded, data_collator=collator(run.tokenizer, task_type))
-    config = tuner.router.network(tuner.active_adapters[0]).config
+    collate = collator(run.tokenizer, task_type)
+    find_tuner(run.model).add_task(name, description=description, examples=encoded, data_collator=collate)
+    config = active_network(run.model)[1].config
     adapter = {**run.recipe.adapter, "task_embedding": config.task_embedding}
     run.recipe = replace(run.recipe, adapter=adapter, tasks={**run.recipe.tasks, name: task})
 

@@ -58,3 +58,9 @@ def active_network(model: nn.Module) -> tuple[str, HyperAdapterNetwork]:
     """Name and network of the one active adapter of a model."""
     tuner = find_tuner(model)
     return tuner.router.only(tuner.active_adapters)
+
+
+def first_network(model: nn.Module) -> HyperAdapterNetwork:
+    """Network of the first active adapter, for what a card says of a model in which several may be active."""
+    tuner = find_tuner(model)
+    return tuner.router.network(tuner.active_adapters[0])

@@ -98,7 +98,7 @@ def test_the_active_adapter_goes_to_the_top(hub: HubServer, tmp_path: Path) -> N
     assert json.loads(published(hub)["adapter_config.json"])["tasks"] == ["one", "two"]
     model.base_model.set_adapter(["default", "second"])
     for publish in (push, lambda model, repo_id: model.push_to_hub(repo_id)):
-        with pytest.raises(ValueError, match=r"One adapter is published, but \['default', 'second'\] are active"):
+        with pytest.raises(ValueError, match=r"One adapter must be active, but \['default', 'second'\] are"):
             publish(model, "user/both")
     assert "user/both" not in hub.repos
 

@@ -238,7 +238,7 @@ def test_the_adapter_must_be_free_to_train(tmp_path: Path, monkeypatch: pytest.M
     folders = library(tmp_path)
     model = two_adapters()
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match=re.escape("one adapter, but ['default', 'second'] are active.")):
+    with pytest.raises(ValueError, match=re.escape("One adapter must be active, but ['default', 'second'] are.")):
         distill(model, folders)
     model = adapted_model("llama")
     model.set_task("beta")

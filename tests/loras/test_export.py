@@ -198,7 +198,7 @@ def test_failures_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         task, error, message = "delta", ValueError, f"Unknown task 'delta'. Known tasks: {TASKS}."
     elif case == "several adapters":
         model.base_model.set_adapter(["default", "second"])
-        error, message = ValueError, "Only one adapter is exported, but ['default', 'second'] are active."
+        error, message = ValueError, "One adapter must be active, but ['default', 'second'] are."
     elif case == "save fails":
         monkeypatch.setattr(formats, "save_file", fail)
     elif case == "card fails":

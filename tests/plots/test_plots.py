@@ -124,7 +124,7 @@ def test_bad_calls_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="has no hyperadapter"):
         plot(torch.nn.Linear(2, 2), folder)
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match=re.escape("one adapter, but ['default', 'second'] are active.")):
+    with pytest.raises(ValueError, match=re.escape("One adapter must be active, but ['default', 'second'] are.")):
         plot(model, folder)
     assert not folder.exists()
     folder.write_text("mine")
