@@ -53,6 +53,7 @@ def test_fast_form_runs_resumes_and_refuses_other_settings(
     monkeypatch.setattr("sys.argv", command)
     monkeypatch.setitem(multitask.FAST, "arms", ["separate loras", "poly", "soft_frobenius"])
     monkeypatch.setitem(multitask.FAST, "seeds", [0])
+    monkeypatch.setitem(multitask.FAST, "steps", 2)
     multitask.main()
     printed = capsys.readouterr().out
     # Three arms, at four rates each, then with two fractions.
@@ -67,7 +68,7 @@ def test_fast_form_runs_resumes_and_refuses_other_settings(
     assert "seed 0 fraction" not in capsys.readouterr().out
 
     monkeypatch.setitem(multitask.FAST, "steps", 5)
-    with pytest.raises(SystemExit, match="has rows with steps=4, not 5"):
+    with pytest.raises(SystemExit, match="has rows with steps=2, not 5"):
         multitask.main()
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,20 @@ def needs_data() -> None:
         pytest.skip(str(error))
 
 
-def run(folder: Path, processes: int, *options: str) -> str:
+def run_here(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train_accelerate", *arguments])
+    # Accelerate keeps one state for each process, also from other tests.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        train_accelerate.main()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_twofold(arguments: Sequence[str]) -> str:
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
     launcher += ["--mixed_precision", "no", "--main_process_port", "0"]
-    arguments = ["-m", "examples.train_accelerate", *OPTIONS, "--output", str(folder), *options]
-    command = [sys.executable, *(launcher if processes == 2 else []), *arguments]
+    command = [sys.executable, *launcher, "-m", "examples.train_accelerate", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
@@ -49,12 +59,23 @@ def run(folder: Path, processes: int, *options: str) -> str:
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_resumed_run_equals_a_whole_one(processes: int, tmp_path: Path) -> None:
-    output = run(tmp_path / "whole", processes)
+def test_a_resumed_run_equals_a_whole_one(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(folder: str, *options: str) -> str:
+        arguments = [*OPTIONS, "--output", str(tmp_path / folder), *options]
+        if processes == 2:
+            return run_twofold(arguments)
+        run_here(arguments, monkeypatch)
+        return capfd.readouterr().out
+
+    output = run("whole")
     assert f"{processes} processes, {'MULTI_CPU' if processes == 2 else 'NO'}\n" in output
     assert re.search(r"mean accuracy [01]\.\d{3} over 8 tasks", output)
     shutil.copytree(tmp_path / "whole" / "state", tmp_path / "resumed" / "state")
-    assert "resumed at step 4" in run(tmp_path / "resumed", processes, "--resume")
+    assert "resumed at step 4" in run("resumed", "--resume")
     whole, resumed = (
         load_file(tmp_path / name / "hyperadapter" / "adapter_model.safetensors") for name in ("whole", "resumed")
     )
@@ -96,15 +117,8 @@ def test_trackers_and_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(train_accelerate, "Accelerator", accelerator)
     options = ["--rows", "5", "--batch-size", "2", "--steps", "20", "--accumulate", "1", "--mixed-precision", "bf16"]
-    arguments = ["train_accelerate", *options, "--log-with", "recorder"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", arguments)
-    # Accelerate keeps one state for each process, also from other tests.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        train_accelerate.main()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    run_here([*options, "--log-with", "recorder"], monkeypatch)
     assert (recorder.settings["batch_size"], recorder.settings["mixed_precision"]) == (2, "bf16")
     assert set(recorder.values) == {20}
     accuracies = {f"accuracy/{name}" for name in train_accelerate.TASKS}
