@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hyperadapt import HyperAdapterConfig, diagnose, export_lora
-from hyperadapt.cards.card import addressed, template, write_card
+from hyperadapt.cards.card import addressed, write_card
 from hyperadapt.cards.lora_card import write_lora_card
 from tests.support.card_schema import check_card, python_code
 from tests.support.helpers import (
@@ -195,10 +195,6 @@ def test_the_code_can_be_given_another_address(tmp_path: Path) -> None:
     text = addressed((tmp_path / "README.md").read_text(), "me/adapter")
     assert 'PeftModel.from_pretrained(base_model, "me/adapter")' in text
     assert str(tmp_path) not in text
-
-
-def test_templates_are_found() -> None:
-    assert template("template.md").read_text().startswith("---\n{{ card_data }}\n---\n")
 
 
 @pytest.mark.parametrize("path", sorted(KEPT), ids=lambda path: path.stem)

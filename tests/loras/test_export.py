@@ -182,8 +182,17 @@ def test_export_is_exact_while_merged(tmp_path: Path) -> None:
     assert all(torch.equal(live[key], merged[key]) for key in live)
 
 
-@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
-@pytest.mark.parametrize("case", ["unknown task", "several adapters", "save fails", "config fails", "card fails"])
+@pytest.mark.parametrize(
+    ("case", "existing"),
+    [
+        ("unknown task", False),
+        ("several adapters", False),
+        ("save fails", False),
+        ("save fails", True),
+        ("config fails", True),
+        ("card fails", False),
+    ],
+)
 def test_failures_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, existing: bool) -> None:
     model, folder = two_adapters(), tmp_path / "export"
     if existing:
@@ -303,14 +312,12 @@ UNSAFE = ["a/b", "a\\b", "..", "../a", ".hidden", "ends.", " a", "a ", "a\nb", "
 UNSAFE += ["C:", "con", "Nul.txt", "COM1"]
 
 
-@pytest.mark.parametrize("name", UNSAFE)
-def test_a_task_that_cannot_name_a_folder_is_refused(tmp_path: Path, name: str) -> None:
-    model = adapted_model("llama", tasks=["alpha", name])
-    with pytest.raises(ValueError, match=re.escape(f"Task {shown(name)} cannot be the name of a folder: ")):
-        export_loras(model, tmp_path / "all")
-    assert list(tmp_path.iterdir()) == []
-    export_loras(model, tmp_path / "all", ["alpha"])
-    assert [path.name for path in (tmp_path / "all").iterdir()] == ["alpha"]
+def test_a_task_that_cannot_name_a_folder_is_refused(tmp_path: Path) -> None:
+    model = adapted_model("llama", tasks=["alpha", *UNSAFE], target_modules=["q_proj"])
+    for name in UNSAFE:
+        with pytest.raises(ValueError, match=re.escape(f"Task {shown(name)} cannot be the name of a folder: ")):
+            export_loras(model, tmp_path / "all", ["alpha", name])
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

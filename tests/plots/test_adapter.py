@@ -152,12 +152,10 @@ def test_cosines_are_those_of_dense_updates() -> None:
     "options",
     [
         {},
-        {"conditioning": "gated"},
         {"task_embedding": "text", "text_encoder": letters, "tasks": {name: f"this is {name}" for name in "abcd"}},
         {"task_embedding": "both", "text_encoder": letters, "tasks": {name: [name, f"also {name}"] for name in "abcd"}},
         {"normalization": "adaptive"},
         {"normalization": "sinkhorn", "head": "row"},
-        {"normalization": "none"},
         {"task_embedding_dim": 1},
     ],
 )

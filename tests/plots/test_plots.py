@@ -89,11 +89,10 @@ def test_a_failure_while_saving_leaves_the_old_files(tmp_path: Path, monkeypatch
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("task_map.png", "mine")]
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+def test_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Neither imported nor used: it would choose a backend for the whole process.
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    model = adapted_model("llama", lora_dropout=0.5, target_modules=["q_proj"]).train(training)
+    model = adapted_model("llama", lora_dropout=0.5, target_modules=["q_proj"]).train()
     model.set_task("beta")
     before, settings = snapshot(model), dict(matplotlib.rcParams.copy())
     states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
@@ -101,7 +100,7 @@ def test_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (str(np.random.get_state()), random.getstate()) == states[1:]
     assert dict(matplotlib.rcParams.copy()) == settings
-    assert model.training == training
+    assert model.training
     assert model.base_model.router.pinned == {"default": "beta"}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
