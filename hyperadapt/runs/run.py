@@ -164,9 +164,11 @@ def save_record(run: Run, results: dict[str, Any]) -> Run:
 @contextmanager
 def _without_card(model: PeftModel) -> Iterator[None]:
     """Have ``save_pretrained`` leave the card to the caller, who knows more to tell."""
-    known = vars(model)["create_or_update_model_card"]
-    vars(model)["create_or_update_model_card"] = lambda folder: None
+    name = "create_or_update_model_card"
+    own = {name: vars(model)[name]} if name in vars(model) else {}
+    vars(model)[name] = lambda folder: None
     try:
         yield
     finally:
-        vars(model)["create_or_update_model_card"] = known
+        del vars(model)[name]
+        vars(model).update(own)

@@ -239,3 +239,6 @@ def test_a_card_names_the_folder(copied: Callable[[str], Path], tmp_path: Path) 
         save_run(run, folder)
         assert f'from_pretrained(base_model, "{folder}")' in (folder / "README.md").read_text()
         assert "unfinished" not in (folder / "README.md").read_text()
+    # Elsewhere the model still writes its own card.
+    run.model.save_pretrained(str(tmp_path / "plain"))
+    assert (tmp_path / "plain" / "README.md").exists()
