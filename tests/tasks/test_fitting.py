@@ -1,6 +1,7 @@
 """A new task from labelled examples: only its embedding is fitted, and the model is left as it was."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,12 +77,12 @@ def test_fitting_is_the_same_every_time() -> None:
     assert torch.equal(again[3], weight[3])
 
 
-def test_no_step_keeps_the_best_start() -> None:
+def test_no_step_keeps_the_best_start(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"task_embedding": "text", "text_encoder": letters}
     model = adapted_model("bert", tasks={"alpha": "find it", "beta": "name it"}, normalization="frobenius", **settings)
     description = "zyx wvu tsr"
     examples = examples_of(model, model.embed_description(description, text_encoder=letters))
-    arguments = default_arguments("unused", len(examples), torch.device("cpu"))
+    arguments = default_arguments(str(tmp_path), len(examples), torch.device("cpu"))
     arguments.max_steps, arguments.learning_rate = 1, 0.0
     model.add_task(
         "new", examples=examples, description=description, text_encoder=letters, training_arguments=arguments
@@ -96,7 +97,7 @@ def test_no_step_keeps_the_best_start() -> None:
     assert len(set(losses)) == 4
 
 
-def test_collator_and_several_batches() -> None:
+def test_collator_and_several_batches(tmp_path: Path) -> None:
     model = adapted_model("llama")
     rows = [{"input_ids": [5] * length, "labels": [5] * length} for length in (3, 4, 5) for _ in range(12)]
 
@@ -109,7 +110,7 @@ def test_collator_and_several_batches() -> None:
         }
 
     arguments = TrainingArguments(
-        output_dir="unused", max_steps=3, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+        output_dir=str(tmp_path), max_steps=3, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     model.add_task("new", examples=rows, data_collator=pad, training_arguments=arguments)
