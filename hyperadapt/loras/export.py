@@ -20,8 +20,8 @@ from hyperadapt.config.task_fields import descriptions_of
 from hyperadapt.files import whole_folders
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.sharding import whole_network
+from hyperadapt.loras.file_formats import FORMATS
 from hyperadapt.loras.lora import Lora, padded, uniform_rank
-from hyperadapt.loras.writing import FORMATS
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import active_network, find_tuner
 from hyperadapt.tuner.layer import HyperAdapterLayer

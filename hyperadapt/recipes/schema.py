@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import typing
+from collections.abc import Collection, Mapping
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import Any
+from types import MappingProxyType, UnionType
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -17,7 +19,7 @@ from transformers import TrainingArguments
 
 from hyperadapt.config.checks import check_choice, check_integer, check_number, check_type, shown
 from hyperadapt.config.config import HyperAdapterConfig
-from hyperadapt.recipes.yaml_lines import Check, Section, YamlFile, check_text, checked_texts
+from hyperadapt.recipes.yaml_lines import Check, Keys, YamlFile, check_text, checked_texts, dotted
 
 SPLITS = ("train", "validation", "test")
 _COLUMNS = {"SEQ_CLS": ("text", "text_pair", "label", "labels"), "CAUSAL_LM": ("prompt", "completion")}
@@ -37,11 +39,50 @@ _COUNT = partial(check_integer, maximum=2**31 - 1)
 _FLAG = partial(check_type, kind=bool, description="true or false", optional=False)
 
 
+class Section(NamedTuple):
+    """A kind of section: whose fields it has, field -> check, fields it needs, and name often written -> right name."""
+
+    owner: str
+    checks: Mapping[str, Check | None]
+    required: Collection[str] = ()
+    synonyms: Mapping[str, str] = MappingProxyType({})
+
+    def suggestion(self, name: str) -> str:
+        """What may have been meant by an unknown name: a question with a space before it, or nothing."""
+        close = [self.synonyms[name]] if name in self.synonyms else difflib.get_close_matches(name, self.checks, 1)
+        return f" Did you mean {close[0]!r}?" if close else ""
+
+    def checked(self, file: YamlFile, keys: Keys, value: Any) -> dict[str, Any]:
+        """The fields of a section of a file that are given, not null and right; the file gets the other problems."""
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            file.refuse(keys, f"{dotted(keys) or 'The file'} is {shown(value)}, but must hold lines of 'field: value'.")
+            return {}
+        for name in self.required:
+            if value.get(name) is None:
+                file.refuse((*keys, name), f"{dotted((*keys, name))} is missing.")
+        checked = {}
+        for name, entry in value.items():
+            place = dotted((*keys, name))
+            if name not in self.checks:
+                file.refuse((*keys, name), f"{place} is no field of {self.owner}.{self.suggestion(name)}")
+            elif entry is not None:
+                check = self.checks[name]
+                try:
+                    result = check(place, entry) if check else None
+                except (TypeError, ValueError) as error:
+                    file.refuse((*keys, name), str(error))
+                else:
+                    checked[name] = entry if result is None else result
+        return checked
+
+
 def read_fields(file: YamlFile, folder: Path, to_train: bool) -> dict[str, Any]:
     """The fields of a recipe that are right, with absolute paths; the file gets a problem for each of the others."""
     sections = recipe_sections(folder, to_train)
-    fields = file.checked_section((), file.data, sections.pop(""))
-    fields |= {name: file.checked_section((name,), fields.get(name), kind) for name, kind in sections.items()}
+    fields = sections.pop("").checked(file, (), file.data)
+    fields |= {name: kind.checked(file, (name,), fields.get(name)) for name, kind in sections.items()}
     tasks = {}
     for name, given in fields.get("tasks", {}).items():
         try:
@@ -52,7 +93,7 @@ def read_fields(file: YamlFile, folder: Path, to_train: bool) -> dict[str, Any]:
         task = {} if given is None else given
         has_dataset = isinstance(task, dict) and task.get("dataset") is not None
         section = _task_section(fields["adapter"].get("task_type"), has_dataset, folder, to_train)
-        tasks[name] = file.checked_section(("tasks", name), task, section)
+        tasks[name] = section.checked(file, ("tasks", name), task)
     return fields | {"tasks": tasks}
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import yaml
@@ -24,20 +22,6 @@ class Problem(NamedTuple):
 
     line: int
     message: str
-
-
-class Section(NamedTuple):
-    """A kind of section: whose fields it has, field -> check, fields it needs, and name often written -> right name."""
-
-    owner: str
-    checks: Mapping[str, Check | None]
-    required: Collection[str] = ()
-    synonyms: Mapping[str, str] = MappingProxyType({})
-
-    def suggestion(self, name: str) -> str:
-        """What may have been meant by an unknown name: a question with a space before it, or nothing."""
-        close = [self.synonyms[name]] if name in self.synonyms else difflib.get_close_matches(name, self.checks, 1)
-        return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class YamlFile:
@@ -66,31 +50,6 @@ class YamlFile:
         while keys not in self._lines:
             keys = keys[:-1]
         self.problems.append(Problem(self._lines[keys], message))
-
-    def checked_section(self, keys: Keys, value: Any, section: Section) -> dict[str, Any]:
-        """The fields of a section that are given, not null and right."""
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            self.refuse(keys, f"{dotted(keys) or 'The file'} is {shown(value)}, but must hold lines of 'field: value'.")
-            return {}
-        for name in section.required:
-            if value.get(name) is None:
-                self.refuse((*keys, name), f"{dotted((*keys, name))} is missing.")
-        checked = {}
-        for name, entry in value.items():
-            place = dotted((*keys, name))
-            if name not in section.checks:
-                self.refuse((*keys, name), f"{place} is no field of {section.owner}.{section.suggestion(name)}")
-            elif entry is not None:
-                check = section.checks[name]
-                try:
-                    result = check(place, entry) if check else None
-                except (TypeError, ValueError) as error:
-                    self.refuse((*keys, name), str(error))
-                else:
-                    checked[name] = entry if result is None else result
-        return checked
 
     def _value(self, node: yaml.Node, keys: Keys) -> Any:
         self._lines.setdefault(keys, node.start_mark.line + 1)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from hyperadapt import export_lora, export_loras, generate_lora
 from hyperadapt.config.checks import shown
 from hyperadapt.loras import export
-from hyperadapt.loras import writing as formats
+from hyperadapt.loras import file_formats as formats
 from hyperadapt.loras.lora import Lora
 from hyperadapt.normalization import NORMALIZATIONS
 from tests.support.helpers import (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperadapt.recipes.yaml_lines import Problem, Section, YamlFile, check_text, checked_texts, dotted, dump_yaml
+from hyperadapt.recipes.yaml_lines import Problem, YamlFile, checked_texts, dotted, dump_yaml
 
 
 def problems(text: str) -> list[tuple[int, str]]:
@@ -93,22 +93,6 @@ def test_a_problem_is_at_the_line_of_what_would_hold_the_field() -> None:
     file.refuse(("b", "c", 1), "two")
     file.refuse(("missing",), "three")
     assert file.problems == [Problem(2, "one"), Problem(5, "two"), Problem(1, "three")]
-
-
-def test_sections_check_their_fields() -> None:
-    file = YamlFile("s:\n  a: x\n  b: null\n  cc: 3\n  rank: 1\n  d: 5\n  e: [x]\nt: [1]\n")
-    checks = {"a": check_text, "b": check_text, "ccc": None, "d": check_text, "e": checked_texts}
-    section = Section("a thing", checks, required=["a", "b", "f"], synonyms={"rank": "r"})
-    assert file.checked_section(("s",), file.data["s"], section) == {"a": "x", "e": ("x",)}
-    assert file.checked_section(("t",), file.data["t"], section) == file.checked_section(("u",), None, section) == {}
-    assert sorted(file.problems) == [
-        Problem(1, "s.f is missing."),
-        Problem(3, "s.b is missing."),
-        Problem(4, "s.cc is no field of a thing. Did you mean 'ccc'?"),
-        Problem(5, "s.rank is no field of a thing. Did you mean 'r'?"),
-        Problem(6, "s.d=5 must be a text, not int. Put it in quotes."),
-        Problem(8, "t is [1], but must hold lines of 'field: value'."),
-    ]
 
 
 @pytest.mark.parametrize(

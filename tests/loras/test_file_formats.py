@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from hyperadapt import export_lora, export_loras, generate_lora
-from hyperadapt.loras.writing import FORMATS
+from hyperadapt.loras.file_formats import FORMATS
 from tests.support.helpers import TASK_TYPES, adapted_model, adapter_config, base_model, letters
 
 
