@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ def whole_folders(folders: Sequence[str | os.PathLike[str]], *, seal: str = "") 
             target.parent.mkdir(parents=True, exist_ok=True)
             moves += _moves(source, target)
         moves.sort(key=lambda move: move[1].name == seal)
-        _replace(moves, Path(temporary, "old"))
+        _replace(moves, Path(temporary, "old"), seal)
 
 
 def _moves(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
@@ -66,15 +67,29 @@ def _moves(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
         yield source, target
 
 
-def _replace(moves: Sequence[tuple[Path, Path]], old: Path) -> None:
-    """Make the moves, all or none; what is in their way is taken to the folder `old`, in the opposite order."""
+def _replace(moves: Sequence[tuple[Path, Path]], old: Path, seal: str) -> None:
+    """Make the moves, all or none; at any time a file but the seal is the old or the new one."""
     old.mkdir()
     with ExitStack() as undo:
-        for index, (_, target) in reversed(list(enumerate(moves))):
-            if os.path.lexists(target):
+        for index, (_, target) in enumerate(moves):
+            if target.name == seal and target.exists():
                 os.rename(target, old / str(index))
                 undo.callback(os.rename, old / str(index), target)
-        for source, target in moves:
-            os.rename(source, target)
-            undo.callback(os.rename, target, source)
+        for index, (source, target) in enumerate(moves):
+            if os.path.lexists(target):
+                _keep(target, old / str(index))
+                os.replace(source, target)
+                undo.callback(os.replace, old / str(index), target)
+            else:
+                os.rename(source, target)
+                undo.callback(os.rename, target, source)
         undo.pop_all()
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Have a file in a second place, too."""
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except OSError:
+        # A file system without links; a folder raises here, as it cannot be replaced by a file.
+        shutil.copy2(path, copy, follow_symlinks=False)

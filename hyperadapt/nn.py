@@ -71,7 +71,9 @@ class MatrixNorm(nn.Module):
                     f"normalization {self.method!r} needs a square matrix, but the weight is of shape "
                     f"{tuple(matrix.shape)}: only a square matrix can be doubly stochastic."
                 )
-            return full_core(identity, identity, method, {**options, "logits": matrix})
+            # The rows of an identity have length 1, so that the core is the doubly stochastic matrix itself.
+            gram = identity.to(torch.promote_types(matrix.dtype, torch.float32))
+            return method.core(gram, gram, **{**method.options, **options, "logits": matrix})
         if "strength" in method.needs:
             options.update(strength=self.strength_logit.sigmoid(), bound=self.log_bound.exp())
         if rows <= columns:

@@ -1,14 +1,14 @@
 """All that is changed in PEFT.
 
-- Three mappings get this method, when the package is imported.
-- A ``PeftModel`` with a hyperadapter keeps ``tasks`` and ``task_embeddings`` from the base model, loads adapters with
-  checks of its own, and publishes with our card. It is changed when it is made; no other model is touched or watched.
+- Three mappings get this method.
+- The constructor of ``PeftModel`` looks whether the model has a hyperadapter, and changes that model alone: it keeps
+  ``tasks`` and ``task_embeddings`` from the base model, loads adapters with checks of its own, and publishes with our
+  card. A tuner cannot do this, since it is never told which model it becomes part of.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +18,6 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from hyperadapt.config.config import HyperAdapterConfig, HyperAdapterType
 from hyperadapt.hub.push import create_or_update_model_card, push_to_hub
@@ -58,24 +56,24 @@ def register() -> None:
     configs[kind] = HyperAdapterConfig
     tuners[kind] = HyperAdapterModel
     prefixes[kind] = prefix
-    HyperAdapterModel.on_injected = staticmethod(await_peft_model)
+    if not getattr(PeftModel.__init__, "adopts_hyperadapters", False):
+        PeftModel.__init__ = _adopting(PeftModel.__init__)  # type: ignore[method-assign]
 
 
-def await_peft_model(tuner: nn.Module) -> None:
-    """Change the ``PeftModel`` that a new tuner becomes part of; a tuner is never told which.
+def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of ``PeftModel``, which then gives a model with a hyperadapter what it needs.
 
     PEFT strips the names in ``special_peft_forward_args`` everywhere, generate's argument check and disabled adapters
-    included. The hook goes when the tuner has found its model, or is gone.
+    included.
     """
-    reference = weakref.ref(tuner)
 
-    def adopt(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-        own = reference()
-        if own is None or submodule is own:
-            handle.remove()
-        if own is not None and submodule is own and isinstance(module, PeftModel):
-            module.special_peft_forward_args.update(ROUTING_ARGUMENTS)
+    @functools.wraps(construct)
+    def construct_and_adopt(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+        construct(model, *args, **kwargs)
+        if isinstance(model.base_model, HyperAdapterModel):
+            model.special_peft_forward_args.update(ROUTING_ARGUMENTS)
             # Partials, unlike closures, follow the model through copy and pickle.
-            module.__dict__.update({name: functools.partial(method, module) for name, method in METHODS.items()})
+            vars(model).update({name: functools.partial(method, model) for name, method in METHODS.items()})
 
-    handle = register_module_module_registration_hook(adopt)
+    construct_and_adopt.adopts_hyperadapters = True  # type: ignore[attr-defined]
+    return construct_and_adopt

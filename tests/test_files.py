@@ -11,8 +11,8 @@ import pytest
 from hyperadapt.files import UNFINISHED, whole_folder, whole_folders, write_whole
 
 SEAL = "record.json"
-# Of `folder`, four files are taken away, and five put there.
-RENAMES = 9
+# The seal is taken away, two files are replaced, one is new, and the seal is put there.
+RENAMES = 5
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -23,37 +23,41 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("a", "b", "mine", SEAL, "inner/c", "inner/mine"):
+    for name in ("b", "mine", SEAL, "inner/c", "inner/mine"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"old {name}")
     return tmp_path
 
 
 def write(new: Path) -> None:
-    for name in (SEAL, "b", "a/inner", "inner/c", "inner/d"):
+    for name in (SEAL, "b", "inner/c", "inner/d"):
         (new / name).parent.mkdir(exist_ok=True)
         (new / name).write_text(f"new {name}")
 
 
 AFTER = {
-    **{name: f"new {name}" for name in (SEAL, "b", "a/inner", "inner/c", "inner/d")},
+    **{name: f"new {name}" for name in (SEAL, "b", "inner/c", "inner/d")},
     **{name: f"old {name}" for name in ("mine", "inner/mine")},
 }
 
 
 @pytest.fixture
 def renames(monkeypatch: pytest.MonkeyPatch) -> Callable[[range], list[Path]]:
-    """Has ``os.rename`` fail at some calls, and lists what it is asked to move where."""
-    rename, calls = os.rename, []
+    """Has ``os.rename`` and ``os.replace`` fail at some calls, and lists where they are asked to move files."""
+    calls: list[Path] = []
 
     def fail_at(failing: range) -> list[Path]:
-        def renamed(source: Path, target: Path) -> None:
-            calls.append(target)
-            if len(calls) - 1 in failing:
-                raise OSError("disk full")
-            rename(source, target)
+        def watched(move: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+            def moved(source: Path, target: Path) -> None:
+                calls.append(target)
+                if len(calls) - 1 in failing:
+                    raise OSError("disk full")
+                move(source, target)
 
-        monkeypatch.setattr(os, "rename", renamed)
+            return moved
+
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, watched(getattr(os, name)))
         return calls
 
     return fail_at
@@ -64,7 +68,7 @@ def test_files_are_replaced_and_others_are_kept(folder: Path) -> None:
         write(new)
         assert contents(folder)["b"] == "old b"
     assert contents(folder) == AFTER
-    assert sorted(os.listdir(folder)) == ["a", "b", "inner", "mine", SEAL]
+    assert sorted(os.listdir(folder)) == ["b", "inner", "mine", SEAL]
 
 
 def test_a_failure_while_writing_changes_nothing(folder: Path) -> None:
@@ -77,7 +81,7 @@ def test_a_failure_while_writing_changes_nothing(folder: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_and_fail()
     assert contents(folder) == before
-    assert sorted(os.listdir(folder)) == ["a", "b", "inner", "mine", SEAL]
+    assert sorted(os.listdir(folder)) == ["b", "inner", "mine", SEAL]
 
 
 @pytest.mark.parametrize("failing", range(RENAMES))
@@ -100,7 +104,30 @@ def test_a_process_that_dies_while_replacing_leaves_no_seal(
     renames(range(failing, 99))
     with pytest.raises(OSError, match="disk full"), whole_folder(folder, seal=SEAL) as new:
         write(new)
-    assert contents(folder) == before if failing == 0 else SEAL not in contents(folder)
+    found = contents(folder)
+    assert found == before if failing == 0 else SEAL not in found
+    # No file is missing: each is the old one or the new one.
+    assert {name: text.removeprefix("old ").removeprefix("new ") for name, text in found.items()} == {
+        name: name for name in found
+    }
+    assert before.keys() - {SEAL} <= found.keys()
+
+
+@pytest.mark.parametrize(("mine", "written"), [("b/mine", "b"), ("b", "b/written")])
+def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path: Path, mine: str, written: str) -> None:
+    for folder, name in ((tmp_path, mine), (tmp_path, "c")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("old")
+
+    def replace() -> None:
+        with whole_folder(tmp_path) as new:
+            for name in ("c", written):
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_text("new")
+
+    with pytest.raises(OSError, match="irectory"):
+        replace()
+    assert contents(tmp_path) == {mine: "old", "c": "old"}
 
 
 def test_a_new_folder_appears_at_once(tmp_path: Path, renames: Callable[[range], list[Path]]) -> None:

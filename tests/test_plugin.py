@@ -1,22 +1,21 @@
 """The method as PEFT sees it."""
 
-import gc
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from torch import nn
-from torch.nn.modules.module import _global_module_registration_hooks
 
 from hyperadapt import HyperAdapterConfig, HyperAdapterModel
 from hyperadapt.config.config import HyperAdapterType
-from hyperadapt.plugin import register
+from hyperadapt.plugin import METHODS, ROUTING_ARGUMENTS, register
 from tests.support.helpers import run_python
 
 KIND = HyperAdapterType.HYPERADAPTER
@@ -134,21 +133,20 @@ def test_a_plain_model_calls_nothing_of_this_package() -> None:
     assert run_python(WATCHED).stdout == "0 []\n"
 
 
-def watchers() -> list[object]:
-    return [hook for hook in _global_module_registration_hooks.values() if "hyperadapt" in hook.__module__]
+def test_models_made_at_once_are_all_adopted() -> None:
+    def make(index: int) -> set[str]:
+        base = nn.Sequential(nn.Linear(4, 4))
+        return get_peft_model(base, HyperAdapterConfig(target_modules=["0"])).special_peft_forward_args
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(make, range(40)))
+    assert all(set(ROUTING_ARGUMENTS) <= arguments for arguments in found)
 
 
-def test_the_hook_that_finds_the_peft_model_goes_when_it_has_found_it_or_its_tuner_is_gone() -> None:
-    config = HyperAdapterConfig(target_modules=["0"])
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
-    assert watchers() == []
-    assert {"tasks", "task_embeddings"} <= model.special_peft_forward_args
-    with pytest.raises(ValueError, match="nothing"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), HyperAdapterConfig(target_modules=["nothing"]))
-    alone: HyperAdapterModel | None = HyperAdapterModel(nn.Sequential(nn.Linear(4, 4)), config, "default")
-    assert alone is not None
-    assert len(watchers()) >= 1
-    del alone
-    gc.collect()
-    nn.Sequential(nn.Linear(4, 4))
-    assert watchers() == []
+def test_other_models_stay_as_they_are() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    assert not set(ROUTING_ARGUMENTS) & model.special_peft_forward_args
+    assert not set(METHODS) & vars(model).keys()
+    before = PeftModel.__init__
+    register()
+    assert PeftModel.__init__ is before

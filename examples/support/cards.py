@@ -13,7 +13,6 @@ from transformers import Trainer
 from examples.support.data import TextData
 from hyperadapt import diagnose
 from hyperadapt.cards import write_card
-from hyperadapt.plots import plot
 from hyperadapt.runs.record import hardware, versions
 from hyperadapt.runs.report import FIGURES
 
@@ -147,6 +146,8 @@ def save_card(
         log_history: What ``Trainer`` logged.
         base_model: The base model's name on the Hub.
     """
+    from hyperadapt.plots import plot
+
     pictures = plot(model, folder / "figures", log_history=log_history or None, formats=("png",))
     write_card(
         model,

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from hyperadapt.cards.card import card_text, may_be_written_anew
 from hyperadapt.cards.snippets import is_on_the_hub
-from hyperadapt.diagnosis import measure
+from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.recipes.recipe import Recipe
 from hyperadapt.runs.record import Record
 
@@ -25,13 +25,21 @@ _MEASURED = ("accuracy", "loss")
 _KINDS = ("png", "svg")
 
 
-def make_report(model: PeftModel, recipe: Recipe, record: Record, folder: Path, new: Path, *, figures: bool) -> str:
+def make_report(
+    model: PeftModel,
+    recipe: Recipe,
+    record: Record,
+    diagnosis: Diagnosis,
+    folder: Path,
+    new: Path,
+    *,
+    figures: bool,
+) -> str:
     """Draw a run's pictures into the folder `new`, if matplotlib is installed, and compose the card for `folder`.
 
     A card in `folder` that does not say that it may be rewritten keeps its text, and gets the metadata that it lacks.
     Without `figures`, the card shows the pictures that are there.
     """
-    diagnosis = measure(model)
     pictures = folder / "figures"
     if figures and importlib.util.find_spec("matplotlib") is not None:
         from hyperadapt.plots import make_figures, save_figures
@@ -41,7 +49,7 @@ def make_report(model: PeftModel, recipe: Recipe, record: Record, folder: Path, 
         save_figures(make_figures(model, diagnosis, record.log_history), pictures, _KINDS)
     results = {
         task: {name: values[name] for name in _MEASURED if values.get(name) is not None}
-        for task, values in record.results["tasks"].items()
+        for task, values in record.results.get("tasks", {}).items()
         if task in diagnosis.tasks
     }
     return card_text(
@@ -49,7 +57,7 @@ def make_report(model: PeftModel, recipe: Recipe, record: Record, folder: Path, 
         folder,
         overwrite=may_be_written_anew(folder),
         results=results,
-        split=record.results["split"],
+        split=record.results.get("split", "test"),
         datasets=sorted({task.dataset for task in recipe.tasks.values() if is_on_the_hub(task.dataset)}),
         training=record.training,
         diagnosis=diagnosis,

@@ -13,7 +13,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hyperadapt.cards.card import CARD, addressed
+from hyperadapt.cards.card import CARD
+from hyperadapt.diagnosis import Diagnosis, measure
 from hyperadapt.files import whole_folder
 from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
 from hyperadapt.recipes.recipe import Recipe, load_recipe
@@ -116,7 +117,7 @@ def load_record(
 
 
 def save_run(run: Run, folder: str | os.PathLike[str], *, figures: bool = False) -> None:  # noqa: DOC502
-    """Write adapter, tokenizer, recipe, record and card; all of them, or nothing changes.
+    """Write adapter, tokenizer, recipe and record, all of them or nothing; and then the card.
 
     A card that is there and does not say that it may be rewritten keeps its text, and its metadata are completed.
 
@@ -126,23 +127,28 @@ def save_run(run: Run, folder: str | os.PathLike[str], *, figures: bool = False)
         figures: Whether to draw pictures for the card, if matplotlib is installed, in place of those in the folder.
 
     Raises:
-        ValueError: If an update is not finite, as after a training that diverged.
+        ValueError: If an update is not finite, as after a training that diverged; nothing is written then.
     """
     folder = Path(folder)
+    diagnosis = measure(run.model)
     with whole_folder(folder, seal=RECORD) as new:
         with _without_card(run.model):
             run.model.save_pretrained(str(new))
         run.tokenizer.save_pretrained(str(new))
         run.recipe.save(new / RECIPE, folder)
         run.record.save(new)
-        card = make_report(run.model, run.recipe, run.record, folder, new, figures=figures)
-        (new / CARD).write_text(addressed(card, str(folder)), encoding="utf-8")
+    # Apart, so that what goes wrong with a picture costs no training.
+    _write_report(replace(run, folder=folder), diagnosis, figures)
 
 
 def save_report(run: Run, *, figures: bool) -> None:
     """Write the card of a run anew into its folder, with its pictures or with those that are there."""
+    _write_report(run, measure(run.model), figures)
+
+
+def _write_report(run: Run, diagnosis: Diagnosis, figures: bool) -> None:
     with whole_folder(run.folder) as new:
-        card = make_report(run.model, run.recipe, run.record, run.folder, new, figures=figures)
+        card = make_report(run.model, run.recipe, run.record, diagnosis, run.folder, new, figures=figures)
         (new / CARD).write_text(card, encoding="utf-8")
 
 

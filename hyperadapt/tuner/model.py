@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import align_module_device
 from peft import PeftConfig
@@ -45,8 +45,6 @@ class HyperAdapterModel(BaseTuner):
     tuner_layer_cls = HyperAdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     uses_shared_state = True
-    # Set by the plugin: a tuner is not told of which PeftModel it becomes part.
-    on_injected: ClassVar[Callable[[nn.Module], None]]
 
     def inject_adapter(
         self,
@@ -299,7 +297,6 @@ class HyperAdapterModel(BaseTuner):
         # The task-specific PeftModels hide their inputs from the tuner, and generate changes them. Not registered for
         # each call, because that cannot be compiled.
         self._observer = model.register_forward_pre_hook(self._observe_input, with_kwargs=True)
-        type(self).on_injected(self)
 
     def _create_and_replace(
         self,
@@ -369,8 +366,8 @@ class HyperAdapterModel(BaseTuner):
 
     def _names_in(self, module: nn.Module) -> list[str]:
         """Of the positions in a part of the base model."""
-        positions = {position for layer in self._layers(module) for position in layer.hyperadapter_position.values()}
-        return [position.name for position in positions]
+        layers = self._layers(module)
+        return list(dict.fromkeys(one.name for layer in layers for one in layer.hyperadapter_position.values()))
 
     @staticmethod
     def _layers(module: nn.Module) -> list[HyperAdapterLayer]:

@@ -14,7 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from hyperadapt import export_lora, push
 from tests.support.helpers import example_batch, logits, run_python, snapshot
-from tests.support.hub_helpers import AUTO, FILES, REPO, contents, load, make_model, outputs, published
+from tests.support.hub_helpers import (
+    AUTO,
+    FILES,
+    REPO,
+    contents,
+    load,
+    make_model,
+    outputs,
+    published,
+    skip_if_cut_is_not_repeated,
+)
 from tests.support.hub_server import HubServer
 
 
@@ -223,6 +233,7 @@ def test_a_fresh_process_loads_and_publishes(hub: HubServer, tmp_path: Path, mon
 
 
 def test_a_download_that_is_cut_is_repeated(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_if_cut_is_not_repeated()
     model = make_model(hub, tmp_path)
     push(model, REPO)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)

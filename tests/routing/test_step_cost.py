@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from hyperadapt.normalization import NORMALIZATIONS
 from hyperadapt.tuner.layer import HyperAdapterLayer
-from tests.support.helpers import adapted_model, adapter_config, base_model, example_batch
+from tests.support.helpers import adapted_model, adapter_config, base_model, example_batch, varied
 
 LENGTH = 7
 
@@ -65,19 +65,33 @@ def batch_of(rows: int) -> dict[str, Tensor]:
     return example_batch("llama", rows)
 
 
+NAMED: dict[str, Any] = {
+    "name": "beta",
+    "names": ["beta", "alpha", "beta", "beta"],
+    "fewer rows than tasks": torch.tensor([2, 0]),
+    "more rows than tasks": torch.tensor([2, 0, 1, 1]),
+}
+
+
+def base_step(batch: dict[str, Tensor]) -> Operators:
+    """A step of the base model on the device "meta"; old releases of transformers ask it about autocast there."""
+    try:
+        return train_step(base_model("llama").to("meta"), batch)
+    except RuntimeError as error:
+        if "unknown device type for autocast" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
 # The device "meta" has no values, so a step that looks at one fails there, as it would have to wait on a GPU.
-@pytest.mark.parametrize(
-    "tasks",
-    ["beta", ["beta", "alpha", "beta", "beta"], torch.tensor([2, 0]), torch.tensor([2, 0, 1, 1])],
-    ids=["name", "names", "fewer rows than tasks", "more rows than tasks"],
-)
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_a_step_does_not_wait_for_the_device(normalization: str, tasks: Any) -> None:
+@pytest.mark.parametrize(("normalization", "naming"), varied(("soft_frobenius", "name"), NORMALIZATIONS, NAMED))
+def test_a_step_does_not_wait_for_the_device(normalization: str, naming: str) -> None:
+    tasks = NAMED[naming]
     model = adapted_model("llama", normalization=normalization, alpha_pattern={"q_proj": 2}).to("meta")
     # Transformers looks at the values of a mask.
     ids = batch_of(4 if isinstance(tasks, str) else len(tasks))["input_ids"].to("meta")
     batch = {"input_ids": ids, "labels": ids}
-    assert not train_step(base_model("llama").to("meta"), batch).transfers
+    assert not base_step(batch).transfers
     operators = train_step(model, batch, tasks=tasks.to("meta") if isinstance(tasks, Tensor) else tasks)
     assert not operators.transfers
     parameters = [parameter for name, parameter in model.named_parameters() if "hyperadapter_" in name]

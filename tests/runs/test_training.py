@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.runs import Record, load_run, train
-from hyperadapt.runs import report as runs_report
+from hyperadapt.runs import run as run_module
 from hyperadapt.runs import training as runs_training
 from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, stopped, training, write_rows
 
@@ -130,7 +130,7 @@ def test_a_training_that_diverged_keeps_its_checkpoints(tmp_path: Path, monkeypa
         raise ValueError("The update is not finite: training has diverged.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs_report, "measure", fail)
+        patch.setattr(run_module, "measure", fail)
         with pytest.raises(ValueError, match="training has diverged"):
             silent(made)
     assert os.listdir(tmp_path / "run") == ["checkpoints"]
