@@ -68,7 +68,7 @@ def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(construct)
-    def construct_and_adopt(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    def construct_and_adopt(model: PeftModel, /, *args: Any, **kwargs: Any) -> None:
         construct(model, *args, **kwargs)
         if isinstance(model.base_model, HyperAdapterModel):
             model.special_peft_forward_args.update(ROUTING_ARGUMENTS)

@@ -1,5 +1,6 @@
 """The method as PEFT sees it."""
 
+import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +132,13 @@ print(len(calls), calls[:3])
 
 def test_a_plain_model_calls_nothing_of_this_package() -> None:
     assert run_python(WATCHED).stdout == "0 []\n"
+
+
+def test_the_constructor_takes_what_it_took() -> None:
+    config = HyperAdapterConfig(target_modules=["0"])
+    model = PeftModel(model=nn.Sequential(nn.Linear(4, 4)), peft_config=config, adapter_name="other")
+    assert set(ROUTING_ARGUMENTS) <= model.special_peft_forward_args
+    assert list(inspect.signature(PeftModel).parameters)[:3] == ["model", "peft_config", "adapter_name"]
 
 
 def test_models_made_at_once_are_all_adopted() -> None:
