@@ -47,8 +47,10 @@ def test_the_code_of_a_page_runs(
     text = "".join(block.text for block in code)
     if MINILM in text:
         models = models | {MINILM: Path(minilm())}
+    # The recipe that it writes has descriptions.
+    needs = {"sentence_transformers": "examples.write_recipe"}
     for library in ("trl", "sentence_transformers", "matplotlib"):
-        if library in text:
+        if library in text or needs.get(library, library) in text:
             pytest.importorskip(library, reason=f"{library} is not installed")
     for repo_id, folder in models.items():
         hub.add_repo(
@@ -91,6 +93,8 @@ def directives() -> list[str]:
 @pytest.mark.parametrize("name", directives())
 def test_every_entry_of_the_reference_has_a_docstring(name: str) -> None:
     module, parts = name, []
+    if name == "hyperadapt.plots":
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     while True:
         try:
             found: Any = importlib.import_module(module)

@@ -140,6 +140,7 @@ def test_commands_print_for_people(hyperadapt: CommandLine, adapter: Path) -> No
 
 
 def test_commands_print_for_machines(hyperadapt: CommandLine, adapter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results = hyperadapt.json("evaluate", adapter, "--task", "mail", "--split", "validation")
     assert list(results["tasks"]) == ["mail"]
     assert results["tasks"]["mail"]["rows"] == 12
