@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.runs import Record, evaluate, load_model, load_record, load_run, save_record, save_run, train
 from hyperadapt.runs import folder as run_folder
+from hyperadapt.runs import run as run_module
 from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, training
 from tests.support.tolerances import FLOAT32_FORWARD
 
@@ -231,6 +232,28 @@ def test_a_failing_save_changes_nothing(copied: Callable[[str], Path], monkeypat
     with pytest.raises(OSError, match="disk full"):
         save_run(run, run.folder)
     assert contents(run.folder) == before
+
+
+def test_a_card_that_cannot_be_made_costs_no_training(
+    copied: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(copied("SEQ_CLS"))
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError("no font")
+
+    monkeypatch.setattr(run_module, "make_report", fail)
+    with pytest.raises(OSError, match="no font"):
+        save_run(run, tmp_path / "other")
+    monkeypatch.undo()
+    loaded = load_run(tmp_path / "other")
+    assert (loaded.recipe.tasks, loaded.record) == (run.recipe.tasks, run.record)
+    saved, known = (load_file(folder / WEIGHTS) for folder in (loaded.folder, run.folder))
+    assert saved.keys() == known.keys()
+    assert all(torch.equal(value, known[name]) for name, value in saved.items())
+    # Nor does a run without results, whose card says nothing of them.
+    save_run(replace(run, record=replace(run.record, results={})), tmp_path / "third")
+    assert (tmp_path / "third" / "README.md").exists()
 
 
 def test_a_card_names_the_folder(copied: Callable[[str], Path], tmp_path: Path) -> None:
