@@ -2,7 +2,7 @@
 
 - Three mappings get this method.
 - The constructor of ``PeftModel`` looks whether the model has a hyperadapter, and changes that model alone: it keeps
-  ``tasks`` and ``task_embeddings`` from the base model, loads adapters with checks of its own, and publishes with our
+  ``tasks`` and what belongs to it from the base model, loads adapters with checks of its own, and publishes with our
   card. A tuner cannot do this, since it is never told which model it becomes part of.
 """
 
@@ -21,10 +21,10 @@ from peft.mapping import (
 
 from hyperadapt.config.config import HyperAdapterConfig, HyperAdapterType
 from hyperadapt.hub.push import create_or_update_model_card, push_to_hub
+from hyperadapt.routing.forward_pass import ROUTING_ARGUMENTS
 from hyperadapt.tuner.loading import load_adapter
 from hyperadapt.tuner.model import HyperAdapterModel
 
-ROUTING_ARGUMENTS = ("tasks", "task_embeddings")
 METHODS: dict[str, Callable[..., Any]] = {
     "load_adapter": load_adapter,
     "push_to_hub": push_to_hub,

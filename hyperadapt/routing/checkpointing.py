@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from hyperadapt.hypernetwork.factors import Factors
-from hyperadapt.routing.forward_pass import ForwardPass
 from hyperadapt.routing.router import Router
 
 
@@ -41,14 +40,15 @@ class CheckpointFunction:
         tensors = [tensor for name, position in places for tensor in current.routed[name].factors[position]]
         # Without the factors, which are arguments of the block.
         others = {name: replace(routed, factors={}) for name, routed in current.routed.items()}
-        batch_size, length = current.batch_size, current.length
+        # The rows are those of this call, whatever is called until it is recomputed.
+        bare = replace(current, routed={})
 
         def replay(*arguments: Any) -> Any:
             factors: dict[str, dict[str, Factors]] = {name: {} for name in others}
             for index, (name, position) in enumerate(places):
                 factors[name][position] = Factors(*arguments[3 * index : 3 * index + 3])
             routed = {name: replace(other, factors=factors[name]) for name, other in others.items()}
-            with self.router.installed(ForwardPass(routed, batch_size=batch_size, length=length)):
+            with self.router.installed(replace(bare, routed=routed)):
                 return run(*arguments[len(tensors) :])
 
         return self.function(replay, *tensors, *args, **kwargs)

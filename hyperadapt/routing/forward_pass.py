@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.positions import Position
+from hyperadapt.routing.layouts import Call
+from hyperadapt.routing.requests import Request
+
+
+# What the PeftModel takes and its base model does not.
+ROUTING_ARGUMENTS = ("tasks", "task_embeddings", "task_rows")
 
 
 @dataclass(frozen=True)
@@ -30,64 +37,112 @@ class Routed:
 
 @dataclass
 class ForwardPass:
-    """One forward (or generate) call.
+    """One forward (or generate) call, or all calls inside of ``use_tasks``.
 
     Args:
-        routed: Factors and rows by adapter name.
-        num_rows: Number of rows that tasks were given for; None if one task is meant for all, or once it
-            was compared with the batch.
-        batch_size: Rows of the base model's latest input, beams included; None if unknown.
-        length: Tokens per row of that input; None if unknown.
+        routed: Factors and rows by adapter name; without an adapter, its layers generate their own.
+        request: What was asked for.
+        options: The arguments of the call, which say how generate repeats rows.
+        is_counted: Whether the number of rows was compared with the batch.
+        call: The call of the base model that runs now, or of a part.
+        prints: Where layers note what they get, and then do nothing; None except while layouts are learned.
     """
 
     routed: dict[str, Routed]
-    num_rows: int | None = None
-    batch_size: int | None = None
-    length: int | None = None
+    request: Request = field(default_factory=Request)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    is_counted: bool = False
+    call: Call | None = None
+    prints: dict[str, list[Tensor]] | None = None
 
-    def observe(self, model_input: Tensor) -> None:
-        """Note the base model's input ``(batch, ...)``; the first must have a row per task, later ones may be beams."""
-        self.batch_size = len(model_input)
-        # Token ids or embeddings; other inputs have no tokens in their second dimension.
-        self.length = model_input.shape[1] if model_input.ndim in (2, 3) else None
-        if self.num_rows is not None and self.num_rows != self.batch_size:
+    @property
+    def is_mixed(self) -> bool:
+        """Whether rows may have different tasks; where processes work together, all do the same."""
+        return not self.routed or _works_together() or any(routed.rows is not None for routed in self.routed.values())
+
+    def count(self, num_rows: int) -> None:
+        """Refuse a batch of another number of rows than tasks were given for."""
+        if self.request.num_rows not in (None, num_rows):
             raise ValueError(
-                f"Got tasks for {self.num_rows} rows, but the batch has {self.batch_size}. Pass one task per row, or "
+                f"Got tasks for {self.request.num_rows} rows, but the batch has {num_rows}. Pass one task per row, or "
                 "one name for all rows."
             )
-        self.num_rows = None
+        self.is_counted = True
+
+    def observe(self, call: Call) -> None:
+        """Note a call of the base model, whose rows generate may have repeated."""
+        if not self.is_counted:
+            self.count(call.num_rows)
+        self.call = call
 
     def rows_of(self, rows: Tensor, x: Tensor, position: Position) -> Tensor:
-        """The task of each element of an activation's first dimension, shape ``(len(x),)``.
-
-        That dimension is the batch, the batch with each row repeated (beams, windows), or the batch's flattened tokens.
-        """
-        size = len(x)
-        if not self._keeps_rows(len(rows), x, position):
+        """The task of each element of an activation's first dimension, shape ``(len(x),)``."""
+        try:
+            told = self.request.rows_told(position.name, len(x))
+            if told is not None:
+                return rows[told.to(rows.device)]
+            if self.call is None:
+                raise ValueError("it is called by itself")
+            return self.call.elements(self._repeated(rows, self.call.num_rows), position.name, len(x))
+        except ValueError as error:
             raise ValueError(
                 f"Module {position.name!r} got an input of shape {tuple(x.shape)}, in which the {len(rows)} rows that "
-                "tasks were given for cannot be told apart. Leave the module out with exclude_modules, or use one task "
-                "per batch."
-            )
-        return rows if size == len(rows) else rows.repeat_interleave(size // len(rows))
+                f"tasks were given for cannot be told apart: {error}. Leave the module out with exclude_modules, use "
+                "one task per batch, or tell the row of each element with task_rows."
+            ) from error
 
-    def _keeps_rows(self, num_rows: int, x: Tensor, position: Position) -> bool:
-        size = len(x)
-        if re.search(r"(^|\.)experts(\.|$)", position.name):
-            # A mixture's expert gets the tokens that chose it, whatever their number.
-            return False
-        if size % num_rows:
-            return False
-        if self.batch_size is None or size in (num_rows, self.batch_size):
-            # Sequence-first activations are only recognisable where the two dimensions differ.
-            return True
-        if x.ndim > 2:
-            return x.shape[1] != self.batch_size
-        return self.length is not None and size in (num_rows * self.length, self.batch_size * self.length)
+    def _repeated(self, rows: Tensor, size: int) -> Tensor:
+        """The task of each row of the call: as given, or as generate repeats rows for beams, samples and guidance."""
+        if size == len(rows):
+            return rows
+        beams = max(self._option("num_beams") or 1, self._option("num_return_sequences") or 1)
+        is_guided = (self._option("guidance_scale") or 1) > 1
+        if size == len(rows) * beams:
+            return rows.repeat_interleave(beams)
+        if is_guided and size == 2 * len(rows) * beams:
+            return rows.repeat_interleave(beams).repeat(2)
+        raise ValueError(f"the base model was called with {size} rows, which is not what generate makes of them")
+
+    def _option(self, name: str) -> Any:
+        """A setting of generate: its own argument, or else that of the configuration given, or of the model."""
+        configs = (self.options.get("generation_config"), self.options.get("default_generation_config"))
+        values = (self.options.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
 
 
-def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first input of a base model that is a tensor with rows, from which their number is told; None without one."""
-    names = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
-    candidates = (*args[:1], *(kwargs.get(name) for name in names))
-    return next((value for value in candidates if isinstance(value, Tensor) and value.ndim), None)
+def _works_together() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def main_input(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[str, Tensor] | tuple[None, None]:
+    """Name (or place) and value of the input that tells a model's rows, if there is one."""
+    named = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
+    decoder = ("encoder_outputs", "decoder_input_ids", "decoder_inputs_embeds")
+    candidates = {"0": args[0] if args else None} | {name: kwargs.get(name) for name in (*named, *decoder)}
+    for name, value in (candidates | dict(kwargs)).items():
+        first = value[0] if name == "encoder_outputs" and value is not None else value
+        if isinstance(first, Tensor) and first.ndim:
+            return name, first
+    return None, None
+
+
+def call_of(
+    path: str, part: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module
+) -> Call | None:
+    """A call of a part of the base model; None if it has no input with rows."""
+    lost = [name for name in ROUTING_ARGUMENTS if name in kwargs]
+    if lost and lost[0] not in inspect.signature(part.forward).parameters:
+        raise TypeError(
+            f"{lost[0]}= was given to {type(part).__name__}, which would ignore it. Give it to the PeftModel, or call the "
+            "base model inside of use_tasks."
+        )
+    name, main = main_input(part, args, kwargs)
+    if name is None or main is None:
+        return None
+    call = Call(path, {**{str(place): value for place, value in enumerate(args)}, **kwargs}, name, len(main))
+    of_part, of_model = (getattr(module, "main_input_name", None) for module in (part, model))
+    if of_part != of_model:
+        call.problem = f"{path} is called by itself, and its rows need not be those of {of_model}"
+    return call

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,9 @@ from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.routing.forward_pass import ForwardPass, Routed
 from hyperadapt.routing.kept_factors import KeptFactors, state_of
+from hyperadapt.routing.layouts import Call, Layout, Layouts, learned_layouts, print_of
 from hyperadapt.routing.requests import Request
+from hyperadapt.routing.scopes import Scope, innermost, is_open_elsewhere, opened
 from hyperadapt.tasks.ids import can_read, resolve_task_ids
 
 _GIVE_TASKS = (
@@ -39,11 +44,11 @@ class Router:
         self.networks = networks
         self.pinned: dict[str, str] = {}
         self.merged: dict[str, str] = {}
-        self.requests: list[Request] = []
+        self.layouts = Layouts()
         self._kept = KeptFactors()
         # While a graph is traced the pass is here: contexts cannot be traced.
         self._traced: ForwardPass | None = None
-        self._warned = False
+        self._warned: set[str] = set()
 
     def network(self, adapter_name: str) -> HyperAdapterNetwork:
         """The network of an adapter."""
@@ -58,25 +63,59 @@ class Router:
         return adapter_names[0], self.network(adapter_names[0])
 
     @contextmanager
-    def open(self, request: Request, adapter_names: Iterable[str], model_input: Tensor | None) -> Iterator[None]:
+    def open(
+        self,
+        request: Request,
+        adapter_names: Iterable[str],
+        model_input: Tensor | None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Iterator[None]:
         """Generate the factors of a forward pass of the active adapters and keep them for its duration.
 
         An empty request means the innermost ``use_tasks``, the pinned task or the default task. The main input of the
-        base model, shape ``(batch, ...)``, is None if it is not known yet.
+        base model, shape ``(batch, ...)``, is None if it is not known yet; options are the arguments of generate.
         """
-        if request.is_empty and self.requests:
-            request = self.requests[-1]
+        if request.is_empty and self.asked is not None:
+            request = self.asked.request
         routed = {}
         for name in adapter_names:
             if name in self.merged:
                 self._check_merged(name, request)
             else:
                 routed[name] = self._route(name, request)
-        forward_pass = ForwardPass(routed, request.num_rows)
+        forward_pass = ForwardPass(routed, request, options)
         if model_input is not None:
-            forward_pass.observe(model_input)
+            forward_pass.count(len(model_input))
         with self.installed(forward_pass):
             yield
+
+    def asking(self, request: Request) -> AbstractContextManager[None]:
+        """Let the calls of this thread, or asyncio task, that ask for nothing mean a request."""
+        return opened(id(self), request)
+
+    @property
+    def asked(self) -> Scope | None:
+        """What the innermost ``use_tasks`` asks for, and the call inside of it."""
+        return innermost(id(self))
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Let adapted layers leave prints of what they get and do nothing, while layouts are learned."""
+        prints: dict[str, list[Tensor]] = {}
+        with self.installed(ForwardPass({}, prints=prints)):
+            yield prints
+
+    def observe(self, module: nn.Module, call: Call) -> None:
+        """Note a call of the base model or of a part of it, and learn how rows lie in it if that is needed."""
+        forward_pass = self.current or self.asked
+        if forward_pass is None or forward_pass.prints is not None or forward_pass.request.num_rows is None:
+            return
+        if forward_pass.call is not None and forward_pass.call.contains(call.path):
+            return
+        forward_pass.observe(call)
+        if forward_pass.is_mixed and not call.problem:
+            layouts = self.layouts.find(call)
+            call.layouts = _learn(self.layouts, module, call, self.recording) if layouts is None else layouts
 
     @contextmanager
     def installed(self, forward_pass: ForwardPass) -> Iterator[None]:
@@ -102,13 +141,16 @@ class Router:
         found: ForwardPass | None = _current_of(self)
         return found
 
-    def lookup(self, adapter_name: str, position: Position, x: Tensor) -> tuple[Factors, Tensor | None]:
+    def lookup(self, adapter_name: str, position: Position, x: Tensor) -> tuple[Factors, Tensor | None] | None:
         """The factors that a layer applies to its input now, and the task of each element of the first dimension.
 
         None as tasks: one for all, or one for each, in order. Outside of a forward pass (a submodule is called on its
-        own) the factors are generated for this position alone and the task in force.
+        own) the factors are generated for this position alone and the task in force. None if it is to do nothing.
         """
-        forward_pass = self.current or ForwardPass({})
+        forward_pass = self.current or self.asked or ForwardPass({})
+        if forward_pass.prints is not None:
+            forward_pass.prints.setdefault(position.name, []).append(print_of(x))
+            return None
         routed = forward_pass.routed.get(adapter_name) or self._route_alone(adapter_name, position)
         rows = None if routed.rows is None else forward_pass.rows_of(routed.rows, x, position)
         # Where each row has a task of its own, no factors need to be picked.
@@ -123,7 +165,7 @@ class Router:
                 "(model.activation_checkpointing_enable(), or its switch in TrainingArguments), and call the PeftModel "
                 "itself."
             )
-        request = self.requests[-1] if self.requests else Request()
+        request = Request() if self.asked is None else self.asked.request
         return self._route(adapter_name, request, [position])
 
     def task_in_force(self, adapter_name: str) -> str:
@@ -131,8 +173,14 @@ class Router:
         if adapter_name in self.pinned:
             return self.pinned[adapter_name]
         config = self.network(adapter_name).config
-        if len(config.task_names) > 1 and not self._warned:
-            self._warned = True
+        if len(config.task_names) > 1 and is_open_elsewhere(id(self)):
+            raise ValueError(
+                "No task was given, while another thread is inside of use_tasks, which does not reach this one. Open "
+                "use_tasks in this thread, start it with contextvars.copy_context().run, pass tasks=, or pin a task "
+                "with set_task."
+            )
+        if len(config.task_names) > 1 and adapter_name not in self._warned:
+            self._warned.add(adapter_name)
             warnings.warn(
                 f"No task was given, so all rows use the default task {config.fallback_task!r} of "
                 f"{len(config.task_names)}. {_GIVE_TASKS}",
@@ -248,6 +296,28 @@ def _autocast_dtype(network: HyperAdapterNetwork) -> torch.dtype | None:
     kind = network.hypernetwork.layer_embedding.device.type
     is_enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_enabled else None
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
+    reason="before a model is compiled, it has to be called once with a task per row"
+)
+def _learn(
+    layouts: Layouts, module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Any]]
+) -> Mapping[str, Layout | str]:
+    try:
+        learned = learned_layouts(module, call, recording)
+    except Exception as error:
+        # Not kept: another batch may do.
+        call.problem = f"the model does not run on single rows ({error})"
+        return {}
+    layouts.keep(call, learned)
+    if "torch._dynamo" in sys.modules:
+        # A compiled model that is called for the first time has just been given up, and can be one graph from now on.
+        frame = inspect.currentframe()
+        while frame is not None:
+            torch._dynamo.eval_frame.remove_from_cache(frame.f_code)
+            frame = frame.f_back
+    return learned
 
 
 # Only reached by a graph of less than the whole model, which has to break here.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -14,7 +14,13 @@ from hyperadapt.tuner.model import HyperAdapterModel
 
 
 @contextmanager
-def use_tasks(model: nn.Module, tasks: Tasks | None = None, *, task_embeddings: Tensor | None = None) -> Iterator[None]:
+def use_tasks(
+    model: nn.Module,
+    tasks: Tasks | None = None,
+    *,
+    task_embeddings: Tensor | None = None,
+    task_rows: Mapping[str, Sequence[int] | Tensor] | None = None,
+) -> Iterator[None]:
     """Set the tasks of the calls inside, for code that owns the call and cannot pass ``tasks=``.
 
     Args:
@@ -22,6 +28,8 @@ def use_tasks(model: nn.Module, tasks: Tasks | None = None, *, task_embeddings: 
         tasks: One name for all rows, one name per row, or integer ids ``(batch,)``.
         task_embeddings: Shape ``(batch, task_embedding_dim)``, or ``(task_embedding_dim,)`` for all rows: for
             conditions that have no id.
+        task_rows: Name of a part of the model -> for each element of what its modules get, the row it belongs to.
+            For parts whose rows cannot be known, such as a vision tower that gets several images per row.
 
     Yields:
         None.
@@ -29,18 +37,15 @@ def use_tasks(model: nn.Module, tasks: Tasks | None = None, *, task_embeddings: 
     Raises:
         ValueError: If nothing or both are given, or a task is unknown.
     """
-    request = Request(tasks, task_embeddings)
+    request = Request(tasks, task_embeddings, task_rows)
     if request.is_empty:
         raise ValueError("use_tasks got tasks=None and no task_embeddings; pass one of the two.")
     tuner = find_tuner(model)
     if tasks is not None:
         for name in tuner.active_adapters:
             resolve_task_ids(tasks, tuner.router.network(name).config.task_names)
-    tuner.router.requests.append(request)
-    try:
+    with tuner.router.asking(request):
         yield
-    finally:
-        tuner.router.requests.pop()
 
 
 def find_tuner(model: nn.Module) -> HyperAdapterModel:

@@ -89,7 +89,10 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         for name in active:
             position = self.hyperadapter_position[name]
-            factors, rows = self.router.lookup(name, position, x)
+            found = self.router.lookup(name, position, x)
+            if found is None:
+                continue
+            factors, rows = found
             rows = None if rows is None else rows.to(x.device)
             result = self._add_update(result, name, x, factors.to(x.device), rows)
         return result.to(dtype)

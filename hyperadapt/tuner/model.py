@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import align_module_device
@@ -12,13 +13,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import check_description
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.sharding import make_whole, whole_network
 from hyperadapt.routing.checkpointing import factors_carried
-from hyperadapt.routing.forward_pass import main_input
+from hyperadapt.routing.forward_pass import call_of, main_input
 from hyperadapt.routing.requests import Request, Tasks
 from hyperadapt.routing.router import Router
 from hyperadapt.tasks.ids import resolve_task_ids
@@ -73,7 +75,7 @@ class HyperAdapterModel(BaseTuner):
         except Exception:
             self._remove_adapter(model, adapter_name)
             if not self.hyperadapter_networks:
-                self._observer.remove()
+                self._remove_observers()
             for parameter, requires_grad in (base_requires_grad | others).items():
                 parameter.requires_grad_(requires_grad)
             raise
@@ -102,7 +104,7 @@ class HyperAdapterModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(safe_merge, adapter_names)
-        self._observer.remove()
+        self._remove_observers()
         return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -294,9 +296,13 @@ class HyperAdapterModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.hyperadapter_networks = nn.ModuleDict()
         self.router = Router(self.hyperadapter_networks)
-        # The task-specific PeftModels hide their inputs from the tuner, and generate changes them. Not registered for
-        # each call, because that cannot be compiled.
-        self._observer = model.register_forward_pre_hook(self._observe_input, with_kwargs=True)
+        # The task-specific PeftModels hide their inputs from the tuner, and generate changes them and calls parts by
+        # themselves. Not registered for each call, because that cannot be compiled.
+        parts = {name: part for name, part in model.named_modules() if not name or isinstance(part, PreTrainedModel)}
+        self._observers = [
+            part.register_forward_pre_hook(partial(self._observe, name), with_kwargs=True)
+            for name, part in parts.items()
+        ]
 
     def _create_and_replace(
         self,
@@ -344,6 +350,7 @@ class HyperAdapterModel(BaseTuner):
         *args: Any,
         tasks: Tasks | None = None,
         task_embeddings: Tensor | None = None,
+        task_rows: Mapping[str, Sequence[int] | Tensor] | None = None,
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[None]:
@@ -352,17 +359,22 @@ class HyperAdapterModel(BaseTuner):
                 f"adapter_names={adapter_names!r} is not supported by hyperadapters: one adapter serves many tasks. "
                 "Name the task of each row with tasks= instead."
             )
-        model_input = main_input(self.model, args, kwargs)
-        request = Request(tasks, task_embeddings)
+        _, model_input = main_input(self.model, args, kwargs)
+        request = Request(tasks, task_embeddings, task_rows)
+        options = {"default_generation_config": getattr(self.model, "generation_config", None), **kwargs}
         with ExitStack() as stack:
-            stack.enter_context(self.router.open(request, self.active_adapters, model_input))
+            stack.enter_context(self.router.open(request, self.active_adapters, model_input, options))
             stack.enter_context(factors_carried(self.model, self.router, self._names_in))
             yield
 
-    def _observe_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        model_input, forward_pass = main_input(model, args, kwargs), self.router.current
-        if model_input is not None and forward_pass is not None:
-            forward_pass.observe(model_input)
+    def _observe(self, path: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = call_of(path, part, args, kwargs, self.model)
+        if call is not None:
+            self.router.observe(part, call)
+
+    def _remove_observers(self) -> None:
+        for observer in self._observers:
+            observer.remove()
 
     def _names_in(self, module: nn.Module) -> list[str]:
         """Of the positions in a part of the base model."""

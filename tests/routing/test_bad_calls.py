@@ -147,7 +147,7 @@ def test_bad_calls(shared: PeftModel, case: str) -> None:
         function(model)
     if "merged" not in case:
         assert shared.base_model.router.pinned == {}
-        assert shared.base_model.router.requests == []
+        assert shared.base_model.router.asked is None
 
 
 def test_the_merged_task_may_be_asked_for(shared: PeftModel) -> None:

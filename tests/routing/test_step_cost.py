@@ -45,6 +45,9 @@ class Operators(TorchDispatchMode):
 def train_step(model: nn.Module, batch: dict[str, Tensor], **routing: Any) -> Operators:
     """One step; the optimiser is the same for every adapter, and left out."""
     model.train()
+    # The first call with a task per row also learns where rows lie.
+    with torch.autocast("cpu", enabled=False):
+        model(**batch, **routing)
     with Operators() as operators:
         model(**batch, **routing).loss.backward()
     return operators

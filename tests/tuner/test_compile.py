@@ -148,7 +148,8 @@ def test_two_adapters_at_once() -> None:
     batch, ids = example_batch("llama", labels=False), torch.tensor([0, 1, 1, 0])
     graph, _ = compiled(model)
     with torch.no_grad():
-        assert_close(logits(graph, batch, tasks=ids), logits(model, batch, tasks=ids), **CLOSE)
+        expected = logits(model, batch, tasks=ids)
+        assert_close(logits(graph, batch, tasks=ids), expected, **CLOSE)
 
 
 def test_wrong_numbers_of_rows_and_ids_are_refused() -> None:
@@ -158,6 +159,10 @@ def test_wrong_numbers_of_rows_and_ids_are_refused() -> None:
     with torch.no_grad():
         with pytest.raises(Exception, match="Got tasks for 2 rows, but the batch has 4"):
             graph(**batch, tasks=torch.tensor([0, 1]))
+        # A graph cannot learn where rows lie.
+        with pytest.raises(Exception, match="it has to be called once with a task per row"):
+            graph(**batch, tasks=torch.tensor([0, 1, 2, 2]))
+        model(**batch, tasks=MIXED)
         for wrong in (9, -1):
             with pytest.raises(IndexError, match="out of bounds"):
                 graph(**batch, tasks=torch.tensor([0, 1, 2, wrong]))
