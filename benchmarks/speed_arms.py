@@ -163,7 +163,8 @@ def build_subject(arm: str, base: nn.Module, scenario: Scenario) -> Subject:
     peft_model = get_peft_model(model, HyperAdapterConfig(tasks=names, **common)).eval()
     if arm == MIXED:
         return Subject(peft_model, {"tasks": ids})
-    peft_model.set_task(names[0])
+    # As from_pretrained loads it: factors are kept for what is not trained.
+    peft_model.requires_grad_(False).set_task(names[0])
     if arm == MERGED:
         peft_model.merge_adapter()
     return Subject(peft_model)

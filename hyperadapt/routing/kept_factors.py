@@ -49,8 +49,11 @@ def state_of(network: nn.Module, dtype: torch.dtype | None) -> tuple[object, ...
     """What changes whenever a tensor of the network is replaced, moved, cast or written to."""
     _count_optimizer_steps()
     tensors = [*network.parameters(), *network.buffers()]
-    # Tensors made in inference mode count no versions; nothing may be kept for them.
-    versions = (object() if t.is_inference() else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+    # What is trained may be swapped through `parameter.data` between two evaluations (averaged weights), which counts
+    # no versions, and tensors made in inference mode count none either: nothing may be kept for them.
+    versions = (
+        object() if t.requires_grad or t.is_inference() else (t.data_ptr(), t._version, t.dtype) for t in tensors
+    )
     return dtype, _optimizer_steps, *versions
 
 

@@ -119,9 +119,10 @@ class HyperAdapterModel(BaseTuner):
     def set_task(self, task: str | None) -> None:
         """Pin a task: calls that name no task use it, until changed.
 
-        The factors of the eight tasks used last are kept while no parameter changes and gradients are off, so going
-        back to one costs nothing. A write through ``parameter.data`` outside of training goes unnoticed; unpin with
-        None after it, which drops what is kept.
+        The factors of the eight tasks used last are kept while no parameter changes, gradients are off and no parameter
+        of the adapter asks for them, as ``from_pretrained`` loads it; going back to a task then costs nothing. A write
+        through ``parameter.data`` of such an adapter goes unnoticed; unpin with None after it, which drops what is
+        kept.
 
         Args:
             task: Name of a task of every active adapter; None goes back to the default task.

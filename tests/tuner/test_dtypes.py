@@ -118,7 +118,7 @@ def test_autocast_around_a_float32_base(normalization: str) -> None:
 
 
 def test_kept_factors_are_those_of_the_autocast_in_force() -> None:
-    model = adapted_model("llama")
+    model = adapted_model("llama").requires_grad_(False)
     model.set_task("beta")
     expected = logits(model, BATCH)
     with torch.autocast("cpu", torch.bfloat16):
