@@ -15,7 +15,7 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.tasks.encoders import with_text_vectors
 from hyperadapt.tuner.layer import HyperAdapterLayer
-from hyperadapt.tuner.loading import check_saved_modules, check_size
+from hyperadapt.tuner.loading import check_saved_modules, check_size, other_names
 
 
 def built_network(
@@ -34,6 +34,7 @@ def built_network(
     config, text_vectors = with_text_vectors(config)
     check_size(config, positions, base_model)
     network = HyperAdapterNetwork(config, positions, norms)
+    check_adapter_names(base_model, {**layers[0].hyperadapter_networks, adapter_name: network})
     # Offloaded weights show the meta device until they are needed.
     with align_module_device(layers[0].get_base_layer()):
         weight = layers[0].weight
@@ -47,6 +48,22 @@ def built_network(
     if text_vectors is not None:
         network.task_embedding.set_text_vectors(text_vectors)
     return network
+
+
+def check_adapter_names(base_model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
+    """Refuse an adapter whose name is a part of a tensor's name in another one's file.
+
+    PEFT leaves out of an adapter's file whatever has the name of another adapter in its own.
+    """
+    for adapter_name, network in networks.items():
+        names = [f"hyperadapter_networks.{name}" for name in network.state_dict()]
+        names += [f"model.{name}" for name in other_names(base_model, adapter_name)]
+        for name in names:
+            for other in set(name.split(".")) & (set(networks) - {adapter_name}):
+                raise ValueError(
+                    f"The adapter name {other!r} is a part of {name!r}, the name of a tensor that the file of adapter "
+                    f"{adapter_name!r} may hold, and that PEFT would leave out when it saves both. Choose another name."
+                )
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -92,7 +92,7 @@ def checked_state_dict(
         return dict(renamed)
     # Renaming lets such a name through, to whichever adapter it names.
     problems = [f"{shown(name)} is unexpected" for name in state_dict if _NETWORKS in name and name in expected]
-    others = _other_names(model, adapter_name)
+    others = other_names(model, adapter_name)
     for name, value in renamed.items():
         known = expected.get(name) if marker in name or name in others else None
         problem = "is unexpected" if known is None else _mismatch(name, value, known)
@@ -145,7 +145,7 @@ def _discard(tuner: Any, adapter_name: str) -> None:
         del tuner.model.peft_config
 
 
-def _other_names(model: nn.Module, adapter_name: str) -> set[str]:
+def other_names(model: nn.Module, adapter_name: str) -> set[str]:
     """What a file may hold besides the network: `modules_to_save`, and embeddings that PEFT saved along."""
     names = set()
     embeddings = []
