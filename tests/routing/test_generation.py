@@ -1,12 +1,14 @@
 """Generation: rows keep their tasks through the key-value cache, beams and several returned sequences."""
 
 import copy
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from hyperadapt import use_tasks
 from tests.support.helpers import MIXED, TASK_TYPES, adapted_model, base_model, example_batch, row_of
@@ -128,3 +130,68 @@ def test_embeddings_as_prompt(models: dict[str, PeftModel]) -> None:
     assert torch.equal(together[1:2], row)
     with pytest.raises(ValueError, match="Got tasks for 3 rows, but the batch has 4"):
         generate(model, inputs | {"inputs_embeds": embeds}, tasks=MIXED[:3])
+
+
+def test_encoder_outputs_as_prompt(models: dict[str, PeftModel]) -> None:
+    model, inputs = models["t5"], prompts("t5")
+    expected = generate(model, inputs, tasks=MIXED, **BEAMS)
+    with torch.no_grad(), use_tasks(model, MIXED):
+        encoded = model.get_encoder()(**inputs)
+    del inputs["input_ids"]
+    assert torch.equal(generate(model, inputs, encoder_outputs=encoded, tasks=MIXED, **BEAMS), expected)
+
+
+def test_a_prefix_from_the_cache(models: dict[str, PeftModel]) -> None:
+    model, inputs = models["llama"], prompts("llama")
+    expected = generate(model, inputs, tasks=MIXED)
+    with torch.no_grad():
+        prefix = model(**{key: value[:, :4] for key, value in inputs.items()}, tasks=MIXED, use_cache=True)
+    assert torch.equal(generate(model, inputs, tasks=MIXED, past_key_values=prefix.past_key_values), expected)
+
+
+@pytest.mark.parametrize("assistant", ["base", "another adapter", "prompt"])
+def test_assisted_decoding_gives_the_same_tokens(models: dict[str, PeftModel], assistant: str) -> None:
+    model, inputs = models["llama"], row_of(prompts("llama"), 1)
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 2}
+    if assistant == "base":
+        options = {"assistant_model": base_model("llama").double()}
+    elif assistant == "another adapter":
+        helper = adapted_model("llama", task_type="CAUSAL_LM", seed=4, tasks=["one", "two"]).double()
+        helper.set_task("two")
+        options = {"assistant_model": helper}
+    expected = generate(model, inputs, tasks="beta")
+    assert torch.equal(generate(model, inputs, tasks="beta", **options), expected)
+
+
+class Heard(BaseStreamer):
+    """The tokens of a row, as they come."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("how", ["tasks", "pinned", "use_tasks"])
+def test_streaming_from_a_thread(models: dict[str, PeftModel], how: str) -> None:
+    model, inputs = copy.deepcopy(models["llama"]), row_of(prompts("llama"), 1)
+    expected, heard = generate(model, inputs, tasks="beta")[0].tolist(), Heard()
+    options: dict[str, Any] = {"streamer": heard} | ({"tasks": "beta"} if how == "tasks" else {})
+    if how == "pinned":
+        model.set_task("beta")
+    if how == "use_tasks":
+        with use_tasks(model, "beta"):
+            run_in_a_thread(lambda: generate(model, inputs, **options))
+    else:
+        run_in_a_thread(lambda: generate(model, inputs, **options))
+    assert heard.tokens == expected
+
+
+def run_in_a_thread(function: Any) -> None:
+    thread = Thread(target=function)
+    thread.start()
+    thread.join()
