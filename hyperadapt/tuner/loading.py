@@ -6,10 +6,11 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -116,6 +117,8 @@ def load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any,
     from_pretrained = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
     is_new = adapter_name not in model.peft_config or sys._getframe(1).f_code is from_pretrained
     try:
+        if adapter_name in model.peft_config:
+            _check_tasks(model, model_id, adapter_name, kwargs)
         result = type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
         missing = [name for name in result.missing_keys if f"{_NETWORKS}{adapter_name}." in name]
         if missing:
@@ -134,6 +137,21 @@ def load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any,
             ) from error
         raise
     return result
+
+
+def _check_tasks(model: PeftModel, model_id: Any, adapter_name: str, options: Mapping[str, Any]) -> None:
+    """Refuse weights whose tasks are others, or in another order, than those of the adapter that takes them."""
+    saved = PeftConfig.from_pretrained(model_id, **model._split_kwargs(dict(options))[0])
+    own = model.peft_config[adapter_name]
+    if not isinstance(saved, HyperAdapterConfig) or not isinstance(own, HyperAdapterConfig):
+        return
+    for index, (theirs, ours) in enumerate(zip_longest(saved.task_names, own.task_names)):
+        if theirs != ours:
+            raise ValueError(
+                f"Task {index} is {theirs!r} in the file of adapter {adapter_name!r}, but {ours!r} in the adapter that "
+                "takes its weights, so that tasks would be taken for each other. Give the configuration the file's "
+                "tasks in the file's order, or load the file with PeftModel.from_pretrained without config=."
+            )
 
 
 def _discard(tuner: Any, adapter_name: str) -> None:

@@ -204,6 +204,29 @@ def test_bad_weights_for_an_adapter_in_use(model: PeftModel, folder: Path, case:
     assert torch.equal(logits(model, BATCH, tasks=MIXED), expected)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (["gamma", "alpha", "beta"], "Task 0 is 'alpha' in the file of adapter 'default', but 'gamma' in the adapter"),
+        (["alpha", "beta", "delta"], "Task 2 is 'gamma' in the file of adapter 'default', but 'delta' in the adapter"),
+        (["alpha", "beta"], "Task 2 is 'gamma' in the file of adapter 'default', but None in the adapter"),
+    ],
+)
+def test_tasks_of_other_names_or_in_another_order(folder: Path, tasks: list[str], message: str) -> None:
+    config = adapter_config(tasks=tasks, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"])
+    model = make_active(get_peft_model(base_model("llama"), copy.deepcopy(config)))
+    expected = logits(model, BATCH, tasks="beta")
+    # As Trainer resumes a run, and loads the best checkpoint.
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.load_adapter(folder, "default", is_trainable=True)
+    assert torch.equal(logits(model, BATCH, tasks="beta"), expected)
+    base = base_model("llama")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PeftModel.from_pretrained(base, folder, config=config)
+    assert_unwrapped(base, before)
+
+
 def test_a_file_without_a_network_is_refused(tmp_path: Path) -> None:
     adapted_model("llama").save_pretrained(tmp_path)
     save_file({}, tmp_path / WEIGHTS)
