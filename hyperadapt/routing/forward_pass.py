@@ -15,7 +15,6 @@ from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.routing.layouts import Call
 from hyperadapt.routing.requests import Request
 
-
 # What the PeftModel takes and its base model does not.
 ROUTING_ARGUMENTS = ("tasks", "task_embeddings", "task_rows")
 
@@ -135,8 +134,8 @@ def call_of(
     lost = [name for name in ROUTING_ARGUMENTS if name in kwargs]
     if lost and lost[0] not in inspect.signature(part.forward).parameters:
         raise TypeError(
-            f"{lost[0]}= was given to {type(part).__name__}, which would ignore it. Give it to the PeftModel, or call the "
-            "base model inside of use_tasks."
+            f"{lost[0]}= was given to {type(part).__name__}, which would ignore it. Give it to the PeftModel, or "
+            "call the base model inside of use_tasks."
         )
     name, main = main_input(part, args, kwargs)
     if name is None or main is None:

@@ -262,20 +262,24 @@ class _Runs:
         return 0, 1
 
     def _of_other_values(self, inputs: dict[str, Any], row: int) -> Iterator[tuple[int, Prints]]:
-        """Runs of one row that is the same everywhere, and of all rows with values drawn anew, if the model takes them.
+        """Runs of a row that is the same everywhere, of one with padding, and of all with values drawn anew.
 
-        What gets some of the tokens, as an expert does, gets all or none of the one, and other numbers of the others.
+        As far as the model takes them. What gets some of the tokens, as an expert does, gets all or none of the first,
+        and other numbers of the last; what gets them without padding gets fewer of the second.
         """
         main, values = self.call.main, inputs.get(self.call.main)
         if not self.call.has_rows(values):
             return
         drawn = torch.randint(values.numel(), values.shape, generator=torch.Generator().manual_seed(0))
         alone = self._rows(inputs, [row])
-        others = (
-            alone | {main: values[row].flatten()[0].expand_as(alone[main]).clone()},
-            inputs | {main: values.flatten()[drawn.to(values.device)]},
-        )
-        for count, other in zip((1, self.call.num_rows), others, strict=True):
+        others = [
+            (1, alone | {main: values[row].flatten()[0].expand_as(alone[main]).clone()}),
+            (self.call.num_rows, inputs | {main: values.flatten()[drawn.to(values.device)]}),
+        ]
+        mask = alone.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            others.append((1, alone | {"attention_mask": torch.cat([mask[:, :-1], torch.zeros_like(mask[:, -1:])], 1)}))
+        for count, other in others:
             try:
                 yield count, self._prints(other)
             except Exception:
