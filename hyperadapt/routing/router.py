@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -29,8 +29,21 @@ _GIVE_TASKS = (
     "data collators drop it too: see HyperAdapterTrainer and TaskCollator. Or pin a task with set_task."
 )
 
-# By router, and not an attribute of it: each thread sees its own forward pass, and a router can be copied.
-_current: ContextVar[Mapping[int, ForwardPass]] = ContextVar("hyperadapt_forward_passes", default=MappingProxyType({}))
+
+class _Current(threading.local):
+    """The innermost forward pass of each thread.
+
+    A context variable would do the same, since no forward pass awaits anything, but a graph cannot read one: from here,
+    generated factors become inputs of a graph of any part of the model.
+    """
+
+    def __init__(self) -> None:
+        # Called by each thread, and not a default of the class: a graph could not tell the two apart.
+        self.forward_pass: ForwardPass | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied router has no forward pass.
+        return type(self), ()
 
 
 class Router:
@@ -46,8 +59,7 @@ class Router:
         self.merged: dict[str, str] = {}
         self.layouts = Layouts()
         self._kept = KeptFactors()
-        # While a graph is traced the pass is here: contexts cannot be traced.
-        self._traced: ForwardPass | None = None
+        self._current = _Current()
         self._warned: set[str] = set()
 
     def network(self, adapter_name: str) -> HyperAdapterNetwork:
@@ -120,26 +132,16 @@ class Router:
     @contextmanager
     def installed(self, forward_pass: ForwardPass) -> Iterator[None]:
         """Make a forward pass the current one of this thread."""
-        if torch.compiler.is_compiling():
-            outer, self._traced = self._traced, forward_pass
-            try:
-                yield
-            finally:
-                self._traced = outer
-            return
-        token = _current.set({**_current.get(), id(self): forward_pass})
+        outer, self._current.forward_pass = self._current.forward_pass, forward_pass
         try:
             yield
         finally:
-            _current.reset(token)
+            self._current.forward_pass = outer
 
     @property
     def current(self) -> ForwardPass | None:
         """The innermost forward pass of this thread."""
-        if torch.compiler.is_compiling() and self._traced is not None:
-            return self._traced
-        found: ForwardPass | None = _current_of(self)
-        return found
+        return self._current.forward_pass
 
     def lookup(self, adapter_name: str, position: Position, x: Tensor) -> tuple[Factors, Tensor | None] | None:
         """The factors that a layer applies to its input now, and the task of each element of the first dimension.
@@ -318,9 +320,3 @@ def _learn(
             torch._dynamo.eval_frame.remove_from_cache(frame.f_code)
             frame = frame.f_back
     return learned
-
-
-# Only reached by a graph of less than the whole model, which has to break here.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _current_of(router: Router) -> ForwardPass | None:
-    return _current.get().get(id(router))
