@@ -234,7 +234,7 @@ class Router:
         embeddings = request.embeddings(network.config.task_embedding_dim)
         if embeddings is not None:
             rows = torch.arange(len(embeddings), device=embeddings.device) if len(embeddings) > 1 else None
-            return Routed(network(embeddings, positions, _autocast_dtype(network)), rows, is_one_to_one=True)
+            return Routed(network(embeddings, positions, _autocast_dtype(network)), rows, rows is not None)
         tasks = request.tasks
         if tasks is None:
             self._check_training(adapter_name)
@@ -246,7 +246,8 @@ class Router:
         # Where rows share a task, its gradient is a sum over them, which half precision would round.
         is_sum = not is_one_to_one and len(distinct) > 1
         factors = network(distinct, positions, None if is_sum else _autocast_dtype(network))
-        return Routed(factors, rows if len(distinct) > 1 else None, is_one_to_one)
+        # One task is the same to the layers however it was named, so that graphs of them serve all ways.
+        return Routed(factors, rows, is_one_to_one) if len(distinct) > 1 else Routed(factors, None)
 
     def _check_training(self, adapter_name: str) -> None:
         """Refuse to train one of several tasks on all rows because their tasks were lost on the way."""
