@@ -38,7 +38,7 @@ class Factors(NamedTuple):
         ``rows`` is the task of each element of the first dimension of ``x``, int64; None if there is one task, or one
         for each element, in order. The result is added to ``onto``, which stays as it is.
         """
-        if rows is None and len(self.lora_A) == 1:
+        if rows is None and self.lora_A.shape[0] == 1:
             # An index would make a gradient of zeros to copy into.
             return self._expand(linear(x, self.lora_A.squeeze(0)), onto)
         inputs = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
@@ -50,10 +50,10 @@ class Factors(NamedTuple):
 
     def embed(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         """Rows of ``(B·S·A)ᵀ`` for ids ``(batch, ...)``, shape ``(batch, ..., out_features)``; rows as in ``apply``."""
-        if rows is None and len(self.lora_A) == 1:
+        if rows is None and self.lora_A.shape[0] == 1:
             return self._expand(nn.functional.embedding(ids, self.lora_A.squeeze(0).T))
-        per_row = ids.reshape(len(ids), -1)
-        tasks = torch.arange(len(ids), device=ids.device) if rows is None else rows
+        per_row = ids.reshape(ids.shape[0], -1)
+        tasks = torch.arange(ids.shape[0], device=ids.device) if rows is None else rows
         hidden = self.lora_A.mT[tasks[:, None], per_row]
         return self._of(rows)._expand(hidden).reshape(*ids.shape, self.lora_B.shape[-2])
 
@@ -65,14 +65,14 @@ class Factors(NamedTuple):
         """
         kernel = (-1, *convolution.weight.shape[1:])
         channels = -len(convolution.kernel_size) - 1
-        if rows is None and len(self.lora_A) == 1:
+        if rows is None and self.lora_A.shape[0] == 1:
             hidden = _convolve(x, self.lora_A.squeeze(0).reshape(kernel), convolution, groups=1)
             return self._expand(hidden.movedim(channels, -1)).movedim(-1, channels)
         # Each row's own kernel: the rows become groups of one convolution.
         factors = self._of(rows)
         kernels = factors.lora_A.reshape(kernel)
-        hidden = _convolve(x.reshape(1, -1, *x.shape[2:]), kernels, convolution, groups=len(x))
-        hidden = hidden.reshape(len(x), -1, *hidden.shape[2:]).movedim(channels, -1)
+        hidden = _convolve(x.reshape(1, -1, *x.shape[2:]), kernels, convolution, groups=x.shape[0])
+        hidden = hidden.reshape(x.shape[0], -1, *hidden.shape[2:]).movedim(channels, -1)
         update = factors._expand(hidden.flatten(1, -2))
         return update.reshape(*hidden.shape[:-1], update.shape[-1]).movedim(-1, channels)
 
@@ -90,7 +90,7 @@ class Factors(NamedTuple):
 
     def _expand(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
         """From the rank-r activation to the output: any shape with one task, ``(tasks, n, r)`` with several."""
-        is_single = len(self.lora_A) == 1
+        is_single = self.lora_A.shape[0] == 1
         core, lora_B = (self.core.squeeze(0), self.lora_B.squeeze(0)) if is_single else (self.core, self.lora_B)
         hidden = times_core(hidden, core.mT)
         if onto is None or onto.dtype != hidden.dtype:

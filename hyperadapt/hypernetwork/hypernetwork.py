@@ -136,7 +136,7 @@ class Hypernetwork(nn.Module):
             r = members[0].r
             if r < self.slots:
                 group_hidden = group_hidden[:, :, :r]
-            shape = (len(task_embeddings), len(members), r, -1)
+            shape = (task_embeddings.shape[0], len(members), r, -1)
             lora_A, lora_B = (
                 self.heads[self._head_key(factor, members[0])](group_hidden).reshape(shape)
                 + self._shared(factor, members)

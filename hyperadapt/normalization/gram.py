@@ -26,7 +26,7 @@ def grams(tensors: Sequence[Tensor]) -> list[Tensor]:
     H that of its Gram matrix.
     """
     joined = _grams(list(tensors))
-    return list(torch.split(joined, [len(tensor) for tensor in tensors]))
+    return list(torch.split(joined, [tensor.shape[0] for tensor in tensors]))
 
 
 def grams_reference(tensors: Sequence[Tensor]) -> Tensor:
@@ -36,7 +36,7 @@ def grams_reference(tensors: Sequence[Tensor]) -> Tensor:
 
 def grams_backward_reference(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
     """The operator's gradient in plain torch, like `tensors`; `grad` has the shape ``(sum of n, r, r)``."""
-    symmetric = torch.split(grad + grad.mT, [len(tensor) for tensor in tensors])
+    symmetric = torch.split(grad + grad.mT, [tensor.shape[0] for tensor in tensors])
     return [(part @ _wide(tensor)).to(tensor.dtype) for part, tensor in zip(symmetric, tensors, strict=True)]
 
 
@@ -109,7 +109,7 @@ def _table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
 def _empty_grams(tensors: Sequence[Tensor]) -> Tensor:
     r = tensors[0].shape[1]
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return tensors[0].new_empty((sum(len(tensor) for tensor in tensors), r, r), dtype=dtype)
+    return tensors[0].new_empty((sum(tensor.shape[0] for tensor in tensors), r, r), dtype=dtype)
 
 
 def _empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:

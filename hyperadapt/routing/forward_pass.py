@@ -77,12 +77,12 @@ class ForwardPass:
     def rows_of(self, rows: Tensor, x: Tensor, position: Position) -> Tensor:
         """The task of each element of an activation's first dimension, shape ``(len(x),)``."""
         try:
-            told = self.request.rows_told(position.name, len(x))
+            told = self.request.rows_told(position.name, x.shape[0])
             if told is not None:
                 return rows[told.to(rows.device)]
             if self.call is None:
                 raise ValueError("it is called by itself")
-            return self.call.elements(self._repeated(rows, self.call.num_rows), position.name, len(x))
+            return self.call.elements(self._repeated(rows, self.call.num_rows), position.name, x.shape[0])
         except ValueError as error:
             raise ValueError(
                 f"Module {position.name!r} got an input of shape {tuple(x.shape)}, in which the {len(rows)} rows that "
@@ -92,13 +92,14 @@ class ForwardPass:
 
     def _repeated(self, rows: Tensor, size: int) -> Tensor:
         """The task of each row of the call: as given, or as generate repeats rows for beams, samples and guidance."""
-        if size == len(rows):
+        num_rows = rows.shape[0]
+        if size == num_rows:
             return rows
         beams = max(self._option("num_beams") or 1, self._option("num_return_sequences") or 1)
         is_guided = (self._option("guidance_scale") or 1) > 1
-        if size == len(rows) * beams:
+        if size == num_rows * beams:
             return rows.repeat_interleave(beams)
-        if is_guided and size == 2 * len(rows) * beams:
+        if is_guided and size == 2 * num_rows * beams:
             return rows.repeat_interleave(beams).repeat(2)
         raise ValueError(f"the base model was called with {size} rows, which is not what generate makes of them")
 
@@ -140,7 +141,7 @@ def call_of(
     name, main = main_input(part, args, kwargs)
     if name is None or main is None:
         return None
-    call = Call(path, {**{str(place): value for place, value in enumerate(args)}, **kwargs}, name, len(main))
+    call = Call(path, {**{str(place): value for place, value in enumerate(args)}, **kwargs}, name, main.shape[0])
     of_part, of_model = (getattr(module, "main_input_name", None) for module in (part, model))
     if of_part != of_model:
         call.problem = f"{path} is called by itself, and its rows need not be those of {of_model}"

@@ -90,7 +90,7 @@ class Call:
 
     def has_rows(self, value: Any) -> TypeGuard[Tensor]:
         """Whether an input is a tensor with a row for each of the batch."""
-        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.num_rows
+        return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.num_rows
 
     def length(self, name: str) -> int | None:
         """Second dimension of an input that has rows."""

@@ -38,7 +38,9 @@ class Request:
     def num_rows(self) -> int | None:
         """Number of rows asked for; None if one task is meant for all."""
         if self.task_embeddings is not None:
-            return None if self.task_embeddings.ndim == 1 else len(self.task_embeddings)
+            return None if self.task_embeddings.ndim == 1 else self.task_embeddings.shape[0]
+        if isinstance(self.tasks, Tensor):
+            return self.tasks.shape[0]
         return None if self.tasks is None or isinstance(self.tasks, str) else len(self.tasks)
 
     def rows_told(self, position: str, size: int) -> Tensor | None:
@@ -62,9 +64,10 @@ class Request:
             raise TypeError(
                 f"task_embeddings has dtype {given.dtype}, but embeddings are floating point. Task ids go into tasks=."
             )
-        if given.shape == (task_embedding_dim,):
+        # Whole shapes are not compared: a graph for batches of any size would be bound to sizes other than this one.
+        if given.ndim == 1 and given.shape[0] == task_embedding_dim:
             return given[None]
-        if given.ndim != 2 or not len(given) or given.shape[1] != task_embedding_dim:
+        if given.ndim != 2 or not given.shape[0] or given.shape[1] != task_embedding_dim:
             raise ValueError(
                 f"task_embeddings has shape {tuple(given.shape)}, but must have shape (batch, {task_embedding_dim}), "
                 f"or ({task_embedding_dim},) for all rows."

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
@@ -97,7 +98,7 @@ class Router:
                 routed[name] = self._route(name, request)
         forward_pass = ForwardPass(routed, request, options)
         if model_input is not None:
-            forward_pass.count(len(model_input))
+            forward_pass.count(model_input.shape[0])
         with self.installed(forward_pass):
             yield
 
@@ -233,7 +234,7 @@ class Router:
             return Routed(self._pinned_factors(adapter_name), None)
         embeddings = request.embeddings(network.config.task_embedding_dim)
         if embeddings is not None:
-            rows = torch.arange(len(embeddings), device=embeddings.device) if len(embeddings) > 1 else None
+            rows = torch.arange(embeddings.shape[0], device=embeddings.device) if embeddings.shape[0] > 1 else None
             return Routed(network(embeddings, positions, _autocast_dtype(network)), rows, rows is not None)
         tasks = request.tasks
         if tasks is None:
@@ -244,10 +245,10 @@ class Router:
         # All layers on this device then take them as they are.
         rows = rows.to(network.hypernetwork.layer_embedding.device, non_blocking=True)
         # Where rows share a task, its gradient is a sum over them, which half precision would round.
-        is_sum = not is_one_to_one and len(distinct) > 1
+        is_sum = not is_one_to_one and distinct.shape[0] > 1
         factors = network(distinct, positions, None if is_sum else _autocast_dtype(network))
         # One task is the same to the layers however it was named, so that graphs of them serve all ways.
-        return Routed(factors, rows, is_one_to_one) if len(distinct) > 1 else Routed(factors, None)
+        return Routed(factors, rows, is_one_to_one) if distinct.shape[0] > 1 else Routed(factors, None)
 
     def _check_training(self, adapter_name: str) -> None:
         """Refuse to train one of several tasks on all rows because their tasks were lost on the way."""
@@ -288,8 +289,9 @@ def _distinct(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, bool]:
         distinct, rows = torch.unique(task_ids, return_inverse=True)
         if len(distinct) < task_ids.numel():
             return distinct, rows, False
-    # Otherwise the number of tasks cannot depend on the values: as many as there may be distinct ones.
-    if is_known or task_ids.ndim == 0 or len(task_ids) < num_tasks:
+    # Otherwise the number of tasks cannot depend on the values: as many as there may be distinct ones. Nor may a graph
+    # for batches of any size depend on that of its example.
+    if is_known or task_ids.ndim == 0 or statically_known_true(task_ids.shape[0] < num_tasks):
         return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device), True
     return torch.arange(num_tasks, device=task_ids.device), task_ids, False
 

@@ -85,7 +85,7 @@ class TaskEmbedding(nn.Module):
         if self.weight is not None:
             is_learned = _look_up(self._is_learned, task_ids)
             if training:
-                left_out = torch.rand(len(task_ids), device=task_ids.device) < TEXT_ALONE
+                left_out = torch.rand(task_ids.shape[0], device=task_ids.device) < TEXT_ALONE
                 is_learned = is_learned & ~(left_out & _look_up(self._has_both, task_ids))
             learned = embedding(_look_up(self._learned_row, task_ids), self.weight)
             embeddings = embeddings + torch.where(is_learned[:, None], learned, 0.0)
@@ -102,7 +102,7 @@ class TaskEmbedding(nn.Module):
         first, count = _look_up(self._first, task_ids), _look_up(self._count, task_ids)
         last = len(self.text_vectors) - 1
         if one:
-            choice = (torch.rand(len(task_ids), device=task_ids.device) * count).long()
+            choice = (torch.rand(task_ids.shape[0], device=task_ids.device) * count).long()
             return self.text_vectors[(first + choice).clamp(max=last)]
         steps = torch.arange(self._most, device=task_ids.device)
         vectors = self.text_vectors[(first[:, None] + steps).clamp(max=last)]

@@ -53,7 +53,7 @@ def _task_id(task: object, places: dict[str, int]) -> int:
 def _checked_task_ids(task_ids: Tensor, task_names: Sequence[str]) -> Tensor:
     if task_ids.dtype == torch.bool or task_ids.is_floating_point() or task_ids.is_complex():
         raise TypeError(f"tasks is a tensor of dtype {task_ids.dtype}; task ids must be integers.")
-    if task_ids.ndim != 1 or not len(task_ids):
+    if task_ids.ndim != 1 or not task_ids.shape[0]:
         raise ValueError(
             f"tasks is a tensor of shape {tuple(task_ids.shape)}; task ids must have shape (batch,), one per row."
         )

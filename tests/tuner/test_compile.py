@@ -1,6 +1,7 @@
-"""torch.compile: one graph for forward and backward, and no new one when the mix of tasks changes."""
+"""torch.compile: one graph of the whole model or a part, and no new one when the mix of tasks changes."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import CompileConfig, Trainer, TrainingArguments
 
 from hyperadapt import use_tasks
 from tests.support.helpers import (
@@ -45,11 +46,13 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def compiled(model: nn.Module) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
+def compiled(
+    model: Callable[..., Any], backend: str = "aot_eager"
+) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
     """The model as one graph (anything else raises), and what counts the compilations."""
     if Version(torch.__version__) < Version("2.13"):
         pytest.skip("an older torch breaks the graph where PEFT enters it")
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
@@ -139,6 +142,89 @@ def test_a_pinned_task_follows_the_parameters() -> None:
         model.set_task("beta")
         assert_close(after, logits(model, batch), **CLOSE)
     assert (after - before).abs().max() > 0.01
+    assert counter.frame_count == 1
+
+
+def requests(model: nn.Module) -> list[list[dict[str, Any]]]:
+    """Of one task, of rows that share tasks and of rows with a task each, by the ways to ask for them."""
+    embeddings = model.base_model.router.network("default").task_embedding.weight.detach()
+    one, shared, distinct = torch.tensor([1, 1, 1, 1]), torch.tensor([2, 0, 0, 2]), torch.tensor([2, 0, 1, 3])
+    return [
+        [
+            {"tasks": "alpha"},
+            {"pin": "beta"},
+            {"tasks": ["gamma"] * 4},
+            {"tasks": one},
+            {"task_embeddings": embeddings[3]},
+        ],
+        [{"tasks": ["beta", "alpha", "alpha", "beta"]}, {"tasks": MIXED}, {"tasks": shared}],
+        [{"tasks": distinct}, {"tasks": ["alpha", "delta", "beta", "gamma"]}, {"task_embeddings": embeddings[shared]}],
+    ]
+
+
+def test_a_graph_of_the_base_model_serves_all_requests_of_a_kind() -> None:
+    model = adapted_model("llama", tasks=[*TASKS, "delta"]).double()
+    base, batch, made = model.get_base_model(), example_batch("llama", labels=False), []
+    eager = base.forward
+    graph, counter = compiled(eager, "eager")
+    for kind in requests(model):
+        for request in kind:
+            model.set_task(request.pop("pin", None))
+            base.forward = eager
+            expected = logits(model, batch, **request)
+            base.forward = graph
+            assert_close(logits(model, batch, **request), expected, **CLOSE)
+        made.append(counter.frame_count)
+    # One task is no number that could vary; from then on the number of tasks is.
+    assert made == [1, 2, 3]
+
+
+def test_decoding_that_transformers_compiles_breaks_no_graph() -> None:
+    model = adapted_model("llama", tasks=[*TASKS, "delta"])
+    _, counter = compiled(model, "eager")
+    # The counter itself would be copied.
+    compiling = CompileConfig(backend=lambda *args: counter(*args), mode=None, fullgraph=True)
+    # Otherwise only on accelerators.
+    compiling._compile_all_devices = True
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    batch = example_batch("llama", labels=False)
+    for kind in requests(model):
+        for request in kind:
+            model.set_task(request.pop("pin", None))
+            expected = model.generate(**batch, **request, **options)
+            static = {"cache_implementation": "static", "compile_config": compiling}
+            assert torch.equal(model.generate(**batch, **request, **options, **static), expected)
+    assert counter.frame_count == 3
+
+
+def test_threads_share_a_graph_of_the_base_model() -> None:
+    model = adapted_model("llama").double()
+    base, batch = model.get_base_model(), example_batch("llama", labels=False)
+    expected = {task: logits(model, batch, tasks=task) for task in TASKS}
+    base.forward, counter = compiled(base.forward)
+    logits(model, batch, tasks="alpha")
+
+    def answers(task: str) -> bool:
+        return all(torch.allclose(logits(model, batch, tasks=task), expected[task], **CLOSE) for _ in range(5))
+
+    with ThreadPoolExecutor(len(TASKS)) as threads:
+        assert all(threads.map(answers, TASKS))
+    assert counter.frame_count == 1
+
+
+def test_training_with_a_graph_of_the_base_model() -> None:
+    model = adapted_model("llama").double().train()
+    batch, base = double(example_batch("llama")), model.get_base_model()
+    eager = base.forward
+    graph, counter = compiled(eager)
+    for mix in ([0, 1, 1, 0], [2, 1, 2, 2]):
+        outputs, grads = [], []
+        for base.forward in (eager, graph):
+            outputs.append(model(**batch, tasks=torch.tensor(mix)))
+            outputs[-1].loss.backward()
+            grads.append(gradients(model))
+        assert_close(outputs[1].logits, outputs[0].logits, **CLOSE)
+        assert_close(grads[1], grads[0], **CLOSE)
     assert counter.frame_count == 1
 
 
