@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.quantization_utils import (
+    QuantizationBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Convolution, Factors
 from hyperadapt.routing.router import Router
 from hyperadapt.tuner.layer import HyperAdapterLayer
@@ -110,23 +117,67 @@ class HyperAdapterConvolution(HyperAdapterLayer):
 def wrapped(target: nn.Module, parent: nn.Module, name: str, model: nn.Module, router: Router) -> HyperAdapterLayer:
     """An adapted layer around a module of the model, by its type; refuses modules that cannot be adapted."""
     backend = resolve_quantization_backend(target, **get_quantization_kwargs(model))
-    layer_type: type[HyperAdapterLayer] | None = None
-    if isinstance(parent, nn.MultiheadAttention):
-        reason = "part of nn.MultiheadAttention, which reads its weight without calling it"
-    elif isinstance(target, Convolution) and target.groups > 1:
-        reason = f"a convolution with groups={target.groups}"
-    else:
-        reason = f"of type {type(target).__name__}"
-        if isinstance(target, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
-            layer_type = HyperAdapterLinear
-        elif isinstance(target, nn.Embedding):
-            layer_type = HyperAdapterEmbedding
-        elif isinstance(target, Convolution):
-            layer_type = HyperAdapterConvolution
-    if layer_type is None or isinstance(target, BaseTunerLayer):
+    layer_type = _type_or_reason(target, parent, backend)
+    if isinstance(layer_type, str):
         raise TypeError(
-            f"Module {name!r} is {reason}, which hyperadapters cannot adapt: they adapt linear layers (nn.Linear, "
+            f"Module {name!r} is {layer_type}, which hyperadapters cannot adapt: they adapt linear layers (nn.Linear, "
             "Conv1D and quantised linear layers), nn.Embedding and convolutions with one group. Take it out of "
             "target_modules, or list it in exclude_modules."
         )
-    return layer_type(target, router, backend)
+    layer = layer_type(target, router, backend)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        layer.register_forward_pre_hook(_refuse_nested)
+    return layer
+
+
+def _refuse_nested(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """A hook whose presence makes nn.TransformerEncoderLayer call the layer, instead of reading its base weight."""
+    if args[0].is_nested:
+        raise TypeError(
+            "nn.TransformerEncoder has packed its padded rows into a nested tensor, which adapted layers cannot take. "
+            "Set use_nested_tensor=False on it, or make it with enable_nested_tensor=False."
+        )
+
+
+def choose_all_linear(config: HyperAdapterConfig, model: nn.Module) -> None:
+    """Resolve ``"all-linear"`` as PEFT does, but leave out, with one warning, what cannot be adapted.
+
+    Where nothing can, all stays, to be refused by name.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    _maybe_include_all_linear_layers(config, model)
+    left_out: dict[str, list[str]] = {}
+    for name in sorted(config.target_modules):
+        target, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+        backend = resolve_quantization_backend(target, **get_quantization_kwargs(model))
+        reason = None if isinstance(target, HyperAdapterLayer) else _type_or_reason(target, parent, backend)
+        if isinstance(reason, str) and BaseTuner._check_target_module_exists(config, name):
+            left_out.setdefault(reason, []).append(name)
+    kept = set(config.target_modules).difference(*left_out.values())
+    if left_out and kept:
+        config.target_modules = kept  # type: ignore[assignment]
+        reasons = "; ".join(f"{', '.join(map(repr, names))} ({reason})" for reason, names in left_out.items())
+        warnings.warn(
+            f"target_modules='all-linear' leaves out what hyperadapters cannot adapt: {reasons}. List these modules in "
+            "exclude_modules to silence this.",
+            stacklevel=2,
+        )
+
+
+def _type_or_reason(
+    target: nn.Module, parent: nn.Module, backend: QuantizationBackend | None
+) -> type[HyperAdapterLayer] | str:
+    """The adapted layer for a module, or what it is that cannot be adapted."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return "part of nn.MultiheadAttention, which reads its weight without calling it"
+    if isinstance(target, Convolution) and target.groups > 1:
+        return f"a convolution with groups={target.groups}"
+    if not isinstance(target, BaseTunerLayer):
+        if isinstance(target, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
+            return HyperAdapterLinear
+        if isinstance(target, nn.Embedding):
+            return HyperAdapterEmbedding
+        if isinstance(target, Convolution):
+            return HyperAdapterConvolution
+    return f"of type {type(target).__name__}"

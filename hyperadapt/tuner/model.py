@@ -28,7 +28,7 @@ from hyperadapt.tasks.table import TaskRow, TaskTable
 from hyperadapt.tuner.base_norms import base_norm, is_made_empty
 from hyperadapt.tuner.building import built_network, remove_adapter
 from hyperadapt.tuner.layer import HyperAdapterLayer
-from hyperadapt.tuner.layer_types import wrapped
+from hyperadapt.tuner.layer_types import choose_all_linear, wrapped
 from hyperadapt.tuner.loading import checked_state_dict
 
 if TYPE_CHECKING:
@@ -304,6 +304,10 @@ class HyperAdapterModel(BaseTuner):
             part.register_forward_pre_hook(partial(self._observe, name), with_kwargs=True)
             for name, part in parts.items()
         ]
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        assert isinstance(peft_config, HyperAdapterConfig)
+        choose_all_linear(peft_config, model)
 
     def _create_and_replace(
         self,
