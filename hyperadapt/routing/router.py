@@ -57,6 +57,8 @@ class Router:
     def __init__(self, networks: nn.ModuleDict) -> None:
         self.networks = networks
         self.pinned: dict[str, str] = {}
+        # Also for adapters that were not pinned themselves, such as the copy of a policy that TRL takes as reference.
+        self._last_pin: str | None = None
         self.merged: dict[str, str] = {}
         self.layouts = Layouts()
         self._kept = KeptFactors()
@@ -173,14 +175,20 @@ class Router:
 
     def task_in_force(self, adapter_name: str) -> str:
         """Name of the task of calls that ask for none: the pinned one, else the default with one warning."""
-        if adapter_name in self.pinned:
-            return self.pinned[adapter_name]
+        pinned = self.pinned_task(adapter_name)
+        if pinned is not None:
+            return pinned
         config = self.network(adapter_name).config
         if len(config.task_names) > 1 and is_open_elsewhere(id(self)):
             raise ValueError(
                 "No task was given, while another thread is inside of use_tasks, which does not reach this one. Open "
                 "use_tasks in this thread, start it with contextvars.copy_context().run, pass tasks=, or pin a task "
                 "with set_task."
+            )
+        if self._last_pin is not None and len(config.task_names) > 1 and config.default_task is None:
+            raise ValueError(
+                f"Task {self._last_pin!r} is pinned, but adapter {adapter_name!r} does not know it: its tasks are "
+                f"{', '.join(config.task_names)}. Pin one of them with set_task, or name the tasks of the call."
             )
         if len(config.task_names) > 1 and adapter_name not in self._warned:
             self._warned.add(adapter_name)
@@ -204,14 +212,30 @@ class Router:
         factors: dict[str, Factors] = network(task_ids, positions, dtype)
         return factors
 
+    def pinned_task(self, adapter_name: str) -> str | None:
+        """The task pinned for an adapter: its own, else the one pinned last for others, if it knows that one."""
+        if adapter_name in self.pinned:
+            return self.pinned[adapter_name]
+        return self._last_pin if self._last_pin in self.network(adapter_name).config.task_names else None
+
     def pin(self, adapter_name: str, task: str | None) -> None:
         """Pin a task, or unpin with None. Unpinning, or pinning a task again, drops all factors that were kept."""
+        self._last_pin = task
         if task in (None, self.pinned.get(adapter_name)):
             self.drop_factors(adapter_name)
         if task is None:
             self.pinned.pop(adapter_name, None)
         else:
             self.pinned[adapter_name] = task
+
+    def rename(self, adapter_name: str, task: str, new_name: str) -> None:
+        """Keep a task of an adapter pinned and merged under its new name."""
+        if self.pinned_task(adapter_name) == task:
+            self.pinned[adapter_name] = new_name
+        if self._last_pin == task:
+            self._last_pin = new_name
+        if self.merged.get(adapter_name) == task:
+            self.merged[adapter_name] = new_name
 
     def drop_factors(self, adapter_name: str) -> None:
         """Let factors of pinned tasks be generated anew when they are next needed."""
@@ -230,8 +254,10 @@ class Router:
         if torch.is_grad_enabled():
             # Training may write to `parameter.data`, which counts no versions.
             self.drop_factors(adapter_name)
-        elif request.is_empty and adapter_name in self.pinned and positions is None and not compiling:
-            return Routed(self._pinned_factors(adapter_name), None)
+        elif request.is_empty and positions is None and not compiling:
+            pinned = self.pinned_task(adapter_name)
+            if pinned is not None:
+                return Routed(self._pinned_factors(adapter_name, pinned), None)
         embeddings = request.embeddings(network.config.task_embedding_dim)
         if embeddings is not None:
             rows = torch.arange(embeddings.shape[0], device=embeddings.device) if embeddings.shape[0] > 1 else None
@@ -254,16 +280,16 @@ class Router:
         """Refuse to train one of several tasks on all rows because their tasks were lost on the way."""
         network = self.network(adapter_name)
         config = network.config
-        is_clear = len(config.task_names) == 1 or config.default_task is not None or adapter_name in self.pinned
-        if network.training and torch.is_grad_enabled() and not is_clear:
+        is_clear = len(config.task_names) == 1 or config.default_task is not None
+        if network.training and torch.is_grad_enabled() and not is_clear and self.pinned_task(adapter_name) is None:
             raise ValueError(
                 f"Adapter {adapter_name!r} trains {len(config.task_names)} tasks, but this batch does not say which: "
                 f"all its rows would train {config.fallback_task!r}. {_GIVE_TASKS}"
             )
 
-    def _pinned_factors(self, adapter_name: str) -> dict[str, Factors]:
+    def _pinned_factors(self, adapter_name: str, task: str) -> dict[str, Factors]:
         network = self.network(adapter_name)
-        task, dtype = self.pinned[adapter_name], _autocast_dtype(network)
+        dtype = _autocast_dtype(network)
         state = state_of(network, dtype)
         factors = self._kept.find(adapter_name, task, state) or self.factors_of_task(adapter_name, task, dtype=dtype)
         self._kept.keep(adapter_name, task, state, factors)

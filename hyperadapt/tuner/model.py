@@ -124,6 +124,9 @@ class HyperAdapterModel(BaseTuner):
         through ``parameter.data`` of such an adapter goes unnoticed; unpin with None after it, which drops what is
         kept.
 
+        Other adapters that were not pinned themselves use the task, too, if they know one of that name: so does the
+        copy of a policy that TRL takes as its reference. One that does not know it is refused without a task.
+
         Args:
             task: Name of a task of every active adapter; None goes back to the default task.
 
@@ -217,7 +220,7 @@ class HyperAdapterModel(BaseTuner):
         """
         adapter_name, _ = self.router.only(self.active_adapters)
         table = self._table().without(name)
-        if self.router.pinned.get(adapter_name) == name:
+        if self.router.pinned_task(adapter_name) == name:
             raise ValueError(f"Task {name!r} cannot be removed: it is pinned; call set_task(None).")
         if self.router.merged.get(adapter_name) == name:
             raise ValueError(
@@ -237,10 +240,9 @@ class HyperAdapterModel(BaseTuner):
             ValueError: If it is unknown, or the new name is empty or taken.
         """
         adapter_name, _ = self.router.only(self.active_adapters)
-        self._set_table(self._table().renamed(name, new_name))
-        for tasks in (self.router.pinned, self.router.merged):
-            if tasks.get(adapter_name) == name:
-                tasks[adapter_name] = new_name
+        table = self._table().renamed(name, new_name)
+        self.router.rename(adapter_name, name, new_name)
+        self._set_table(table)
 
     def interpolate_tasks(self, name: str, weights: Mapping[str, float]) -> None:  # noqa: DOC502
         """Add a task between others: its embedding is the weighted sum of their embeddings' directions.
