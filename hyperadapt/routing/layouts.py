@@ -147,6 +147,10 @@ class Layouts:
         learned = self._learned.get(call.kind, {})
         return learned.get(None) or learned.get(call.sizes)
 
+    def clear(self) -> None:
+        """Forget them all."""
+        self._learned.clear()
+
     def keep(self, call: Call, layouts: dict[str, Layout | str]) -> None:
         """Remember what was learned in a call."""
         is_general = all(isinstance(layout, str) or layout.is_general for layout in layouts.values())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.hooks import RemovableHandle
 
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
@@ -58,9 +59,11 @@ class Router:
         self.networks = networks
         self.pinned: dict[str, str] = {}
         # Also for adapters that were not pinned themselves, such as the copy of a policy that TRL takes as reference.
-        self._last_pin: str | None = None
+        self.last_pin: str | None = None
         self.merged: dict[str, str] = {}
         self.layouts = Layouts()
+        # The hooks that see the calls of the base model and of its parts.
+        self.observers: list[RemovableHandle] = []
         self._kept = KeptFactors()
         self._current = _Current()
         self._warned: set[str] = set()
@@ -146,6 +149,11 @@ class Router:
         """The innermost forward pass of this thread."""
         return self._current.forward_pass
 
+    def stop_observing(self) -> None:
+        """Take the hooks off the base model."""
+        for observer in self.observers:
+            observer.remove()
+
     def lookup(self, adapter_name: str, position: Position, x: Tensor) -> tuple[Factors, Tensor | None] | None:
         """The factors that a layer applies to its input now, and the task of each element of the first dimension.
 
@@ -170,8 +178,19 @@ class Router:
                 "(model.activation_checkpointing_enable(), or its switch in TrainingArguments), and call the PeftModel "
                 "itself."
             )
+        called = self.current
+        if called is not None and adapter_name not in (*called.routed, *self.merged):
+            raise self.other_model(adapter_name, (*called.routed, *self.merged))
         request = Request() if self.asked is None else self.asked.request
         return self._route(adapter_name, request, [position])
+
+    def other_model(self, adapter_name: str, wanted: Iterable[str]) -> RuntimeError:
+        """What to raise where an adapter is active, but the model that is used wants others."""
+        return RuntimeError(
+            f"Adapter {adapter_name!r} is active in the layers, but this model uses {', '.join(map(repr, wanted))}. Of "
+            "several models made from one base model, only the one activated last can be used: call its set_adapter "
+            "first."
+        )
 
     def task_in_force(self, adapter_name: str) -> str:
         """Name of the task of calls that ask for none: the pinned one, else the default with one warning."""
@@ -185,9 +204,9 @@ class Router:
                 "use_tasks in this thread, start it with contextvars.copy_context().run, pass tasks=, or pin a task "
                 "with set_task."
             )
-        if self._last_pin is not None and len(config.task_names) > 1 and config.default_task is None:
+        if self.last_pin is not None and len(config.task_names) > 1 and config.default_task is None:
             raise ValueError(
-                f"Task {self._last_pin!r} is pinned, but adapter {adapter_name!r} does not know it: its tasks are "
+                f"Task {self.last_pin!r} is pinned, but adapter {adapter_name!r} does not know it: its tasks are "
                 f"{', '.join(config.task_names)}. Pin one of them with set_task, or name the tasks of the call."
             )
         if len(config.task_names) > 1 and adapter_name not in self._warned:
@@ -216,11 +235,11 @@ class Router:
         """The task pinned for an adapter: its own, else the one pinned last for others, if it knows that one."""
         if adapter_name in self.pinned:
             return self.pinned[adapter_name]
-        return self._last_pin if self._last_pin in self.network(adapter_name).config.task_names else None
+        return self.last_pin if self.last_pin in self.network(adapter_name).config.task_names else None
 
     def pin(self, adapter_name: str, task: str | None) -> None:
         """Pin a task, or unpin with None. Unpinning, or pinning a task again, drops all factors that were kept."""
-        self._last_pin = task
+        self.last_pin = task
         if task in (None, self.pinned.get(adapter_name)):
             self.drop_factors(adapter_name)
         if task is None:
@@ -232,8 +251,8 @@ class Router:
         """Keep a task of an adapter pinned and merged under its new name."""
         if self.pinned_task(adapter_name) == task:
             self.pinned[adapter_name] = new_name
-        if self._last_pin == task:
-            self._last_pin = new_name
+        if self.last_pin == task:
+            self.last_pin = new_name
         if self.merged.get(adapter_name) == task:
             self.merged[adapter_name] = new_name
 

@@ -1,21 +1,67 @@
-"""Building an adapter's network for the modules that it adapts, and taking an adapter out of them again."""
+"""What an adapter is built of: a base model's router, its network, and taking an adapter out of the modules again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from accelerate.utils import align_module_device
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.routing.router import Router
 from hyperadapt.tasks.encoders import with_text_vectors
-from hyperadapt.tuner.layer import HyperAdapterLayer
+from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in
 from hyperadapt.tuner.loading import check_saved_modules, check_size, other_names
+
+
+def router_of(model: nn.Module, observe: Callable[..., None]) -> Router:
+    """The router of a base model's layers, which all models made from it share; a new one if it has none.
+
+    A new one observes the base model's input. Refused where a second model could not reach the layers, or would be
+    built on merged weights.
+    """
+    router = next((layer.router for layer in layers_in(model)), None)
+    if router is None:
+        router = Router(nn.ModuleDict())
+        # The task-specific PeftModels hide their inputs from the tuner, and generate changes them and calls parts by
+        # themselves. Not registered for each call, because that cannot be compiled.
+        parts = [(name, part) for name, part in model.named_modules() if not name or isinstance(part, PreTrainedModel)]
+        router.observers = [
+            part.register_forward_pre_hook(partial(observe, name), with_kwargs=True) for name, part in parts
+        ]
+        return router
+    is_wrapped = any(isinstance(one, BaseTuner) and one.tuner_layer_cls is HyperAdapterLayer for one in model.modules())
+    if is_wrapped or not hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{type(model).__name__} is not the base model of the hyperadapter in it, so a second model around it "
+            "would go past that one. Add an adapter to the first with add_adapter or load_adapter, pass its base model "
+            "(get_base_model()), or take the adapter out with unload()."
+        )
+    for adapter_name, task in router.merged.items():
+        raise ValueError(
+            f"Task {task!r} of adapter {adapter_name!r} is merged into the weights of this base model. Call "
+            "unmerge_adapter() on the model it belongs to, or merge_and_unload() to keep it, and then make another one."
+        )
+    router.last_pin = None
+    return router
+
+
+def check_in_use(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
+    """Refuse the configurations of a model whose base model was unloaded and then adapted anew."""
+    if getattr(model, "peft_config", configs) is not configs:
+        raise ValueError(
+            "This model was unloaded, and another one has been made from its base model since. Use that one, or load "
+            "this adapter again."
+        )
 
 
 def built_network(
@@ -66,14 +112,23 @@ def check_adapter_names(base_model: nn.Module, networks: Mapping[str, nn.Module]
                 )
 
 
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Unwrap the modules of a base model that are wrapped for this adapter alone."""
+def take_out(model: nn.Module, router: Router, adapter_name: str) -> None:
+    """Make room for an adapter where another model made from this base model has left one of that name."""
+    if adapter_name not in router.networks:
+        return
+    warnings.warn(
+        f"Adapter {adapter_name!r} of this base model is replaced: models made from it before now use the new one. "
+        "Pass another adapter_name to keep both, or take the first out with unload().",
+        stacklevel=2,
+    )
     _unwrap_saved_modules(model, adapter_name)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, HyperAdapterLayer):
             layer.remove_adapter(adapter_name)
             if not layer.hyperadapter_position:
                 model.set_submodule(name, layer.base_layer)
+    del router.networks[adapter_name]
+    router.forget(adapter_name)
 
 
 def _unwrap_saved_modules(model: nn.Module, adapter_name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ from torch import Tensor, nn
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.routing.router import Router
+
+
+def layers_in(module: nn.Module) -> list[HyperAdapterLayer]:
+    """The adapted layers of a model or of a part of it."""
+    return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLayer)]
+
+
+def names_in(module: nn.Module) -> list[str]:
+    """Of the positions in a model or in a part of it."""
+    layers = layers_in(module)
+    return list(dict.fromkeys(one.name for layer in layers for one in layer.hyperadapter_position.values()))
 
 
 class HyperAdapterLayer(nn.Module, BaseTunerLayer):
@@ -127,6 +139,12 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         # Where all is merged already, merging only warns.
         if not set(self.active_adapters) <= set(self.merged_adapters):
             self._check_readable()
+
+    def check_active(self, adapter_names: Sequence[str]) -> None:
+        """Refuse to act for a model whose adapters are not those in force here."""
+        for name in self.active_adapters:
+            if name in self.hyperadapter_position and name not in adapter_names:
+                raise self.router.other_model(name, adapter_names)
 
     def check_finite(self, adapter_names: list[str] | None = None) -> None:
         """Refuse what ``merge`` would write where it is not finite."""

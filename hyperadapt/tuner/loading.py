@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.tuner.layer import HyperAdapterLayer
+from hyperadapt.tuner.model_state import ModelState
 
 # Of parameters, unless the base model is large.
 MAX_PARAMETERS = 2**30
@@ -111,11 +113,21 @@ def checked_state_dict(
     return {name: value.to(expected[name].dtype) for name, value in renamed.items()}
 
 
+def weights_follow() -> bool:
+    """Whether ``PeftModel.from_pretrained`` is making a model, whose weights it loads next."""
+    from_pretrained = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not from_pretrained:
+        frame = frame.f_back
+    return frame is not None
+
+
 def load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     """``PeftModel.load_adapter``, and on an error the model as it was before."""
     # PeftModel.from_pretrained adds the adapter itself and then loads it; any other caller has a use for the adapter.
-    from_pretrained = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
-    is_new = adapter_name not in model.peft_config or sys._getframe(1).f_code is from_pretrained
+    before: ModelState | None = vars(model.base_model).pop("before_loading", None)
+    if before is None and adapter_name not in model.peft_config:
+        before = ModelState(model)
     try:
         if adapter_name in model.peft_config:
             _check_tasks(model, model_id, adapter_name, kwargs)
@@ -127,8 +139,8 @@ def load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any,
                 "The file is damaged or another one: get it again."
             )
     except Exception as error:
-        if is_new and adapter_name in model.peft_config:
-            _discard(model.base_model, adapter_name)
+        if before is not None:
+            before.restore()
         # PEFT looks up the modules_to_save without a check.
         if isinstance(error, KeyError) and str(error.args[0]).startswith("base_model."):
             raise ValueError(
@@ -152,15 +164,6 @@ def _check_tasks(model: PeftModel, model_id: Any, adapter_name: str, options: Ma
                 "takes its weights, so that tasks would be taken for each other. Give the configuration the file's "
                 "tasks in the file's order, or load the file with PeftModel.from_pretrained without config=."
             )
-
-
-def _discard(tuner: Any, adapter_name: str) -> None:
-    tuner._remove_adapter(tuner.model, adapter_name)
-    del tuner.peft_config[adapter_name]
-    if not tuner.peft_config:
-        tuner._observer.remove()
-        # Left by the tuner; with it, the next tuner would warn of a second adapter.
-        del tuner.model.peft_config
 
 
 def other_names(model: nn.Module, adapter_name: str) -> set[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import align_module_device
@@ -13,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import check_description
@@ -22,14 +20,14 @@ from hyperadapt.hypernetwork.sharding import make_whole, whole_network
 from hyperadapt.routing.checkpointing import factors_carried
 from hyperadapt.routing.forward_pass import call_of, main_input
 from hyperadapt.routing.requests import Request, Tasks
-from hyperadapt.routing.router import Router
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tasks.table import TaskRow, TaskTable
 from hyperadapt.tuner.base_norms import base_norm, is_made_empty
-from hyperadapt.tuner.building import built_network, remove_adapter
-from hyperadapt.tuner.layer import HyperAdapterLayer
+from hyperadapt.tuner.building import built_network, check_in_use, router_of, take_out
+from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in, names_in
 from hyperadapt.tuner.layer_types import choose_all_linear, wrapped
-from hyperadapt.tuner.loading import checked_state_dict
+from hyperadapt.tuner.loading import checked_state_dict, weights_follow
+from hyperadapt.tuner.model_state import unchanged_on_error
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -48,6 +46,14 @@ class HyperAdapterModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     uses_shared_state = True
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with unchanged_on_error(model) as before:
+            super().__init__(model, *args, **kwargs)
+        # Else it would be looked up in the base model, which may be adapted anew after unload().
+        self.peft_config = self.model.peft_config
+        if weights_follow():
+            self.before_loading = before
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -57,30 +63,29 @@ class HyperAdapterModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Wrap the target modules and build the adapter's network; on any error the model is left as it was."""
-        others = {parameter: parameter.requires_grad for parameter in self.hyperadapter_networks.parameters()}
-        base_requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        self._base_norms: dict[str, Tensor] = {}
-        try:
+        with unchanged_on_error(self):
+            take_out(model, self.router, adapter_name)
+            others = {parameter: parameter.requires_grad for parameter in self.hyperadapter_networks.parameters()}
+            self._base_norms: dict[str, Tensor] = {}
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            with ExitStack() as stack:
-                if low_cpu_mem_usage:
-                    stack.enter_context(init_empty_weights())
-                layers = [one for one in self._layers(model) if adapter_name in one.hyperadapter_position]
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                layers = [one for one in layers_in(model) if adapter_name in one.hyperadapter_position]
                 network = built_network(model, self.peft_config[adapter_name], adapter_name, layers, self._base_norms)
-                # Trainability follows PEFT: the active adapters train, unless loaded for inference.
-                network.requires_grad_(adapter_name in self.active_adapters and not network.config.inference_mode)
-                self.hyperadapter_networks[adapter_name] = network
-                # Not written into the caller's configuration, which may serve for another model.
-                self.peft_config[adapter_name] = network.config
-        except Exception:
-            self._remove_adapter(model, adapter_name)
-            if not self.hyperadapter_networks:
-                self._remove_observers()
-            for parameter, requires_grad in (base_requires_grad | others).items():
-                parameter.requires_grad_(requires_grad)
-            raise
-        for parameter, requires_grad in others.items():
-            parameter.requires_grad_(requires_grad)
+            # Trainability follows PEFT: the active adapters train, unless loaded for inference.
+            is_active = adapter_name in self.active_adapters
+            network.requires_grad_(is_active and not network.config.inference_mode)
+            self.hyperadapter_networks[adapter_name] = network
+            # There may be modules now that were not looked at.
+            self.router.layouts.clear()
+            # Not written into the caller's configuration, which may serve for another model.
+            self.peft_config[adapter_name] = network.config
+            if is_active:
+                # PEFT would let adapters of an earlier model of this base model train on.
+                inactive = [name for name in self.hyperadapter_networks if name not in self.active_adapters]
+                self.set_requires_grad(inactive, requires_grad=False)
+            else:
+                for parameter, requires_grad in others.items():
+                    parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter with its network."""
@@ -104,14 +109,18 @@ class HyperAdapterModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(safe_merge, adapter_names)
-        self._remove_observers()
+        check_in_use(self.model, self.peft_config)
+        self.router.stop_observing()
         return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Refuse before the first module is merged, so that nothing stays half merged."""
-        for layer in self._layers(self.model):
+        check_in_use(self.model, self.peft_config)
+        for layer in layers_in(self.model):
             layer.check_mergeable()
-        for layer in self._layers(self.model) if safe_merge else ():
+            if adapter_names is None:
+                layer.check_active(self.active_adapters)
+        for layer in layers_in(self.model) if safe_merge else ():
             # PEFT's onload_layer would not put the weights away after an error.
             with align_module_device(layer.get_base_layer()):
                 layer.check_finite(adapter_names)
@@ -297,15 +306,10 @@ class HyperAdapterModel(BaseTuner):
             return self.model(**batch)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.hyperadapter_networks = nn.ModuleDict()
-        self.router = Router(self.hyperadapter_networks)
-        # The task-specific PeftModels hide their inputs from the tuner, and generate changes them and calls parts by
-        # themselves. Not registered for each call, because that cannot be compiled.
-        parts = {name: part for name, part in model.named_modules() if not name or isinstance(part, PreTrainedModel)}
-        self._observers = [
-            part.register_forward_pre_hook(partial(self._observe, name), with_kwargs=True)
-            for name, part in parts.items()
-        ]
+        self.router = router_of(model, self._observe)
+        self.hyperadapter_networks = self.router.networks
+        # Another model made from this base model may have disabled them.
+        self._enable_adapter_layers()
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, HyperAdapterConfig)
@@ -346,11 +350,6 @@ class HyperAdapterModel(BaseTuner):
         if autocast_adapter_dtype and next(network.parameters()).element_size() < 4:
             network.float()
 
-    def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
-        remove_adapter(model, adapter_name)
-        if adapter_name in self.hyperadapter_networks:
-            del self.hyperadapter_networks[adapter_name]
-
     @contextmanager
     def _enable_peft_forward_hooks(
         self,
@@ -366,31 +365,19 @@ class HyperAdapterModel(BaseTuner):
                 f"adapter_names={adapter_names!r} is not supported by hyperadapters: one adapter serves many tasks. "
                 "Name the task of each row with tasks= instead."
             )
+        check_in_use(self.model, self.peft_config)
         _, model_input = main_input(self.model, args, kwargs)
         request = Request(tasks, task_embeddings, task_rows)
         options = {"default_generation_config": getattr(self.model, "generation_config", None), **kwargs}
         with ExitStack() as stack:
             stack.enter_context(self.router.open(request, self.active_adapters, model_input, options))
-            stack.enter_context(factors_carried(self.model, self.router, self._names_in))
+            stack.enter_context(factors_carried(self.model, self.router, names_in))
             yield
 
     def _observe(self, path: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = call_of(path, part, args, kwargs, self.model)
         if call is not None:
             self.router.observe(part, call)
-
-    def _remove_observers(self) -> None:
-        for observer in self._observers:
-            observer.remove()
-
-    def _names_in(self, module: nn.Module) -> list[str]:
-        """Of the positions in a part of the base model."""
-        layers = self._layers(module)
-        return list(dict.fromkeys(one.name for layer in layers for one in layer.hyperadapter_position.values()))
-
-    @staticmethod
-    def _layers(module: nn.Module) -> list[HyperAdapterLayer]:
-        return [layer for layer in module.modules() if isinstance(layer, HyperAdapterLayer)]
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, *, state_dict: Any, **kwargs: Any) -> Any:  # type: ignore[override]

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
+from hyperadapt.tuner.layer import layers_in
 from tests.support.helpers import (
     MIXED,
     adapted_model,
@@ -42,7 +43,7 @@ def loss_and_gradients(model: nn.Module, name: str, *requests: Any) -> tuple[Ten
 def count_layer_calls(model: PeftModel) -> list[int]:
     """Grows when an adapted layer runs, so that recomputation is seen to happen."""
     calls: list[int] = []
-    for layer in model.base_model._layers(model):
+    for layer in layers_in(model):
         layer.register_forward_hook(lambda *_: calls.append(1))
     return calls
 
