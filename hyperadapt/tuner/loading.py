@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ MAX_PARAMETERS = 2**30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SHOWN_PROBLEMS = 5
 _NETWORKS = "hyperadapter_networks."
+_RESIZED = "has shape"
+_TO_LEAVE_OUT = "_to_leave_out"
 
 
 def check_size(config: HyperAdapterConfig, positions: Sequence[Position], base_model: nn.Module) -> None:
@@ -85,7 +88,8 @@ def checked_state_dict(
 ) -> dict[str, Tensor]:
     """The weights under the names and in the dtypes of the model, if they are complete, fit, and are the adapter's own.
 
-    ``state_dict`` has the names of the file, ``renamed`` those of the model.
+    ``state_dict`` has the names of the file, ``renamed`` those of the model. Tensors outside of the network may have
+    other sizes: PEFT leaves those out next if it is told to, and only then; ``check_left_out`` looks.
     """
     expected = model.state_dict()
     marker = f"{_NETWORKS}{adapter_name}."
@@ -96,21 +100,44 @@ def checked_state_dict(
     # Renaming lets such a name through, to whichever adapter it names.
     problems = [f"{shown(name)} is unexpected" for name in state_dict if _NETWORKS in name and name in expected]
     others = other_names(model, adapter_name)
+    resized = {}
     for name, value in renamed.items():
         known = expected.get(name) if marker in name or name in others else None
         problem = "is unexpected" if known is None else _mismatch(name, value, known)
-        if problem:
+        if problem.startswith(_RESIZED) and name in others:
+            resized[name] = problem
+        elif problem:
             problems.append(f"{shown(name.replace(marker, _NETWORKS))} {problem}")
     problems += [f"{shown(name.replace(marker, _NETWORKS))} is missing" for name in own if name not in renamed]
     if problems:
-        rest = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise ValueError(
-            f"The weights for adapter {adapter_name!r} do not fit its configuration and this base model: "
-            f"{'; '.join(problems[:_SHOWN_PROBLEMS])}{rest}. Load the adapter with its own adapter_config.json on the "
-            "base model it was made for; if it was, the file is damaged: get it again."
-        )
+        raise _unfitting(adapter_name, problems)
+    tuner = next(one for one in model.modules() if isinstance(one, BaseTuner))
+    vars(tuner)[_TO_LEAVE_OUT] = adapter_name, resized
     # Loaded by assignment, tensors of several dtypes would meet in one product.
     return {name: value.to(expected[name].dtype) for name, value in renamed.items()}
+
+
+def check_left_out(tuner: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Refuse, before the first is loaded, tensors whose sizes ``checked_state_dict`` has just found to differ."""
+    adapter_name, resized = vars(tuner).pop(_TO_LEAVE_OUT, ("", {}))
+    problems = [f"{shown(name)} {problem}" for name, problem in resized.items() if name in state_dict]
+    if problems:
+        raise _unfitting(adapter_name, problems)
+
+
+def _unfitting(adapter_name: str, problems: Sequence[str]) -> ValueError:
+    rest = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+    remedy = "if it was, the file is damaged: get it again."
+    if any(_RESIZED in problem for problem in problems):
+        remedy += (
+            " With ignore_mismatched_sizes=True, tensors of other sizes keep the base model's values, but for those of "
+            "the network, all of which are needed."
+        )
+    return ValueError(
+        f"The weights for adapter {adapter_name!r} do not fit its configuration and this base model: "
+        f"{'; '.join(problems[:_SHOWN_PROBLEMS])}{rest}. Load the adapter with its own adapter_config.json on the base "
+        f"model it was made for; {remedy}"
+    )
 
 
 def weights_follow() -> bool:
@@ -190,7 +217,7 @@ def _mismatch(name: str, value: Any, expected: Tensor) -> str:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         return "is no ordinary tensor"
     if value.shape != expected.shape:
-        return f"has shape {tuple(value.shape)} instead of {tuple(expected.shape)}"
+        return f"{_RESIZED} {tuple(value.shape)} instead of {tuple(expected.shape)}"
     if value.dtype != expected.dtype and not (value.dtype in DTYPES and expected.is_floating_point()):
         return f"has dtype {value.dtype} instead of {expected.dtype}"
     if _NETWORKS in name and name.endswith(".base_norms") and not ((value > 0) & value.isfinite()).all():

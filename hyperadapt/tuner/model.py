@@ -26,7 +26,7 @@ from hyperadapt.tuner.base_norms import base_norm, is_made_empty
 from hyperadapt.tuner.building import built_network, check_in_use, router_of, take_out
 from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in, names_in
 from hyperadapt.tuner.layer_types import choose_all_linear, wrapped
-from hyperadapt.tuner.loading import checked_state_dict, weights_follow
+from hyperadapt.tuner.loading import check_left_out, checked_state_dict, weights_follow
 from hyperadapt.tuner.model_state import unchanged_on_error
 
 if TYPE_CHECKING:
@@ -390,6 +390,10 @@ class HyperAdapterModel(BaseTuner):
     ) -> dict[str, Tensor]:
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checked_state_dict(model, adapter_name, state_dict, renamed)
+
+    def _load_from_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        check_left_out(self, state_dict)
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -106,6 +106,7 @@ def put(name: str, value: Tensor) -> Change:
 
 EMBEDDING = f"{NETWORK}task_embedding.weight"
 NORMS = f"{NETWORK}base_norms"
+HEAD = "base_model.model.lm_head.weight"
 LAYER = "base_model.model.model.layers.0.self_attn.k_proj.weight"
 BAD_WEIGHTS: dict[str, tuple[Change, str]] = {
     "empty": (lambda weights: weights.clear(), r"The file of adapter 'x' lacks the tensor 'base_model.model.lm_head"),
@@ -126,6 +127,12 @@ BAD_WEIGHTS: dict[str, tuple[Change, str]] = {
     ),
     "this adapter's by name": (put(f"{NETWORK}x.base_norms", torch.ones(4)), "base_norms' is unexpected"),
     "shape": (put(EMBEDDING, torch.zeros(3, 9)), f"{EMBEDDING!r} has shape (3, 9) instead of (3, 8)"),
+    "shapes of network and head": (
+        lambda weights: weights.update({EMBEDDING: torch.zeros(3, 9), HEAD: torch.zeros(3, 3)}),
+        f"{EMBEDDING!r} has shape (3, 9) instead of (3, 8). Load the adapter with its own adapter_config.json on the "
+        "base model it was made for; if it was, the file is damaged: get it again. With ignore_mismatched_sizes=True, "
+        "tensors of other sizes keep the base model's values, but for those of the network, all of which are needed.",
+    ),
     "rank": (put(EMBEDDING, torch.zeros(24)), f"{EMBEDDING!r} has shape (24,) instead of (3, 8)"),
     "one task more": (put(EMBEDDING, torch.zeros(4, 8)), f"{EMBEDDING!r} has shape (4, 8) instead of (3, 8)"),
     "integers": (
@@ -141,11 +148,11 @@ BAD_WEIGHTS: dict[str, tuple[Change, str]] = {
     "infinite norm": (put(NORMS, torch.full((4,), torch.inf)), "holds a norm that is not finite and above 0"),
     "norm not a number": (put(NORMS, torch.full((4,), torch.nan)), "holds a norm that is not finite and above 0"),
     "missing head": (
-        lambda weights: weights.pop("base_model.model.lm_head.weight"),
+        lambda weights: weights.pop(HEAD),
         "The file of adapter 'x' lacks the tensor 'base_model.model.lm_head.weight', part of a module of",
     ),
     "shape of the head": (
-        put("base_model.model.lm_head.weight", torch.zeros(3, 3)),
+        put(HEAD, torch.zeros(3, 3)),
         "'base_model.model.lm_head.modules_to_save.x.weight' has shape (3, 3) instead of (100, 32)",
     ),
 }
