@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import align_module_device
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -27,6 +26,8 @@ from hyperadapt.tuner.building import built_network, check_in_use, router_of, ta
 from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in, names_in
 from hyperadapt.tuner.layer_types import choose_all_linear, wrapped
 from hyperadapt.tuner.loading import check_left_out, checked_state_dict, weights_follow
+from hyperadapt.tuner.lora_only import LORA_ONLY
+from hyperadapt.tuner.merging import check_merge
 from hyperadapt.tuner.model_state import unchanged_on_error
 
 if TYPE_CHECKING:
@@ -79,13 +80,12 @@ class HyperAdapterModel(BaseTuner):
             self.router.layouts.clear()
             # Not written into the caller's configuration, which may serve for another model.
             self.peft_config[adapter_name] = network.config
+            for parameter, requires_grad in others.items():
+                parameter.requires_grad_(requires_grad)
             if is_active:
-                # PEFT would let adapters of an earlier model of this base model train on.
+                # PEFT would let those of an earlier model of this base model train on.
                 inactive = [name for name in self.hyperadapter_networks if name not in self.active_adapters]
                 self.set_requires_grad(inactive, requires_grad=False)
-            else:
-                for parameter, requires_grad in others.items():
-                    parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter with its network."""
@@ -97,7 +97,8 @@ class HyperAdapterModel(BaseTuner):
 
         With ``safe_merge``, weights that are not finite are refused before any weight has changed.
         """
-        self._check_merge(safe_merge, adapter_names)
+        check_in_use(self.model, self.peft_config)
+        check_merge(self.model, self.active_adapters, adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
 
     def _unload_and_optionally_merge(
@@ -107,23 +108,11 @@ class HyperAdapterModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge:
-            self._check_merge(safe_merge, adapter_names)
         check_in_use(self.model, self.peft_config)
+        if merge:
+            check_merge(self.model, self.active_adapters, adapter_names, safe_merge)
         self.router.stop_observing()
         return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
-
-    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Refuse before the first module is merged, so that nothing stays half merged."""
-        check_in_use(self.model, self.peft_config)
-        for layer in layers_in(self.model):
-            layer.check_mergeable()
-            if adapter_names is None:
-                layer.check_active(self.active_adapters)
-        for layer in layers_in(self.model) if safe_merge else ():
-            # PEFT's onload_layer would not put the weights away after an error.
-            with align_module_device(layer.get_base_layer()):
-                layer.check_finite(adapter_names)
 
     def set_task(self, task: str | None) -> None:
         """Pin a task: calls that name no task use it, until changed.
@@ -133,8 +122,8 @@ class HyperAdapterModel(BaseTuner):
         through ``parameter.data`` of such an adapter goes unnoticed; unpin with None after it, which drops what is
         kept.
 
-        Other adapters that were not pinned themselves use the task, too, if they know one of that name: so does the
-        copy of a policy that TRL takes as its reference. One that does not know it is refused without a task.
+        Adapters that were not pinned themselves use their task of that name, too, as TRL's copy of a policy does;
+        without one, they are refused where a call names none.
 
         Args:
             task: Name of a task of every active adapter; None goes back to the default task.
@@ -301,6 +290,12 @@ class HyperAdapterModel(BaseTuner):
         # A new tensor may lie where the old one did, so that nothing tells stale factors.
         self.router.drop_factors(adapter_name)
 
+    def __getattr__(self, name: str) -> Any:
+        # PEFT looks names up in the base model, so that the error would tell of that one.
+        if name in LORA_ONLY:
+            raise AttributeError(LORA_ONLY[name])
+        return super().__getattr__(name)
+
     def _call_with_embedding(self, embedding: Tensor, batch: Mapping[str, Any]) -> Any:
         with self._enable_peft_forward_hooks(task_embeddings=embedding, **batch):
             return self.model(**batch)
@@ -400,5 +395,4 @@ class HyperAdapterModel(BaseTuner):
         marker = f"hyperadapter_networks.{adapter_name}."
         if marker in key:
             return key.replace(marker, "hyperadapter_networks.", 1)
-        name: str = super()._remove_adapter_name_from_key(key, adapter_name)
-        return name
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
