@@ -4,15 +4,17 @@
 - The constructor of ``PeftModel`` looks whether the model has a hyperadapter, and changes that model alone: it keeps
   ``tasks`` and what belongs to it from the base model, loads adapters with checks of its own, and publishes with our
   card. A tuner cannot do this, since it is never told which model it becomes part of.
+- Two helpers that make optimizers for LoRA's factors refuse a model that has none.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, optimizers
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -30,6 +32,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "push_to_hub": push_to_hub,
     "create_or_update_model_card": create_or_update_model_card,
 }
+# The third, of Riemannian preconditioning, refuses by itself a model without LoRA's factors.
+LORA_OPTIMIZERS = ("create_loraplus_optimizer", "create_lorafa_optimizer")
 
 
 def register() -> None:
@@ -58,6 +62,10 @@ def register() -> None:
     prefixes[kind] = prefix
     if not getattr(PeftModel.__init__, "adopts_hyperadapters", False):
         PeftModel.__init__ = _adopting(PeftModel.__init__)  # type: ignore[method-assign]
+        for name in LORA_OPTIMIZERS:
+            create = getattr(optimizers, name)
+            for module in (optimizers, sys.modules[create.__module__]):
+                setattr(module, name, _refusing(create))
 
 
 def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
@@ -77,3 +85,19 @@ def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
 
     construct_and_adopt.adopts_hyperadapters = True  # type: ignore[attr-defined]
     return construct_and_adopt
+
+
+def _refusing(create: Callable[..., Any]) -> Callable[..., Any]:
+    """A helper that finds factors by LoRA's names of parameters, which here would find none and say nothing."""
+
+    @functools.wraps(create)
+    def create_for_lora(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(module, HyperAdapterModel) for module in model.modules()):
+            raise TypeError(
+                f"{create.__name__} treats LoRA's factors A and B differently, but those of a hyperadapter are no "
+                "parameters: its hypernetwork generates them. Make an optimizer of all trainable parameters, such as "
+                "torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=2e-3)."
+            )
+        return create(model, *args, **kwargs)
+
+    return create_for_lora

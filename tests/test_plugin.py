@@ -5,7 +5,9 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -16,8 +18,8 @@ from torch import nn
 
 from hyperadapt import HyperAdapterConfig, HyperAdapterModel
 from hyperadapt.config.config import HyperAdapterType
-from hyperadapt.plugin import METHODS, ROUTING_ARGUMENTS, register
-from tests.support.helpers import run_python
+from hyperadapt.plugin import LORA_OPTIMIZERS, METHODS, ROUTING_ARGUMENTS, register
+from tests.support.helpers import adapted_model, base_model, run_python
 
 KIND = HyperAdapterType.HYPERADAPTER
 MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
@@ -45,6 +47,24 @@ def test_registering_again_changes_nothing() -> None:
     before = [dict(mapping) for mapping in MAPPINGS]
     register()
     assert [dict(mapping) for mapping in MAPPINGS] == before
+
+
+@pytest.mark.parametrize("name", LORA_OPTIMIZERS)
+def test_optimizers_of_lora_s_factors_are_refused(name: str) -> None:
+    options = {
+        "create_loraplus_optimizer": {"optimizer_cls": torch.optim.AdamW, "lr": 1e-3, "loraplus_lr_ratio": 16},
+        "create_lorafa_optimizer": {"r": 4, "lora_alpha": 8, "lr": 1e-3},
+    }[name]
+    create = getattr(peft.optimizers, name)
+    with pytest.raises(
+        TypeError, match=f"{name} treats LoRA's factors A and B differently, but those of a hyperadapter"
+    ):
+        create(adapted_model("llama"), **options)
+    lora = get_peft_model(base_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    # Once, however often the package is imported.
+    register()
+    assert getattr(peft.optimizers, name) is create
+    assert sum(len(group["params"]) for group in create(model=lora, **options).param_groups) > 0
 
 
 class Foreign:
