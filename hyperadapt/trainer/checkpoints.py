@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from hyperadapt.cards.card import CARD
 from hyperadapt.files import UNFINISHED
 
 # No name that is taken for a checkpoint's; the same in all processes.
@@ -53,6 +54,7 @@ class WholeCheckpointsMixin(Trainer):
         if self.args.should_save:
             written = unfinished / checkpoint.name
             self.state.save_to_json(str(written / "trainer_state.json"))
+            _name_finished(written / CARD)
             for old in [checkpoint, *self._superfluous(folder, checkpoint)]:
                 if old.exists():
                     old.rename(unfinished / f"deleted-{old.name}")
@@ -72,3 +74,10 @@ class WholeCheckpointsMixin(Trainer):
         others = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path not in kept]
         others.sort(key=lambda path: path.stat().st_mtime)
         return others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]
+
+
+def _name_finished(card: Path) -> None:
+    """Let a card, if there is one, say to load the adapter from where it will be."""
+    if card.exists():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(text.replace(f"{_UNFINISHED}{os.sep}", ""), encoding="utf-8")
