@@ -132,7 +132,7 @@ def completion_scores(
     collate = collator(tokenizer, "CAUSAL_LM")
     for rows in _batches(dataset, batch_size):
         batch = {name: value.to(device) for name, value in collate(rows).items()}
-        terms = row_losses(model(**batch, tasks=task), batch["labels"], shift=True)
+        terms = row_losses(model(**batch, tasks=task)["logits"], batch["labels"], shift=True)
         totals += torch.stack(terms).sum(1)
         prompts, completions = zip(*(_split(row) for row in rows), strict=True)
         given = _generated(model, tokenizer, prompts, task, longest)

@@ -125,26 +125,60 @@ class TaskSampler(Sampler[int]):
         yield from generator.permutation(np.concatenate(parts)).reshape(-1).tolist()
 
 
+class RepeatedSampler(Sampler[int]):
+    """Rows in batches that each come `repeats` times, with `copies` of each row in a row.
+
+    For TRL's trainers that generate: they compare completions of one prompt, and use them for several steps.
+    """
+
+    def __init__(self, sampler: TaskSampler, batch_size: int, copies: int, repeats: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.copies = copies
+        self.repeats = repeats
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size * self.batch_size * self.copies * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        rows = list(self.sampler)
+        for start in range(0, len(rows) - self.batch_size + 1, self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            yield from [row for _ in range(self.repeats) for row in batch for _ in range(self.copies)]
+
+
 class TaskCollator:
     """Collates rows with another collator and carries their tasks past it.
 
     Columns that are None in all rows of a batch (see ``concatenate_tasks``) are left out.
 
     Args:
-        collator: Makes a batch, a dict, of rows without the column ``tasks``.
+        collator: Makes a batch, a dict, of rows without the column ``tasks``; or leaves the rows as they are.
+        blocks: How many blocks of all rows, one after another, the collator's batch consists of: 2 for TRL's preference
+            data, [all chosen; all rejected].
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], *, blocks: int = 1) -> None:
+        check_integer("blocks", blocks)
         self.collator = collator
+        self.blocks = blocks
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __getattr__(self, name: str) -> Any:
+        """What trainers look up on their own collators."""
+        if name == "collator":
+            # Not there yet, while it is copied.
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """Make a batch.
 
         Args:
             rows: The rows, each with an integer ``tasks``.
 
         Returns:
-            The other collator's batch, and ``tasks``: int64 task ids, shape ``(batch,)``.
+            The other collator's batch, and ``tasks``: int64 task ids, shape ``(batch,)``, or ``(blocks * batch,)``. If
+            the collator made no batch of the rows, the rows.
 
         Raises:
             ValueError: If a row has no task, or some rows lack a column that others have.
@@ -165,7 +199,10 @@ class TaskCollator:
                     "batch. Give all tasks the same columns, or make one-task batches with max_tasks_per_batch=1."
                 )
         batch = self.collator([{name: value for name, value in row.items() if name in columns} for row in rows])
-        return {**batch, TASK_COLUMN: torch.tensor([int(row[TASK_COLUMN]) for row in rows])}
+        tasks = [int(row[TASK_COLUMN]) for row in rows]
+        if isinstance(batch, list):
+            return [{**row, TASK_COLUMN: task} for row, task in zip(batch, tasks, strict=True)]
+        return {**batch, TASK_COLUMN: torch.tensor(tasks * self.blocks)}
 
 
 def _check_dataset(name: str, dataset: object, tasks: Sequence[str]) -> None:

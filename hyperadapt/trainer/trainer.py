@@ -6,27 +6,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from torch.utils.data import RandomSampler
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from hyperadapt.cards.card import may_be_written_anew, write_card
 from hyperadapt.config.config import HyperAdapterConfig
-from hyperadapt.trainer.batches import TASK_COLUMN, TaskCollator, TaskSampler, concatenate_tasks
+from hyperadapt.trainer.batches import TASK_COLUMN, RepeatedSampler, TaskSampler, concatenate_tasks
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
-from hyperadapt.trainer.losses import row_losses
+from hyperadapt.trainer.losses import BatchLoss, TaskLosses
 from hyperadapt.trainer.monitor import PositionMonitor
-from hyperadapt.tuner.active import active_network, find_tuner
+from hyperadapt.trainer.rows import RowTasksMixin, check_arguments, is_sequential
+from hyperadapt.tuner.active import active_network
 
 logger = logging.get_logger(__name__)
 
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-class TaskTrainerMixin(Trainer):
+class TaskTrainerMixin(RowTasksMixin):
     """What a multi-task run adds to ``Trainer`` or to a subclass of it, such as TRL's ``SFTTrainer``.
 
     Used as ``class MyTrainer(TaskTrainerMixin, SFTTrainer)``; ``HyperAdapterTrainer`` is the one for ``Trainer``.
@@ -75,20 +75,30 @@ class TaskTrainerMixin(Trainer):
         self.temperature = temperature
         self.max_tasks_per_batch = max_tasks_per_batch
         self.log_task_losses = log_task_losses
-        self._task_sums = torch.zeros(2, len(self.task_names))
-        _check_sampling(args)
+        self._task_losses = TaskLosses(self.task_names)
+        self._draws = False
+        check_arguments(self, args)
         train_dataset = self._with_tasks("train_dataset", train_dataset)
-        eval_dataset = self._each_with_tasks(eval_dataset)
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        if not isinstance(self.data_collator, TaskCollator):
-            self.data_collator = TaskCollator(self.data_collator)
+        if train_dataset is not None and is_sequential(self, args):
+            train_dataset = train_dataset.select(list(self._drawn(train_dataset, args.train_batch_size, args)))
+        given = {
+            "args": args,
+            "data_collator": data_collator,
+            "train_dataset": train_dataset,
+            "eval_dataset": self._each_with_tasks(eval_dataset),
+        }
+        # Each trainer has an order of its own, and not all have each argument.
+        super().__init__(model=model, **{name: value for name, value in given.items() if value is not None}, **kwargs)
+        self._carry_tasks()
         # Found through the model as the other trainer left it.
-        base_model = find_tuner(self._model).model
-        self._is_causal = type(base_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         self._monitor = PositionMonitor(active_network(self._model)[1]) if log_positions else None
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
     ) -> dict[str, float]:
         """Evaluate as ``Trainer`` does, and average over tasks.
 
@@ -96,6 +106,7 @@ class TaskTrainerMixin(Trainer):
             eval_dataset: The rows, or task name -> rows; None takes what the trainer was made with.
             ignore_keys: As in ``Trainer``.
             metric_key_prefix: As in ``Trainer``.
+            **kwargs: As for the other trainer, such as what ``Seq2SeqTrainer`` generates with.
 
         Returns:
             The metrics; with a dict also ``<prefix>_mean_<metric>``, the unweighted mean over tasks of each number
@@ -103,15 +114,45 @@ class TaskTrainerMixin(Trainer):
         """
         if not isinstance(eval_dataset, str):
             eval_dataset = self._each_with_tasks(eval_dataset)
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(data, Mapping):
-            means = _means(metrics, list(data), metric_key_prefix)
-            self.log(dict(means))
-            # As after each task, for early stopping.
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
-            metrics |= means
-        return metrics
+        if not isinstance(data, Mapping):
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+            return metrics
+        metrics = {}
+        for name, rows in data.items():
+            # What the trainer was made with, it knows by name.
+            part: Any = name if eval_dataset is None else rows
+            # One by one, since trainers lose further arguments on the way from a dict to its data sets.
+            metrics |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}", **kwargs)
+        means = _means(metrics, list(data), metric_key_prefix)
+        self.log(dict(means))
+        # As after each task, for early stopping.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
+        return metrics | means
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        **kwargs: Any,
+    ) -> Any:
+        """Predict as ``Trainer`` does.
+
+        Args:
+            test_dataset: The rows, with a column ``tasks``; or task name -> rows, which are predicted one task after
+                another.
+            ignore_keys: As in ``Trainer``.
+            metric_key_prefix: As in ``Trainer``.
+            **kwargs: As for the other trainer, such as what ``Seq2SeqTrainer`` generates with.
+
+        Returns:
+            transformers' ``PredictionOutput`` of all rows in order. Its metrics are over all of them; ``evaluate`` has
+            those of each task.
+        """
+        if isinstance(test_dataset, Mapping | Dataset):
+            test_dataset = self._with_tasks("test_dataset", test_dataset)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix, **kwargs)
 
     def compute_loss(
         self,
@@ -121,32 +162,32 @@ class TaskTrainerMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the loss as the other trainer does, and add it up by task."""
-        # Label smoothing takes the labels out of the batch.
-        tasks, labels = inputs[TASK_COLUMN], inputs.get("labels")
-        if self.max_tasks_per_batch is not None or not model.training:
-            # Ids on a GPU would generate as many tasks as there are rows, where few tasks are known to occur.
-            inputs = inputs | {TASK_COLUMN: tasks.cpu()}
-        if not self.log_task_losses or not model.training or labels is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        seen: list[Any] = []
-        # Not through return_outputs, for which TRL's trainers run the model a second time.
-        handle = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
-        try:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        finally:
-            handle.remove()
-        terms = row_losses(seen[0], labels, shift=self._is_causal)
-        self._task_sums = self._task_sums.to(tasks.device).index_add(1, tasks, torch.stack(terms))
+        tasks = inputs[TASK_COLUMN]
+        asked = self._asked(tasks, model)
+        # A new dict: label smoothing takes the labels out of it.
+        batch = self._routed(inputs, asked)
+        with self._tasks_in_force(asked):
+            if not self.log_task_losses or not model.training:
+                return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
+            seen: list[Any] = []
+            # Not through return_outputs, for which TRL's trainers run the model a second time.
+            handle = model.register_forward_hook(lambda module, args, outputs: None if seen else seen.append(outputs))
+            try:
+                result = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
+            finally:
+                handle.remove()
+        loss = self._normalised(result[0] if return_outputs else result, num_items_in_batch)
+        self._task_losses.add(tasks, loss, seen[0] if seen else None, inputs)
         return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and where that is a training loss, also what was gathered by task and by position."""
         if "loss" in logs:
             if self.log_task_losses:
-                sums, counts = self.accelerator.reduce(self._task_sums.to(self.args.device), "sum").tolist()
-                self._task_sums.zero_()
-                terms = zip(self.task_names, sums, counts, strict=True)
-                logs |= {f"loss_{name}": total / count for name, total, count in terms if count}
+                losses = self._task_losses.collect(
+                    lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum")
+                )
+                logs |= {f"loss_{name}": loss for name, loss in losses.items()}
             if self._monitor is not None:
                 logs |= _position_logs(self._monitor, self.state.global_step)
         super().log(logs, *args, **kwargs)
@@ -181,10 +222,15 @@ class TaskTrainerMixin(Trainer):
             },
         )
 
-    @property
-    def _model(self) -> nn.Module:
-        assert isinstance(self.model, nn.Module)
-        return self.model
+    def _normalised(self, loss: Any, num_items: Tensor | int | None) -> BatchLoss:
+        is_scaled = num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+        return BatchLoss(
+            loss.detach(),
+            num_items if is_scaled else None,
+            processes=self.accelerator.num_processes if self.args.average_tokens_across_devices else 1,
+            steps=getattr(self, "current_gradient_accumulation_steps", 1),
+            smoothing=0.0 if self.label_smoother is None else self.label_smoother.epsilon,
+        )
 
     def _with_tasks(self, name: str, dataset: Any) -> Any:
         if isinstance(dataset, Mapping):
@@ -221,7 +267,7 @@ class TaskTrainerMixin(Trainer):
         if TASK_COLUMN not in columns:
             columns.append(TASK_COLUMN)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> TaskSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(dataset, Dataset)
         if TASK_COLUMN not in dataset.column_names:
@@ -229,17 +275,40 @@ class TaskTrainerMixin(Trainer):
                 f"The prepared training data has no column {TASK_COLUMN!r} any more, only {dataset.column_names}: rows "
                 "of several tasks were joined, as packing does. Turn packing off."
             )
-        sampler = TaskSampler(
-            dataset.with_format("numpy")[TASK_COLUMN][:],
-            self._train_batch_size,
-            temperature=self.temperature,
-            max_tasks_per_batch=self.max_tasks_per_batch,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
+        self._draws = True
+        own: Any = super()._get_train_sampler(dataset)
+        if is_sequential(self, self.args):
+            return own
+        repeats = hasattr(own, "mini_repeat_count")
+        if not repeats and not isinstance(own, RandomSampler):
+            raise TypeError(
+                f"{type(self).__name__} draws rows with a {type(own).__name__}, whose order TaskSampler would break. "
+                "Use it without TaskTrainerMixin, on data from concatenate_tasks."
+            )
+        sampler = self._drawn(dataset, own.batch_size if repeats else self._train_batch_size, self.args)
         # Accelerate's data loaders lose the epoch where batches are both dealt out to processes and skipped.
         self.remove_callback(_EpochSetter)
         self.add_callback(_EpochSetter(sampler))
-        return sampler
+        return RepeatedSampler(sampler, own.batch_size, own.mini_repeat_count, own.repeat_count) if repeats else sampler
+
+    def get_train_dataloader(self) -> Any:
+        """Make the data loader of the other trainer, and see that it draws batches by task if it was told how."""
+        loader = super().get_train_dataloader()
+        if not self._draws and (self.temperature != 1 or self.max_tasks_per_batch is not None):
+            raise ValueError(
+                f"{type(self).__name__} draws its batches itself, so temperature={self.temperature} and "
+                f"max_tasks_per_batch={self.max_tasks_per_batch} cannot be followed. Leave both out."
+            )
+        return loader
+
+    def _drawn(self, dataset: Dataset, batch_size: int, args: Any) -> TaskSampler:
+        return TaskSampler(
+            dataset.with_format("numpy")[TASK_COLUMN][:],
+            batch_size,
+            temperature=self.temperature,
+            max_tasks_per_batch=self.max_tasks_per_batch,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
 
 
 class HyperAdapterTrainer(TaskTrainerMixin, WholeCheckpointsMixin):
@@ -265,14 +334,6 @@ def _active_config(model: Any) -> HyperAdapterConfig:
             "hyperadapter (not model_init), or to a trainer that takes one, a HyperAdapterConfig as peft_config."
         )
     return active_network(model)[1].config
-
-
-def _check_sampling(args: Any) -> None:
-    strategy = getattr(args, "train_sampling_strategy", "random")
-    if strategy != "random":
-        raise ValueError(
-            f"train_sampling_strategy={strategy!r} cannot be followed: batches are drawn by task. Leave it at 'random'."
-        )
 
 
 def _means(metrics: Mapping[str, Any], tasks: Sequence[str], prefix: str) -> dict[str, float]:

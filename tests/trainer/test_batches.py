@@ -1,5 +1,6 @@
 """Mixed-task data: one data set from many, which rows make a batch, and the task column on its way to the model."""
 
+import copy
 import re
 from collections import Counter
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import default_data_collator
 
 from hyperadapt.trainer import TaskCollator, TaskSampler, concatenate_tasks
+from hyperadapt.trainer.batches import RepeatedSampler
 
 TASKS = ["alpha", "beta", "gamma"]
 
@@ -159,6 +161,49 @@ def test_collator_carries_the_tasks_past_another() -> None:
         assert batch["tasks"].dtype == torch.int64
         assert {name: value.tolist() for name, value in batch.items()} == {"x": [0, 0], "tasks": [1, 2]}
         assert [set(row) for row in seen.pop()] == [{"x"}, {"x"}]
+
+
+def test_collator_repeats_tasks_by_blocks() -> None:
+    dataset = concatenate_tasks({"beta": rows(2), "gamma": rows(1)}, TASKS)
+
+    def pairs(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"x": torch.tensor([row["x"] for row in rows] + [-row["x"] for row in rows])}
+
+    collator = TaskCollator(pairs, blocks=2)
+    assert collator([*dataset])["tasks"].tolist() == [1, 1, 2, 1, 1, 2]
+    with pytest.raises(ValueError, match="blocks=0 must be at least 1"):
+        TaskCollator(pairs, blocks=0)
+
+
+def test_collator_leaves_rows_as_they_are_made() -> None:
+    dataset = concatenate_tasks({"beta": rows(1), "gamma": rows(1)}, TASKS)
+    assert TaskCollator(list)([*dataset]) == [{"x": 0, "tasks": 1}, {"x": 0, "tasks": 2}]
+
+
+def test_collator_is_asked_for_what_the_other_has() -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {}
+
+    collate.columns = ["x"]
+    collator = TaskCollator(collate)
+    assert copy.copy(collator).columns == ["x"]
+    with pytest.raises(AttributeError, match="other"):
+        _ = collator.other
+
+
+def test_repeated_rows() -> None:
+    ids = [0] * 4 + [1] * 4
+    sampler = TaskSampler(ids, 3, max_tasks_per_batch=1)
+    drawn = list(sampler)
+    repeated = RepeatedSampler(sampler, 3, copies=2, repeats=2)
+    expected = []
+    for start in range(0, len(drawn) - 2, 3):
+        batch = drawn[start : start + 3]
+        once = [row for row in batch for _ in range(2)]
+        assert len({ids[row] for row in once}) == 1
+        expected += once * 2
+    assert list(repeated) == expected
+    assert len(repeated) == len(expected)
 
 
 def test_collator_misses_a_lost_column() -> None:

@@ -112,6 +112,13 @@ def test_with_the_mixin(checkpointing: bool, tmp_path: Path) -> None:
     assert metrics["eval_mean_loss"] < logs[0]["loss"] / 2
 
 
+def test_one_task_batches_need_no_rows(tmp_path: Path) -> None:
+    arguments = options(MultiTaskSFTTrainer, tmp_path, padding_free=True, max_steps=45)
+    trainer = MultiTaskSFTTrainer(**arguments, max_tasks_per_batch=1)
+    trainer.train()
+    assert_learned(trainer)
+
+
 def test_with_a_collator(tmp_path: Path) -> None:
     arguments = options(trl.SFTTrainer, tmp_path, remove_unused_columns=False)
     trainer = trl.SFTTrainer(**arguments, data_collator=TaskCollator(DataCollatorForLanguageModeling(0)))

@@ -11,10 +11,18 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch.testing import assert_close
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.utils import logging
 
-from hyperadapt.trainer import HyperAdapterTrainer, TaskCollator, concatenate_tasks
+from hyperadapt.trainer import HyperAdapterTrainer, TaskCollator, TaskTrainerMixin, concatenate_tasks
 from tests.support.card_schema import check_card
 from tests.support.helpers import TASKS, adapted_model, base_model, example_batch
 from tests.support.tolerances import FLOAT32_FORWARD
@@ -104,7 +112,8 @@ def test_batches_are_drawn_by_task(limit: int, tmp_path: Path) -> None:
         model, options, train_dataset=data("bert"), temperature=1e6, max_tasks_per_batch=limit
     )
     trainer.train()
-    ids = [batch["tasks"] for batch in batches]
+    # One task is passed by name.
+    ids = [torch.tensor(TASKS.index(t)).expand(6) if isinstance(t := batch["tasks"], str) else t for batch in batches]
     assert max(len(batch.unique()) for batch in ids) == limit
     counts = torch.cat(ids).bincount()
     # The sizes are 4, 8 and 12, but the tasks are alike at this temperature, to one unit each epoch.
@@ -186,6 +195,66 @@ def test_the_card_tells_the_last_results_and_the_training(tmp_path: Path) -> Non
     (tmp_path / "README.md").write_text("# My own words")
     trainer.create_model_card()
     assert "# My own words" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_a_checkpoint_names_its_folder(tmp_path: Path) -> None:
+    options = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    HyperAdapterTrainer(adapted_model("bert"), options, train_dataset=data("bert")).train()
+    for step in (2, 4):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        assert f'PeftModel.from_pretrained(base_model, "{checkpoint}")' in (checkpoint / "README.md").read_text()
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_predictions_of_a_dict_are_those_of_its_tasks(limit: int | None, tmp_path: Path) -> None:
+    options = arguments(tmp_path, per_device_eval_batch_size=5)
+    model = adapted_model("bert")
+    trainer = HyperAdapterTrainer(model, options, compute_metrics=accuracy, max_tasks_per_batch=limit)
+    prediction = trainer.predict(data("bert"))
+    expected = []
+    for task, rows in data("bert").items():
+        batch = {name: torch.tensor(rows[name]) for name in rows.column_names if name not in ("unused", "labels")}
+        with torch.no_grad():
+            expected.append(model(**batch, tasks=task).logits)
+    assert_close(torch.tensor(prediction.predictions), torch.cat(expected), rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+    assert prediction.metrics["test_accuracy"] == accuracy(prediction)["accuracy"]
+    assert trainer.predict(concatenated("bert")).metrics["test_accuracy"] == prediction.metrics["test_accuracy"]
+    with pytest.raises(ValueError, match="test_dataset has no column 'tasks'"):
+        trainer.predict(data("bert")["alpha"])
+
+
+class MultiTaskSeq2SeqTrainer(TaskTrainerMixin, Seq2SeqTrainer):
+    pass
+
+
+def test_what_is_generated_with_reaches_each_task(tmp_path: Path) -> None:
+    lengths: list[int] = []
+
+    def length(prediction: Any) -> dict[str, float]:
+        lengths.append(int((prediction.predictions != -100).sum(1).max()))
+        return {"length": lengths[-1]}
+
+    model = adapted_model("t5")
+    options = Seq2SeqTrainingArguments(
+        str(tmp_path),
+        predict_with_generate=True,
+        per_device_eval_batch_size=12,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = MultiTaskSeq2SeqTrainer(model, options, eval_dataset=data("t5"), compute_metrics=length)
+    seen: list[Any] = []
+    generate = model.generate
+    model.generate = lambda **kwargs: (seen.append((kwargs["max_length"], kwargs["num_beams"])), generate(**kwargs))[1]
+    metrics = trainer.evaluate(max_length=5, num_beams=2)
+    assert seen == [(5, 2)] * 3
+    assert {f"eval_{task}_length" for task in (*TASKS, "mean")} <= metrics.keys()
+    trainer.evaluate(data("t5"), max_length=4, num_beams=3)
+    assert seen[3:] == [(4, 3)] * 3
+    trainer.predict(data("t5"), max_length=6, num_beams=1)
+    assert set(seen[6:]) == {(6, 1)}
 
 
 def test_a_task_that_diverged_makes_no_best_model(tmp_path: Path) -> None:
@@ -293,6 +362,32 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
     options: dict[str, Any] = {"model": adapted_model("bert"), "train_dataset": data("bert")}
     with pytest.raises(error, match=re.escape(message)):
         HyperAdapterTrainer(args=arguments(tmp_path), **options | changes)
+
+
+class OwnSampler(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset)
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self) -> Any:
+        return DataLoader(self.train_dataset, batch_size=2)
+
+
+def test_batches_that_another_trainer_draws(tmp_path: Path) -> None:
+    class MultiTaskOwnSampler(TaskTrainerMixin, OwnSampler):
+        pass
+
+    class MultiTaskOwnLoader(TaskTrainerMixin, OwnLoader):
+        pass
+
+    model, options = adapted_model("bert"), arguments(tmp_path)
+    with pytest.raises(TypeError, match="MultiTaskOwnSampler draws rows with a SequentialSampler, whose order"):
+        MultiTaskOwnSampler(model, options, train_dataset=data("bert")).train()
+    MultiTaskOwnLoader(model, options, train_dataset=data("bert")).get_train_dataloader()
+    trainer = MultiTaskOwnLoader(model, options, train_dataset=data("bert"), temperature=2.0)
+    with pytest.raises(ValueError, match=r"MultiTaskOwnLoader draws its batches itself, so temperature=2\.0 and"):
+        trainer.train()
 
 
 def test_another_way_of_sampling_is_refused(tmp_path: Path) -> None:
