@@ -57,7 +57,9 @@ class ForwardPass:
     @property
     def is_mixed(self) -> bool:
         """Whether rows may have different tasks; where processes work together, all do the same."""
-        return not self.routed or _works_together() or any(routed.rows is not None for routed in self.routed.values())
+        if not self.routed or _works_together():
+            return self.request.num_rows is not None
+        return any(routed.rows is not None for routed in self.routed.values())
 
     def count(self, num_rows: int) -> None:
         """Refuse a batch of another number of rows than tasks were given for."""
@@ -70,6 +72,7 @@ class ForwardPass:
 
     def observe(self, call: Call) -> None:
         """Note a call of the base model, whose rows generate may have repeated."""
+        # The request is not looked at twice: a graph would be made for each way to ask.
         if not self.is_counted:
             self.count(call.num_rows)
         self.call = call

@@ -21,7 +21,8 @@ from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.routing.forward_pass import ForwardPass, Routed
 from hyperadapt.routing.kept_factors import KeptFactors, state_of
-from hyperadapt.routing.layouts import Call, Layout, Layouts, learned_layouts, print_of
+from hyperadapt.routing.layouts import Call, Layout, Layouts
+from hyperadapt.routing.learning import learned_layouts, print_of
 from hyperadapt.routing.requests import Request
 from hyperadapt.routing.scopes import Scope, innermost, is_open_elsewhere, opened
 from hyperadapt.tasks.ids import can_read, resolve_task_ids
@@ -62,8 +63,9 @@ class Router:
         self.last_pin: str | None = None
         self.merged: dict[str, str] = {}
         self.layouts = Layouts()
-        # The hooks that see the calls of the base model and of its parts.
+        # The hooks that see the calls of the base model and of its parts; graphs cannot read them.
         self.observers: list[RemovableHandle] = []
+        self.is_observing = True
         self._kept = KeptFactors()
         self._current = _Current()
         self._warned: set[str] = set()
@@ -123,16 +125,29 @@ class Router:
         with self.installed(ForwardPass({}, prints=prints)):
             yield prints
 
+    def records(self, position: str, x: Tensor) -> bool:
+        """Whether a layer is only to leave a print of its input, which it has done then."""
+        current = self.current
+        if current is None or current.prints is None:
+            return False
+        current.prints.setdefault(position, []).append(print_of(x))
+        return True
+
     def observe(self, module: nn.Module, call: Call) -> None:
         """Note a call of the base model or of a part of it, and learn how rows lie in it if that is needed."""
         forward_pass = self.current or self.asked
-        if forward_pass is None or forward_pass.prints is not None or forward_pass.request.num_rows is None:
+        if forward_pass is None or forward_pass.prints is not None:
             return
         if forward_pass.call is not None and forward_pass.call.contains(call.path):
             return
         forward_pass.observe(call)
         if forward_pass.is_mixed and not call.problem:
             layouts = self.layouts.find(call)
+            if layouts is None and torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "Where rows lie in this model is not known yet, and a graph cannot learn it. Call the model once "
+                    "with a task per row before it is compiled or exported."
+                )
             call.layouts = _learn(self.layouts, module, call, self.recording) if layouts is None else layouts
 
     @contextmanager
@@ -153,17 +168,15 @@ class Router:
         """Take the hooks off the base model."""
         for observer in self.observers:
             observer.remove()
+        self.is_observing = False
 
-    def lookup(self, adapter_name: str, position: Position, x: Tensor) -> tuple[Factors, Tensor | None] | None:
+    def lookup(self, adapter_name: str, position: Position, x: Tensor) -> tuple[Factors, Tensor | None]:
         """The factors that a layer applies to its input now, and the task of each element of the first dimension.
 
         None as tasks: one for all, or one for each, in order. Outside of a forward pass (a submodule is called on its
-        own) the factors are generated for this position alone and the task in force. None if it is to do nothing.
+        own) the factors are generated for this position alone and the task in force.
         """
         forward_pass = self.current or self.asked or ForwardPass({})
-        if forward_pass.prints is not None:
-            forward_pass.prints.setdefault(position.name, []).append(print_of(x))
-            return None
         routed = forward_pass.routed.get(adapter_name) or self._route_alone(adapter_name, position)
         rows = None if routed.rows is None else forward_pass.rows_of(routed.rows, x, position)
         # Where each row has a task of its own, no factors need to be picked.
@@ -348,9 +361,7 @@ def _autocast_dtype(network: HyperAdapterNetwork) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if is_enabled else None
 
 
-@torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
-    reason="before a model is compiled, it has to be called once with a task per row"
-)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _learn(
     layouts: Layouts, module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Any]]
 ) -> Mapping[str, Layout | str]:

@@ -55,9 +55,9 @@ def router_of(model: nn.Module, observe: Callable[..., None]) -> Router:
     return router
 
 
-def check_in_use(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
-    """Refuse the configurations of a model whose base model was unloaded and then adapted anew."""
-    if getattr(model, "peft_config", configs) is not configs:
+def check_in_use(model: nn.Module, router: Router) -> None:
+    """Refuse the router of a model whose base model was unloaded and then adapted anew."""
+    if not router.is_observing and hasattr(model, "peft_config"):
         raise ValueError(
             "This model was unloaded, and another one has been made from its base model since. Use that one, or load "
             "this adapter again."

@@ -73,6 +73,11 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         """The tuner's networks by adapter name."""
         return self.router.networks
 
+    @property
+    def position_name(self) -> str:
+        """Its path in the base model, the same for every adapter."""
+        return next(iter(self.hyperadapter_position.values())).name
+
     def update_layer(self, adapter_name: str, position: Position, lora_dropout: float) -> None:
         """Take part in one more adapter, with a dropout on its input."""
         self.hyperadapter_position[adapter_name] = position
@@ -86,6 +91,9 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus the active adapters' updates, in the shape and dtype of the base layer's output."""
+        if self.router.records(self.position_name, x):
+            recorded: Tensor = self.base_layer(x, *args, **kwargs)
+            return recorded
         if self.disable_adapters and self.merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -101,10 +109,7 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         for name in active:
             position = self.hyperadapter_position[name]
-            found = self.router.lookup(name, position, x)
-            if found is None:
-                continue
-            factors, rows = found
+            factors, rows = self.router.lookup(name, position, x)
             rows = None if rows is None else rows.to(x.device)
             result = self._add_update(result, name, x, factors.to(x.device), rows)
         return result.to(dtype)

@@ -97,7 +97,7 @@ class HyperAdapterModel(BaseTuner):
 
         With ``safe_merge``, weights that are not finite are refused before any weight has changed.
         """
-        check_in_use(self.model, self.peft_config)
+        check_in_use(self.model, self.router)
         check_merge(self.model, self.active_adapters, adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
 
@@ -108,7 +108,7 @@ class HyperAdapterModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        check_in_use(self.model, self.peft_config)
+        check_in_use(self.model, self.router)
         if merge:
             check_merge(self.model, self.active_adapters, adapter_names, safe_merge)
         self.router.stop_observing()
@@ -360,7 +360,7 @@ class HyperAdapterModel(BaseTuner):
                 f"adapter_names={adapter_names!r} is not supported by hyperadapters: one adapter serves many tasks. "
                 "Name the task of each row with tasks= instead."
             )
-        check_in_use(self.model, self.peft_config)
+        check_in_use(self.model, self.router)
         _, model_input = main_input(self.model, args, kwargs)
         request = Request(tasks, task_embeddings, task_rows)
         options = {"default_generation_config": getattr(self.model, "generation_config", None), **kwargs}

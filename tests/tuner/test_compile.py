@@ -246,7 +246,7 @@ def test_wrong_numbers_of_rows_and_ids_are_refused() -> None:
         with pytest.raises(Exception, match="Got tasks for 2 rows, but the batch has 4"):
             graph(**batch, tasks=torch.tensor([0, 1]))
         # A graph cannot learn where rows lie.
-        with pytest.raises(Exception, match="it has to be called once with a task per row"):
+        with pytest.raises(Exception, match="Call the model once with a task per row before"):
             graph(**batch, tasks=torch.tensor([0, 1, 2, 2]))
         model(**batch, tasks=MIXED)
         for wrong in (9, -1):
