@@ -64,15 +64,12 @@ def test_outputs_and_gradients_are_those_of_the_model(on_replicas: Callable[...,
         assert_close(actual[name], gradient, rtol=FLOAT64_MODEL, atol=FLOAT64_MODEL, msg=name)
 
 
-@pytest.mark.parametrize("is_pinned", [True, False])
-def test_one_task_for_all_replicas(on_replicas: Callable[..., Tensor], is_pinned: bool) -> None:
+def test_one_task_for_all_replicas(on_replicas: Callable[..., Tensor]) -> None:
     model: PeftModel = adapted_model("llama").double()
     expected = logits(model, BATCH, tasks="beta")
     with torch.no_grad():
-        if is_pinned:
-            model.set_task("beta")
-            halves = on_replicas(model)
-        else:
-            with use_tasks(model, "beta"):
-                halves = on_replicas(model)
-    assert_close(halves, expected, rtol=FLOAT64_MODEL, atol=FLOAT64_MODEL)
+        # The replicas' threads are not inside of it.
+        with use_tasks(model, "beta"), pytest.raises(ValueError, match="another thread is inside of use_tasks"):
+            on_replicas(model)
+        model.set_task("beta")
+        assert_close(on_replicas(model), expected, rtol=FLOAT64_MODEL, atol=FLOAT64_MODEL)

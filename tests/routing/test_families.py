@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.support.families import FAMILIES, Batch, Family
+from tests.support.families import FAMILIES, Family
+from tests.support.family_inputs import Batch
 from tests.support.helpers import TASKS, adapter_config, adapter_parameters, make_active
 from tests.support.tolerances import FLOAT64_MODEL
 

@@ -1,5 +1,6 @@
 """Generation: rows keep their tasks through the key-value cache, beams and several returned sequences."""
 
+import contextvars
 import copy
 from threading import Thread
 from typing import Any
@@ -185,7 +186,8 @@ def test_streaming_from_a_thread(models: dict[str, PeftModel], how: str) -> None
         model.set_task("beta")
     if how == "use_tasks":
         with use_tasks(model, "beta"):
-            run_in_a_thread(lambda: generate(model, inputs, **options))
+            inside = contextvars.copy_context()
+            run_in_a_thread(lambda: inside.run(generate, model, inputs, **options))
     else:
         run_in_a_thread(lambda: generate(model, inputs, **options))
     assert heard.tokens == expected

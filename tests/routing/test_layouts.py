@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hyperadapt import use_tasks
-from tests.support.families import FAMILIES, Windows
+from tests.support.families import FAMILIES
 from tests.support.helpers import (
     MIXED,
     ROWS,
@@ -23,6 +23,7 @@ from tests.support.helpers import (
     make_active,
     row_of,
 )
+from tests.support.odd_models import Windows
 
 
 def layouts(model: PeftModel) -> dict[str, Any]:

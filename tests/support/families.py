@@ -10,10 +10,37 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-Batch = dict[str, Any]
+from tests.support.family_inputs import (
+    IMAGE,
+    VOCABULARY,
+    Batch,
+    frames,
+    ids,
+    image_stack_in_text,
+    images,
+    images_in_text,
+    large_images,
+    padded,
+    pair,
+    patches_in_text,
+    random,
+    row_with_all_images,
+    row_with_images,
+    row_with_patches,
+    text,
+    texts_and_fewer_images,
+    texts_and_images,
+)
+from tests.support.odd_models import (
+    Experts,
+    Guided,
+    Packed,
+    SequenceFirst,
+    SharedTable,
+    Shuffled,
+    Windows,
+)
 
-VOCABULARY = 40
-IMAGE = 39
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 _TEXT = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BART = {
@@ -66,115 +93,6 @@ def made(name: str, **config: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def ids(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, IMAGE - 2, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def text(rows: int, length: int) -> Batch:
-    return {"input_ids": ids(rows, length), "attention_mask": torch.ones(rows, length, dtype=torch.long)}
-
-
-def padded(rows: int, length: int) -> Batch:
-    """The last row is one token long."""
-    batch = text(rows, length)
-    batch["attention_mask"][-1, 1:] = 0
-    return batch
-
-
-def pair(rows: int, length: int) -> Batch:
-    """Inputs of an encoder and a decoder of other lengths."""
-    return {**text(rows, length), "decoder_input_ids": ids(rows, 3, seed=1)}
-
-
-def images(rows: int, length: int) -> Batch:
-    return {"pixel_values": random(rows, 3, 16, 16)}
-
-
-def large_images(rows: int, length: int) -> Batch:
-    return {"pixel_values": random(rows, 3, 32, 32)}
-
-
-def frames(rows: int, length: int) -> Batch:
-    return {"pixel_values": random(rows, 4, 3, 16, 16)}
-
-
-def image_counts(rows: int) -> list[int]:
-    return [1 + index % 3 for index in range(rows)]
-
-
-def images_in_text(rows: int, length: int, tokens: int = 4) -> Batch:
-    """Rows with one to three images each, in order, padded on the left."""
-    counts = image_counts(rows)
-    width = 3 * tokens + length
-    batch = text(rows, width)
-    for index, count in enumerate(counts):
-        batch["input_ids"][index, length : length + count * tokens] = IMAGE
-    return {**batch, "pixel_values": random(sum(counts), 3, 16, 16)}
-
-
-def row_with_images(batch: Batch, index: int) -> Batch:
-    start = sum(image_counts(index))
-    alone = {name: batch[name][index : index + 1] for name in ("input_ids", "attention_mask")}
-    return {**alone, "pixel_values": batch["pixel_values"][start : start + image_counts(index + 1)[index]]}
-
-
-def image_stack_in_text(rows: int, length: int) -> Batch:
-    """As many images as the row with the most has, with empty ones behind a row's own."""
-    counts = image_counts(rows)
-    batch = images_in_text(rows, length, tokens=4)
-    stack = torch.zeros(rows, max(counts), 3, 16, 16, dtype=torch.float64)
-    start = 0
-    for index, count in enumerate(counts):
-        stack[index, :count] = batch["pixel_values"][start : start + count]
-        start += count
-    return {**batch, "pixel_values": stack}
-
-
-def patches_in_text(rows: int, length: int) -> Batch:
-    """Images of different sizes as one sequence of patches: 2 x 2 and 4 x 2."""
-    grids = torch.tensor([[1, 2, 2], [1, 4, 2]])[torch.arange(rows) % 2]
-    batch = text(rows, 2 + length)
-    for index, grid in enumerate(grids):
-        batch["input_ids"][index, length : length + int(grid.prod()) // 4] = IMAGE
-    return {
-        **batch,
-        "pixel_values": random(int(grids.prod(dim=1).sum()), 24),
-        "image_grid_thw": grids,
-        "mm_token_type_ids": (batch["input_ids"] == IMAGE).long(),
-    }
-
-
-def row_with_patches(batch: Batch, index: int) -> Batch:
-    sizes = batch["image_grid_thw"].prod(dim=1)
-    start = int(sizes[:index].sum())
-    return {
-        **{
-            name: batch[name][index : index + 1]
-            for name in ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
-        },
-        "pixel_values": batch["pixel_values"][start : start + int(sizes[index])],
-    }
-
-
-def texts_and_images(rows: int, length: int) -> Batch:
-    return {**text(rows, length), **images(rows, length)}
-
-
-def texts_and_fewer_images(rows: int, length: int) -> Batch:
-    return {**text(rows, length), "pixel_values": random(max(1, rows // 2), 3, 16, 16)}
-
-
-def row_with_all_images(batch: Batch, index: int) -> Batch:
-    return {
-        **{name: batch[name][index : index + 1] for name in ("input_ids", "attention_mask")},
-        "pixel_values": batch["pixel_values"],
-    }
-
-
 def generated(**options: Any) -> Callable[[nn.Module, Batch], Tensor]:
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False} | options
 
@@ -191,77 +109,6 @@ def generated_scores(model: nn.Module, batch: Batch) -> Tensor:
     settings = {"guidance_scale": 3.0, "max_new_tokens": 3, "do_sample": False}
     found = model.generate(**batch, **settings, output_scores=True, return_dict_in_generate=True)
     return torch.cat(found.scores, dim=-1).reshape(len(batch["input_ids"]), -1)
-
-
-class SequenceFirst(nn.Module):
-    """torch's own default: length before batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 16)
-        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = self.embedding(input_ids).transpose(0, 1)
-        return self.fc2(self.fc1(x).tanh()).transpose(0, 1)
-
-
-class Guided(SequenceFirst):
-    """Runs [conditional; unconditional] as one batch of twice the rows, and takes the difference."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = self.embedding(input_ids)
-        both = self.fc2(self.fc1(torch.cat([x, x.flip(1)])).tanh())
-        return both[: len(x)] - 0.5 * both[len(x) :]
-
-
-class Experts(SequenceFirst):
-    """A mixture whose experts are modules: each gets the tokens that chose it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.specialists = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = self.fc1(self.embedding(input_ids))
-        flat = x.flatten(0, 1)
-        chosen, out = flat[:, 0] > 0, torch.zeros_like(flat)
-        for index, specialist in enumerate(self.specialists):
-            out[chosen == bool(index)] = specialist(flat[chosen == bool(index)])
-        return out.view_as(x)
-
-
-class Packed(SequenceFirst):
-    """Runs its tokens without the padding, as one sequence."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x, kept = self.embedding(input_ids), attention_mask.bool()
-        return torch.zeros_like(x).masked_scatter(kept[..., None], self.fc2(self.fc1(x[kept]).tanh()))
-
-
-class SharedTable(SequenceFirst):
-    """Projects a table of as many positions as there are tokens, which all rows share."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        table = self.fc2(self.embedding.weight[: input_ids.shape[1]])
-        return self.fc1(self.embedding(input_ids)) + table
-
-
-class Shuffled(SequenceFirst):
-    """Compares each row with its neighbour's, as losses with negatives within the batch do."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = self.fc1(self.embedding(input_ids))
-        return x + self.fc2(x.roll(1, dims=0))
-
-
-class Windows(SequenceFirst):
-    """Windows of two tokens as rows of their own; the last one is padded."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = self.embedding(nn.functional.pad(input_ids, (0, input_ids.shape[1] % 2)))
-        windows = x.reshape(-1, 2, 16)
-        return self.fc2(self.fc1(windows).mean(dim=1, keepdim=True) + windows).reshape(x.shape)
 
 
 def custom(kind: type[nn.Module]) -> Callable[[], nn.Module]:
