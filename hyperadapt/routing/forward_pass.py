@@ -34,7 +34,7 @@ class Routed:
     is_one_to_one: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class ForwardPass:
     """One forward (or generate) call, or all calls inside of ``use_tasks``.
 

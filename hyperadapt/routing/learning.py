@@ -227,7 +227,9 @@ def _is_close(x: Tensor, y: Tensor) -> bool:
 @contextmanager
 def _at_rest(module: nn.Module) -> Iterator[None]:
     """Run a module without gradients, dropout, compiled code or a trace in the random numbers."""
-    training = [part for part in module.modules() if part.training]
+    # bitsandbytes lays 4-bit weights out anew, for good, when they are called for inference.
+    own = [part for part in module.modules() if not type(part).__module__.startswith("bitsandbytes")]
+    training = [part for part in own if part.training]
     tensors = (tensor for tensor in module.parameters() if tensor.is_cuda)
     devices = list({tensor.device for tensor in tensors})
     for part in training:

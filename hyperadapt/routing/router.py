@@ -96,6 +96,7 @@ class Router:
         base model, shape ``(batch, ...)``, is None if it is not known yet; options are the arguments of generate.
         """
         if request.is_empty and self.asked is not None:
+            self.asked.check_rows_keep_their_order()
             request = self.asked.request
         routed = {}
         for name in adapter_names:
@@ -141,6 +142,8 @@ class Router:
         if forward_pass.call is not None and forward_pass.call.contains(call.path):
             return
         forward_pass.observe(call)
+        if isinstance(forward_pass, Scope):
+            forward_pass.check_rows_keep_their_order()
         if forward_pass.is_mixed and not call.problem:
             layouts = self.layouts.find(call)
             if layouts is None and torch.compiler.is_compiling():

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 
 import torch
 
 from hyperadapt.routing.forward_pass import ForwardPass
 from hyperadapt.routing.requests import Request
+
+# Functions that call a model for rows which they sort, or take a few at a time.
+_REARRANGING = {
+    "sentence_transformers.": {"encode", "predict"},
+    "transformers.pipelines": {"__call__"},
+    "transformers.trainer": {"_inner_training_loop", "evaluation_loop", "prediction_loop"},
+}
 
 # By router, and not attributes of it, so that a router can be copied.
 _innermost: ContextVar[Mapping[int, Scope]] = ContextVar("hyperadapt_scopes", default=MappingProxyType({}))
@@ -26,6 +34,33 @@ class Scope(ForwardPass):
     def __init__(self, request: Request, outer: Scope | None) -> None:
         super().__init__({}, request)
         self.outer, self.thread = outer, threading.get_ident()
+        self.opened_by = id(_caller())
+
+    def check_rows_keep_their_order(self) -> None:
+        """Refuse tasks by row around code that is known to sort rows, or to call the model for some of them at a time.
+
+        The call looks the same then, so the code is known by its name alone.
+        """
+        if self.request.num_rows is None or torch.compiler.is_compiling():
+            return
+        frame = _caller()
+        while frame is not None and id(frame) != self.opened_by:
+            module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+            if any(module.startswith(name) and function in functions for name, functions in _REARRANGING.items()):
+                raise ValueError(
+                    f"use_tasks has a task for each of {self.request.num_rows} rows, but {function} of {module} sorts "
+                    "or splits the rows that it is given, so that they would get each other's tasks. Call it once for "
+                    "the rows of each task, with one name in use_tasks."
+                )
+            frame = frame.f_back
+
+
+def _caller() -> FrameType | None:
+    """The innermost frame of code that is neither ours nor opens a context."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("hyperadapt.", "contextlib")):
+        frame = frame.f_back
+    return frame
 
 
 class _Traced(threading.local):

@@ -1,6 +1,7 @@
 """In every family of models, a batch of several tasks equals its rows alone, or is refused: for all sizes alike."""
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.support.families import FAMILIES, Family
+from tests.support.families import FAMILIES
+from tests.support.family import Family
 from tests.support.family_inputs import Batch
-from tests.support.helpers import TASKS, adapter_config, adapter_parameters, make_active
+from tests.support.helpers import ROOT, TASKS, adapter_config, adapter_parameters, make_active
 from tests.support.tolerances import FLOAT64_MODEL
 
 SIZES = (1, 2, 3, 4, 8, 16)
@@ -111,3 +113,9 @@ def test_told_rows() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model(**batch, tasks=tasks, task_rows={"vision_model": rows, "visual_projection": rows})
+
+
+def test_the_docs_tell_which_families_take_mixed_batches() -> None:
+    page = (ROOT / "docs" / "mixed-batches.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| (.+?) \| (yes|refused)", page, flags=re.MULTILINE))
+    assert told == {name: "yes" if family.is_mixed else "refused" for name, family in FAMILIES.items()}

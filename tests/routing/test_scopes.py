@@ -3,17 +3,29 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from packaging.version import Version
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import Pipeline, Trainer, TrainingArguments
 
 from hyperadapt import use_tasks
 from hyperadapt.routing import scopes
-from tests.support.helpers import MIXED, TASKS, adapted_model, example_batch, logits
+from tests.support.helpers import (
+    MIXED,
+    TASKS,
+    adapted_model,
+    adapter_config,
+    example_batch,
+    logits,
+    make_active,
+    minilm,
+)
 
 BATCH = example_batch("llama", labels=False)
 
@@ -122,3 +134,58 @@ def test_rows_with_a_task_each(model: PeftModel) -> None:
     expected = logits(model, BATCH, tasks=MIXED)
     with use_tasks(model, MIXED):
         assert torch.equal(logits(model, BATCH), expected)
+
+
+REFUSED = r"a task for each of 4 rows, but {} of {}.* sorts or splits the rows.*with one name in use_tasks"
+
+
+def test_code_that_rearranges_rows_is_refused(tmp_path: Path) -> None:
+    """Sentence Transformers sorts texts by length, pipelines take a few at a time, and Trainer does both."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    encoder = sentence_transformers.SentenceTransformer(minilm(), device="cpu")
+    part = encoder[0]
+    # Called "auto_model" before its version 6.
+    name = "model" if "model" in dict(part.named_children()) else "auto_model"
+    plain = getattr(part, name)
+    model = make_active(get_peft_model(plain, adapter_config(target_modules=["query", "value"])))
+    setattr(part, name, model)
+    texts = ["a much longer text than all of the others here", "short", "a text of some length", "two words"]
+    with use_tasks(model, MIXED), pytest.raises(ValueError, match=REFUSED.format("encode", "sentence_transformers")):
+        encoder.encode(texts)
+    # One task for all is right, and rows that the caller tokenises keep their order.
+    with use_tasks(model, "beta"):
+        together = encoder.encode(texts)
+        for text, row in zip(texts, together, strict=True):
+            assert np.allclose(encoder.encode(text), row, atol=1e-4)
+    with use_tasks(model, MIXED), torch.no_grad():
+        mixed = encoder.forward(encoder.tokenize(texts))["sentence_embedding"]
+    for text, task, row in zip(texts, MIXED, mixed, strict=True):
+        with use_tasks(model, task):
+            assert np.allclose(encoder.encode(text, normalize_embeddings=False), row, atol=1e-4)
+
+
+def test_trainer_and_pipelines_are_refused(model: PeftModel, tmp_path: Path) -> None:
+    rows = [{key: value[row % 4] for key, value in example_batch("llama").items()} for row in range(8)]
+    arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, report_to="none", use_cpu=True)
+    trainer = Trainer(model, arguments, eval_dataset=rows)
+    with use_tasks(model, MIXED):
+        with pytest.raises(ValueError, match=REFUSED.format("evaluation_loop", "transformers.trainer")):
+            trainer.evaluate()
+        with pytest.raises(ValueError, match=REFUSED.format("__call__", "transformers.pipelines")):
+            Plain(model=model, device="cpu")(rows[0])
+
+
+class Plain(Pipeline):
+    """Feeds rows to the model as they are."""
+
+    def _sanitize_parameters(self, **kwargs: Any) -> Any:
+        return {}, {}, {}
+
+    def preprocess(self, row: Any) -> Any:
+        return {key: value[None] for key, value in row.items()}
+
+    def _forward(self, inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def postprocess(self, outputs: Any) -> Any:
+        return outputs.logits
