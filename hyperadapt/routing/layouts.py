@@ -72,17 +72,15 @@ class Call:
         return kept
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[str, frozenset[tuple[str, str]]]:
         """Which inputs are given, and what switches say: they decide which modules are called with what."""
         given = self.repeatable.items()
-        return (self.path, *sorted((name, str(value) if isinstance(value, _SWITCHES) else "") for name, value in given))
+        return self.path, frozenset((name, str(value) if isinstance(value, _SWITCHES) else "") for name, value in given)
 
     @property
-    def sizes(self) -> tuple[Any, ...]:
+    def sizes(self) -> frozenset[tuple[Any, ...]]:
         """Sizes of a row's inputs."""
-        return tuple(
-            sorted((name, *value.shape[1:]) for name, value in self.inputs.items() if isinstance(value, Tensor))
-        )
+        return frozenset((name, *value.shape[1:]) for name, value in self.inputs.items() if isinstance(value, Tensor))
 
     def contains(self, path: str) -> bool:
         """Whether a call of a part is inside of this one."""
@@ -143,12 +141,13 @@ class Layouts:
 
     def __init__(self) -> None:
         # By kind of call, and by the sizes of a row's inputs where these matter.
-        self._learned: dict[tuple[Any, ...], dict[tuple[Any, ...] | None, dict[str, Layout | str]]] = {}
+        self._learned: dict[tuple[str, frozenset[Any]], dict[frozenset[Any] | None, dict[str, Layout | str]]] = {}
 
     def find(self, call: Call) -> Mapping[str, Layout | str] | None:
         """The layouts that hold in a call; None if they have to be learned."""
         learned = self._learned.get(call.kind, {})
-        return learned.get(None) or learned.get(call.sizes)
+        # The sizes of an exported program cannot be looked up.
+        return learned[None] if None in learned else learned.get(call.sizes) if learned else None
 
     def clear(self) -> None:
         """Forget them all."""
