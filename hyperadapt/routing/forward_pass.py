@@ -44,6 +44,7 @@ class ForwardPass:
         options: The arguments of the call, which say how generate repeats rows.
         is_counted: Whether the number of rows was compared with the batch.
         call: The call of the base model that runs now, or of a part.
+        num_rows: Rows of the calls of the base model so far; None before the first.
         prints: Where layers note what they get, and then do nothing; None except while layouts are learned.
     """
 
@@ -52,13 +53,14 @@ class ForwardPass:
     options: Mapping[str, Any] = field(default_factory=dict)
     is_counted: bool = False
     call: Call | None = None
+    num_rows: int | None = None
     prints: dict[str, list[Tensor]] | None = None
 
     @property
     def is_mixed(self) -> bool:
         """Whether rows may have different tasks; where processes work together, all do the same."""
         if not self.routed or _works_together():
-            return self.request.num_rows is not None
+            return self.request.num_rows is not None and (self.request.num_rows > 1 or _works_together())
         return any(routed.rows is not None for routed in self.routed.values())
 
     def count(self, num_rows: int) -> None:
@@ -75,6 +77,10 @@ class ForwardPass:
         # The request is not looked at twice: a graph would be made for each way to ask.
         if not self.is_counted:
             self.count(call.num_rows)
+        if not call.path:
+            if self.num_rows not in (None, call.num_rows) and type(self) is ForwardPass:
+                call.problem = "rows have left the batch since generate began"
+            self.num_rows = call.num_rows
         self.call = call
 
     def rows_of(self, rows: Tensor, x: Tensor, position: Position) -> Tensor:
@@ -131,6 +137,15 @@ def main_input(
     return None, None
 
 
+# Other inputs with the rows of a main input.
+_SAME_ROWS = {"input_ids": ("inputs_embeds",)}
+
+
+def _spelled(part: nn.Module, name: str) -> str:
+    """Name of an input that may be given by place."""
+    return list(inspect.signature(part.forward).parameters)[int(name)] if name.isdigit() else name
+
+
 def call_of(
     path: str, part: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module
 ) -> Call | None:
@@ -145,7 +160,7 @@ def call_of(
     if name is None or main is None:
         return None
     call = Call(path, {**{str(place): value for place, value in enumerate(args)}, **kwargs}, name, main.shape[0])
-    of_part, of_model = (getattr(module, "main_input_name", None) for module in (part, model))
-    if of_part != of_model:
-        call.problem = f"{path} is called by itself, and its rows need not be those of {of_model}"
+    expected = getattr(model, "main_input_name", name)
+    if path and _spelled(part, name) not in (expected, *_SAME_ROWS.get(expected, ())):
+        call.problem = f"{path} is called by itself, and its rows need not be those of {expected}"
     return call

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 # The model makes these where they are missing; their first dimension need not be of rows.
-_CAN_BE_MISSING = ("past_key_values", "cache_params", "mems", "cache_position", "position_ids", "rope_deltas")
+_CAN_BE_MISSING = ("past_key_values", "cache_params", "mems", "cache_position", "position_ids", "rope_deltas", "state")
 _SWITCHES = (bool, str)
 
 
@@ -24,20 +24,22 @@ class Layout:
 
     Args:
         sizes: How many elements a row has there.
-        lengths: Names of inputs whose second dimension is that number.
         in_blocks: Whether all rows come once before any comes again, as in [conditional; unconditional].
+        lengths: Names of inputs whose second dimension is that number, whatever it is.
+        is_constant: Whether inputs of other lengths have the same number.
         item_token: The elements are of images, and a row has a share of them as large as its share of these ids.
     """
 
     sizes: frozenset[int] = frozenset()
-    lengths: frozenset[str] = frozenset()
     in_blocks: bool = False
+    lengths: frozenset[str] = frozenset()
+    is_constant: bool = False
     item_token: int | None = None
 
     @property
     def is_general(self) -> bool:
         """Whether it tells the rows of inputs of other sizes, too."""
-        return 1 in self.sizes or bool(self.lengths) or self.item_token is not None
+        return self.is_constant or bool(self.lengths) or self.item_token is not None
 
 
 @dataclass
@@ -102,8 +104,10 @@ class Call:
 
     def elements(self, rows: Tensor, position: str, size: int) -> Tensor:
         """What belongs to each row, shape ``(num_rows,)``, for each element that a module gets, shape ``(size,)``."""
-        layout = self.layouts.get(position, self.problem or "it is not called when the model runs on single rows")
-        if re.search(r"(^|\.)experts(\.|$)", position):
+        layout = self.layouts.get(position, "it is not called when the model runs on single rows")
+        if self.problem:
+            layout = self.problem
+        elif re.search(r"(^|\.)experts(\.|$)", position):
             layout = "an expert gets the tokens that chose it"
         if isinstance(layout, str):
             raise ValueError(layout)
@@ -118,12 +122,9 @@ class Call:
         return rows.repeat(per_row) if layout.in_blocks else rows.repeat_interleave(per_row)
 
     def _is_known(self, layout: Layout, per_row: int) -> bool:
-        if per_row == 1 and 1 in layout.sizes:
-            return True
-        if any(self.length(name) == per_row for name in layout.lengths):
-            return True
-        # Other numbers hold for inputs of the sizes that they were learned with.
-        return not layout.is_general and any(per_row == size for size in layout.sizes)
+        if layout.is_constant or not layout.is_general:
+            return any(per_row == size for size in layout.sizes)
+        return any(self.length(name) == per_row for name in layout.lengths)
 
     def _shares(self, token: int, size: int) -> Tensor:
         """How many of the elements each row has."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -16,11 +18,16 @@ from hyperadapt.routing.layouts import Call, Layout
 
 # What each module got, call by call: see print_of.
 Prints = Mapping[str, list[Tensor]]
+Inputs = dict[str, Any]
 
-_OF_ITEMS = ("pixel_", "image_", "video_", "mm_token_type_ids", "input_features", "feature_attention_mask")
+# Images, videos and recordings, of which a row of text may have any number.
+_OF_ITEMS = ("pixel_", "image_", "video_", "mm_", "input_features", "feature_attention_mask", "input_audio")
 # Others, such as image_sizes, belong to models in which images of one size may have different numbers of tokens.
 _EVEN_ITEMS = {"pixel_values", "pixel_attention_mask", "image_grid_thw", "mm_token_type_ids"}
-_BY_ROW = {"pixel_attention_mask", "mm_token_type_ids"}
+_ITEMS_BY_ROW = {"pixel_attention_mask", "mm_token_type_ids"}
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+# Have rows wherever they are given.
+_BY_ROW = {*_TOKENS, "attention_mask", "token_type_ids", "labels", "encoder_outputs", "decoder_attention_mask"}
 
 
 def learned_layouts(
@@ -30,24 +37,31 @@ def learned_layouts(
 
     While ``recording()`` they only leave prints of it, by position name.
     """
-    call = replace(call, inputs=call.repeatable)
     runs = _Runs(module, call, recording)
-    token = getattr(getattr(module, "config", None), "image_token_id", None)
-    items = {name: value for name, value in call.inputs.items() if name.startswith(_OF_ITEMS) and value is not None}
-    counts = call.count(token) if items and token is not None else None
-    if counts is None or token is None:
-        return runs.layouts(call.inputs)
-    # A row has any number of images. What is called without them is called for rows, all else for images.
-    ids = call.inputs["input_ids"]
-    text = {name: value for name, value in call.inputs.items() if name not in items}
-    text["input_ids"] = torch.where(ids == token, int(token == 0), ids)
-    return runs.layouts_of_items(items, token, counts.tolist()) | runs.layouts(text)
+    signature = inspect.signature(module.forward).parameters
+    needed = {name: value for name, value in call.inputs.items() if name in signature and _is_needed(signature[name])}
+    inputs = needed | call.repeatable
+    items = {name: value for name, value in inputs.items() if name.startswith(_OF_ITEMS)}
+    if not items or call.main in items:
+        return runs.layouts(inputs)
+    # What is called without any images is called for rows, all else for images.
+    try:
+        of_text = runs.layouts(runs.without_items(inputs, items))
+    except Exception:
+        return runs.layouts_with_items(inputs)
+    return runs.layouts_of_items(inputs, items) | of_text
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
 
 
 def print_of(x: Tensor) -> Tensor:
     """At most 64 values of each element of the first dimension, shape ``(len(x), values)``."""
     size = x.shape[0] if x.ndim else 1
-    flat = x.detach().reshape(size, -1) if x.numel() else x.new_zeros(size, 1)
+    if not x.numel() or _has_no_values(x):
+        return x.new_zeros(size, 1)
+    flat = x.detach().reshape(size, -1)
     return flat[:, :: max(1, flat.shape[1] // 64)][:, :64].clone()
 
 
@@ -56,144 +70,284 @@ class _Runs:
 
     def __init__(self, module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Prints]]) -> None:
         self.module, self.call, self.recording = module, call, recording
+        names = ("image_token_id", "video_token_id", "audio_token_id")
+        tokens = (getattr(getattr(module, "config", None), name, None) for name in names)
+        self.item_tokens = [token for token in tokens if isinstance(token, int)]
 
-    def layouts(self, inputs: dict[str, Any]) -> dict[str, Layout | str]:
+    def layouts(self, inputs: Inputs) -> dict[str, Layout | str]:
         """The layouts of all modules that are called."""
-        one, two = self._unlike_rows()
-        alone, other, both = (self._prints(self._rows(inputs, rows)) for rows in ([one], [two], [one, two]))
-        layouts = {name: self._layout(alone[name], other.get(name, []), both.get(name, [])) for name in alone}
-        for rows, others in self._of_other_values(inputs, one):
-            for position, layout in layouts.items():
-                found = [len(x) for x in others.get(position, [])]
-                if not isinstance(layout, str) and found != [rows * len(x) for x in alone[position]]:
-                    layouts[position] = "the number of its elements depends on what the rows say"
-        for name in self._without_partner(inputs):
+        pair = _rows(inputs, self._unlike_rows(inputs), self.call.num_rows)
+        for shown in self._variants(pair):
             try:
-                fewer = self._prints(self._rows(inputs, [one, two]) | {name: inputs[name][[one]]})
-            except Exception:
-                # Each row needs its own.
-                continue
-            for position, prints in fewer.items():
-                if [len(x) for x in prints] != [len(x) for x in both.get(position, [])]:
-                    layouts[position] = f"{name} need not have as many as there are rows"
+                runs = [self.prints(_rows(shown, rows, 2)) for rows in ([0], [1], [0, 1], [1, 0])]
+                break
+            except Exception as error:
+                failure = error
+        else:
+            raise failure
+        alone, others = runs[0], runs[1:]
+        layouts = {name: _layout(alone[name], *(run.get(name, []) for run in others)) for name in alone}
+        if _has_no_values(*pair.values()):
+            return layouts
+        if self.module.training:
+            self._refuse_other_orders(layouts, runs, shown)
+        self._refuse_parts(layouts, alone, pair, shown)
+        self._refuse_partners(layouts, others[1], shown)
+        return self._with_laws(layouts, alone, _rows(shown, [0], 2))
+
+    def layouts_with_items(self, inputs: Inputs) -> dict[str, Layout | str]:
+        """The layouts of a model that has to have an image for each row."""
+        layouts = self.layouts(inputs)
+        if self.item_tokens:
+            # Where the text says how many images there are, each row having one proves nothing.
+            alone = _rows(inputs, [0], self.call.num_rows)
+            first, second = self.prints(alone), self.prints(alone | self._drawn(alone, seed=1, names=("input_ids",)))
+            for name, prints in first.items():
+                if all(torch.equal(*pair) for pair in zip(prints, second.get(name, []), strict=False)):
+                    layouts[name] = "it gets images, of which a row may have any number"
         return layouts
 
-    def layouts_of_items(self, items: dict[str, Any], token: int, counts: list[int]) -> dict[str, Layout | str]:
+    def layouts_of_items(self, inputs: Inputs, items: Inputs) -> dict[str, Layout | str]:
         """The layouts of modules that are called for images, as far as each row's share of them is known."""
-        if not items.keys() <= _EVEN_ITEMS or "pixel_values" not in items or not any(counts):
+        token = getattr(getattr(self.module, "config", None), "image_token_id", None)
+        counted = None if token is None else self.call.count(token)
+        if not items.keys() <= _EVEN_ITEMS or "pixel_values" not in items or counted is None or not counted.any():
             return {}
+        counts = counted.tolist()
         few, many = (choose((count, row) for row, count in enumerate(counts) if count)[1] for choose in (min, max))
         runs = []
         for rows in ([few], [many], [few, many]):
             chosen = _items_of(items, counts, rows)
             if chosen is None:
                 return {}
-            runs.append(self._prints(self._rows(self.call.inputs, rows) | chosen))
-        alone, other, both = runs
+            runs.append(self.prints(_rows(inputs, rows, self.call.num_rows) | chosen))
         layouts: dict[str, Layout | str] = {}
-        for name in alone.keys() & other.keys() & both.keys():
-            is_even = len(alone[name]) == len(other[name]) == len(both[name]) and all(
-                len(first) * counts[many] == len(second) * counts[few]
-                and _is_close(torch.cat([first, second]), together)
-                for first, second, together in zip(alone[name], other[name], both[name], strict=False)
+        for name in runs[0].keys() & runs[1].keys() & runs[2].keys():
+            calls = list(zip(*(run[name] for run in runs), strict=False))
+            is_even = all(
+                len(first) * counts[many] == len(second) * counts[few] and _is_close(torch.cat([first, second]), both)
+                for first, second, both in calls
             )
             layouts[name] = Layout(item_token=token) if is_even else "images do not keep their order there"
         return layouts
 
-    def _layout(self, alone: list[Tensor], other: list[Tensor], both: list[Tensor]) -> Layout | str:
-        """How rows lie in the calls of one module."""
-        if not len(alone) == len(other) == len(both):
-            return "it is called more often for some rows than for others"
-        sizes: set[int] = set()
-        lengths: set[str] = set()
-        orders: set[bool] = set()
-        for first, second, together in zip(alone, other, both, strict=True):
-            size = len(first)
-            if not size or len(second) != size or len(together) != 2 * size:
-                return "its first dimension does not grow evenly with the rows"
-            in_order = torch.cat([first, second])
-            in_blocks = torch.stack([first, second], dim=1).flatten(0, 1)
-            is_in_blocks = size > 1 and _distance(in_blocks, together) < _distance(in_order, together)
-            if not _is_close(in_blocks if is_in_blocks else in_order, together):
-                return "its elements depend on other rows, or are in another order"
-            sizes.add(size)
-            lengths.update(name for name in self.call.inputs if self.call.length(name) == size)
-            orders.update([is_in_blocks] if size > 1 else [])
-        if len(orders) > 1:
-            return "its calls have rows in different orders"
-        return Layout(frozenset(sizes), frozenset(lengths), orders == {True})
+    def without_items(self, inputs: Inputs, items: Inputs) -> Inputs:
+        """The text of the rows alone, without the tokens that stand for images."""
+        text = {name: value for name, value in inputs.items() if name not in items}
+        ids = text.get("input_ids")
+        if ids is not None:
+            text["input_ids"] = ids.masked_fill(self._stands_for_item(ids), self._plain_token())
+        return text
 
-    def _unlike_rows(self) -> tuple[int, int]:
-        """Two rows that differ in length where a mask tells it."""
-        mask = self.call.inputs.get("attention_mask")
-        if self.call.has_rows(mask) and mask.ndim == 2 and not mask.is_meta:
-            lengths = mask.sum(dim=1).tolist()
-            if min(lengths) < max(lengths):
-                return lengths.index(min(lengths)), lengths.index(max(lengths))
-        return 0, 1
-
-    def _of_other_values(self, inputs: dict[str, Any], row: int) -> Iterator[tuple[int, Prints]]:
-        """Runs of a row that is the same everywhere, of one with padding, and of all with values drawn anew.
-
-        As far as the model takes them. What gets some of the tokens, as an expert does, gets all or none of the first,
-        and other numbers of the last; what gets them without padding gets fewer of the second.
-        """
-        main, values = self.call.main, inputs.get(self.call.main)
-        if not self.call.has_rows(values):
-            return
-        drawn = torch.randint(values.numel(), values.shape, generator=torch.Generator().manual_seed(0))
-        alone = self._rows(inputs, [row])
-        others = [
-            (1, alone | {main: values[row].flatten()[0].expand_as(alone[main]).clone()}),
-            (self.call.num_rows, inputs | {main: values.flatten()[drawn.to(values.device)]}),
-        ]
-        mask = alone.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            others.append((1, alone | {"attention_mask": torch.cat([mask[:, :-1], torch.zeros_like(mask[:, -1:])], 1)}))
-        for count, other in others:
-            try:
-                yield count, self._prints(other)
-            except Exception:
-                continue
-
-    def _without_partner(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Inputs like images, of which the model may take more or fewer than rows."""
-        return [
-            name
-            for name, value in inputs.items()
-            if name != self.call.main and name.startswith(_OF_ITEMS) and self.call.has_rows(value) and value.ndim > 2
-        ]
-
-    def _rows(self, value: Any, rows: Sequence[int], name: str = "") -> Any:
-        """An input, or several, for some of the rows."""
-        if isinstance(value, Tensor):
-            if name.startswith("decoder_") and value.ndim and not len(value) % self.call.num_rows:
-                # As many for a row as a decoder has codebooks.
-                return value.reshape(self.call.num_rows, -1, *value.shape[1:])[list(rows)].flatten(0, 1)
-            return value[list(rows)] if self.call.has_rows(value) else value
-        if isinstance(value, Mapping):
-            # Outputs of an encoder keep their class.
-            return type(value)(**{key: self._rows(inner, rows, key) for key, inner in value.items()})
-        if isinstance(value, list | tuple):
-            is_by_row = isinstance(value, list) and len(value) == self.call.num_rows
-            kept = [value[row] for row in rows] if is_by_row else [self._rows(inner, rows) for inner in value]
-            return type(value)(kept)
-        return value
-
-    def _prints(self, inputs: Mapping[str, Any]) -> Prints:
+    def prints(self, inputs: Inputs, at_rest: bool = True) -> Prints:
+        """What adapted layers get in one run, without dropout unless it is not to be at rest."""
         by_place = [inputs[name] for name in sorted(inputs) if name.isdigit()]
         by_name = {name: value for name, value in inputs.items() if not name.isdigit()}
-        with _at_rest(self.module), self.recording() as prints:
+        with _undisturbed(self.module, at_rest), self.recording() as prints:
             self.module(*by_place, **by_name)
         return prints
 
+    def _variants(self, pair: Inputs) -> Iterator[Inputs]:
+        """Two rows as they are shown to the model, until it takes them: other than each other, one of them padded."""
+        if _has_no_values(*pair.values()):
+            yield pair
+            return
+        drawn = pair | self._drawn(pair)
+        mask = pair.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape[1] > 1:
+            padded = mask.clone()
+            padded[0, -1] = 0
+            yield drawn | {"attention_mask": padded}
+        yield drawn
+        yield pair
 
-def _items_of(items: Mapping[str, Any], counts: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor] | None:
+    def _drawn(self, inputs: Inputs, seed: int = 0, names: Sequence[str] = ()) -> Inputs:
+        """Other values for what rows say: ids as large as any that is known, or normal numbers."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {}
+        for name in names or (self.call.main, *_TOKENS):
+            value = inputs.get(name)
+            if not isinstance(value, Tensor) or not value.numel():
+                continue
+            if value.is_floating_point():
+                other = torch.randn(value.shape, generator=generator).to(value)
+            else:
+                bound = max(int(value.max()) + 1, min(self._vocabulary(), 2 + int(value.max())))
+                other = torch.randint(bound, value.shape, generator=generator).to(value)
+                keep = self._stands_for_item(value)
+                other = torch.where(keep, value, other.masked_fill(self._stands_for_item(other), self._plain_token()))
+            drawn[name] = other
+        return drawn
+
+    def _vocabulary(self) -> int:
+        return int(getattr(getattr(self.module, "config", None), "vocab_size", None) or 0)
+
+    def _stands_for_item(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.item_tokens, device=ids.device, dtype=ids.dtype))
+
+    def _plain_token(self) -> int:
+        return next(token for token in range(len(self.item_tokens) + 1) if token not in self.item_tokens)
+
+    def _unlike_rows(self, inputs: Inputs) -> list[int]:
+        """Two rows that differ in length where a mask tells it; one of them twice where there is no other."""
+        mask = inputs.get("attention_mask")
+        if self.call.has_rows(mask) and not _has_no_values(mask):
+            lengths = mask.sum(dim=1).tolist()
+            if min(lengths) < max(lengths):
+                return [lengths.index(min(lengths)), lengths.index(max(lengths))]
+        return [0, min(1, self.call.num_rows - 1)]
+
+    def _refuse_parts(self, layouts: dict[str, Layout | str], alone: Prints, pair: Inputs, shown: Inputs) -> None:
+        """Refuse modules whose number of elements depends on what rows say, as an expert's does.
+
+        It gets all or none of a row whose tokens are alike, and other numbers of what the rows of the batch say.
+        """
+        main, row = self.call.main, _rows(shown, [0], 2)
+        others = [(2, pair)]
+        if isinstance(row.get(main), Tensor):
+            value = row[main]
+            others.append((1, row | {main: value.flatten()[0].expand_as(value).clone()}))
+        for rows, inputs in others:
+            try:
+                prints = self.prints(_rows(inputs, list(range(rows)), rows))
+            except Exception:
+                continue
+            for name, layout in layouts.items():
+                found = [len(x) for x in prints.get(name, [])]
+                if not isinstance(layout, str) and found != [rows * len(x) for x in alone[name]]:
+                    layouts[name] = "the number of its elements depends on what the rows say"
+
+    def _refuse_other_orders(self, layouts: dict[str, Layout | str], runs: Sequence[Prints], shown: Inputs) -> None:
+        """Refuse modules whose rows lie in another order in training, as far as dropout lets it be seen."""
+        several = [name for name, layout in layouts.items() if isinstance(layout, Layout) and max(layout.sizes) > 1]
+        if not several:
+            return
+        trained = self.prints(_rows(shown, [0, 1], 2), at_rest=False)
+        for name in several:
+            layout = layouts[name]
+            assert isinstance(layout, Layout)
+            for first, second, together in zip(runs[0][name], runs[1][name], trained.get(name, []), strict=False):
+                distances = [
+                    float((_joined(first, second, in_blocks).double() - together.double()).abs().mean())
+                    for in_blocks in (layout.in_blocks, not layout.in_blocks)
+                    if together.shape[0] == 2 * first.shape[0]
+                ]
+                if not distances or distances[1] < distances[0]:
+                    layouts[name] = "its elements lie otherwise in training"
+
+    def _refuse_partners(self, layouts: dict[str, Layout | str], both: Prints, shown: Inputs) -> None:
+        """Refuse modules that get what only happens to be as many as rows: the model can do with fewer."""
+        for name, value in shown.items():
+            if name in _BY_ROW or name == self.call.main or not isinstance(value, Tensor) or value.shape[:1] != (2,):
+                continue
+            try:
+                fewer = self.prints(shown | {name: value[:1]})
+            except Exception:
+                # Each row needs its own.
+                continue
+            for position, prints in fewer.items():
+                if [len(x) for x in prints] != [len(x) for x in both.get(position, [])]:
+                    layouts[position] = f"{name} need not have as many as there are rows"
+
+    def _with_laws(self, layouts: dict[str, Layout | str], alone: Prints, row: Inputs) -> dict[str, Layout | str]:
+        """What the numbers of elements are for every length, from one run with another."""
+        lengths = {name: value.shape[1] for name, value in row.items() if _is_of_tokens(name, value, row)}
+        runs = []
+        for changed in (lambda value: torch.cat([value] * 3, dim=1), lambda value: value[:, : -(-value.shape[1] // 2)]):
+            other = {name: changed(row[name]) for name in lengths}
+            try:
+                prints = self.prints(row | other) if lengths else {}
+            except Exception:
+                continue
+            runs.append(({name: value.shape[1] for name, value in other.items()}, prints))
+        return {
+            name: layout if isinstance(layout, str) else _with_law(layout, name, lengths, runs)
+            for name, layout in layouts.items()
+        }
+
+
+def _with_law(
+    layout: Layout, name: str, lengths: Mapping[str, int], runs: Sequence[tuple[Mapping[str, int], Prints]]
+) -> Layout:
+    found = [(others, {len(x) for x in prints.get(name, [])}) for others, prints in runs]
+    if len({tuple(others.values()) for others, _ in found} | {tuple(lengths.values())}) < 2:
+        return layout
+    laws = {
+        key
+        for key, length in lengths.items()
+        if {length} == layout.sizes and all({others[key]} == sizes for others, sizes in found)
+    }
+    is_constant = all(sizes == layout.sizes for _, sizes in found)
+    return replace(layout, lengths=frozenset(laws), is_constant=is_constant)
+
+
+def _layout(alone: list[Tensor], other: list[Tensor], both: list[Tensor], swapped: list[Tensor]) -> Layout | str:
+    """How rows lie in the calls of one module: on one row, on another, and on both in either order."""
+    if not len(alone) == len(other) == len(both) == len(swapped):
+        return "it is called more often for some rows than for others"
+    sizes: set[int] = set()
+    orders: set[bool] = set()
+    for first, second, together, turned in zip(alone, other, both, swapped, strict=True):
+        size = first.shape[0]
+        if not size or second.shape != first.shape or together.shape[0] != 2 * size or turned.shape != together.shape:
+            return "its first dimension does not grow evenly with the rows"
+        if together.shape[1] != first.shape[1]:
+            return "its other dimensions depend on the other rows"
+        fitting = [
+            in_blocks
+            for in_blocks in ([False, True] if size > 1 else [False])
+            if _is_close(_joined(first, second, in_blocks), together)
+            and _is_close(_joined(second, first, in_blocks), turned)
+        ]
+        if not fitting:
+            return "its elements depend on other rows, or are in another order"
+        if len(fitting) > 1:
+            return "the order of its elements cannot be seen"
+        sizes.add(size)
+        orders.update(fitting if size > 1 else [])
+    return "its calls have rows in different orders" if len(orders) > 1 else Layout(frozenset(sizes), orders == {True})
+
+
+def _joined(first: Tensor, second: Tensor, in_blocks: bool) -> Tensor:
+    return torch.stack([first, second], dim=1).flatten(0, 1) if in_blocks else torch.cat([first, second])
+
+
+def _is_of_tokens(name: str, value: Any, row: Inputs) -> bool:
+    """Whether the second dimension of an input is of tokens, so that it may be shorter."""
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return False
+    if name in _TOKENS or name.isdigit() or name in ("input_values", "decoder_attention_mask"):
+        return value.ndim == 2 or name.endswith("embeds")
+    tokens = [row[key].shape[1] for key in _TOKENS if isinstance(row.get(key), Tensor)]
+    return name in ("attention_mask", "token_type_ids", "labels") and value.shape[1] in tokens
+
+
+def _rows(value: Any, rows: Sequence[int], num_rows: int, name: str = "") -> Any:
+    """An input, or several, for some of the rows; nothing that the model could change is shared with them."""
+    if isinstance(value, Tensor):
+        if name.startswith("decoder_") and value.ndim and not value.shape[0] % num_rows:
+            # As many for a row as a decoder has codebooks.
+            return value.reshape(num_rows, -1, *value.shape[1:])[list(rows)].flatten(0, 1)
+        return value[list(rows)] if value.ndim and value.shape[0] == num_rows else value.clone()
+    if isinstance(value, Mapping):
+        # Outputs of an encoder keep their class.
+        return type(value)(**{key: _rows(inner, rows, num_rows, key) for key, inner in value.items()})
+    if isinstance(value, list | tuple):
+        # A list of anything but tensors has one for each row, and so has one of images.
+        is_by_row = isinstance(value, list) and len(value) == num_rows
+        is_by_row = is_by_row and (name.startswith(_OF_ITEMS) or not isinstance(value[0], Tensor))
+        return type(value)([value[row] for row in rows] if is_by_row else [_rows(one, rows, num_rows) for one in value])
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return value
+    raise TypeError(f"{name or 'an input'} is a {type(value).__name__}, which may keep a state")
+
+
+def _items_of(items: Inputs, counts: Sequence[int], rows: Sequence[int]) -> Inputs | None:
     """The images of some rows, which have them in the order of the rows; None if none can tell which they are."""
     chosen = {}
     ends = list(accumulate(counts, initial=0))
     for name, value in items.items():
-        if value.ndim > 4 or name in _BY_ROW:
+        if value.ndim > 4 or name in _ITEMS_BY_ROW:
             chosen[name] = value[list(rows)]
             continue
         sizes = value.prod(dim=1).tolist() if name == "image_grid_thw" else [1] * len(value)
@@ -206,43 +360,60 @@ def _items_of(items: Mapping[str, Any], counts: Sequence[int], rows: Sequence[in
     return chosen
 
 
-def _distance(x: Tensor, y: Tensor) -> float:
-    if x.shape != y.shape:
-        return float("inf")
-    if x.is_meta:
-        return 0.0
-    return float((x.double() - y.double()).nan_to_num().abs().max())
+def _has_no_values(*values: Any) -> bool:
+    """Whether tensors only have sizes: on the device "meta", and while a program is exported."""
+    return torch.compiler.is_compiling() or any(isinstance(value, Tensor) and value.is_meta for value in values)
 
 
 def _is_close(x: Tensor, y: Tensor) -> bool:
     """Whether prints are the same but for rounding: a tenth of what elements differ by, or half of the digits."""
-    if x.shape != y.shape or x.is_meta:
+    if x.shape != y.shape or _has_no_values(x):
         return x.shape == y.shape
     rounding = torch.finfo(y.dtype).eps ** 0.5 if y.is_floating_point() else 0.0
-    values = y.double().nan_to_num()
-    spread, scale = (values.amax(dim=0) - values.amin(dim=0)).max(), values.abs().max()
-    return _distance(x, y) <= float(0.1 * spread + rounding * scale)
+    x, y = x.double().nan_to_num(), y.double().nan_to_num()
+    # For each value by itself: one that is large in all elements must not hide the others.
+    spread, scale = y.amax(dim=0) - y.amin(dim=0), y.abs().amax(dim=0)
+    return bool(((x - y).abs() <= 0.1 * spread + rounding * scale).all())
 
 
 @contextmanager
-def _at_rest(module: nn.Module) -> Iterator[None]:
-    """Run a module without gradients, dropout, compiled code or a trace in the random numbers."""
+def _undisturbed(module: nn.Module, at_rest: bool) -> Iterator[None]:
+    """Run a module without gradients or compiled code, and without dropout; leave nothing of the run behind."""
+    parts = list(module.modules())
     # bitsandbytes lays 4-bit weights out anew, for good, when they are called for inference.
-    own = [part for part in module.modules() if not type(part).__module__.startswith("bitsandbytes")]
-    training = [part for part in own if part.training]
-    tensors = (tensor for tensor in module.parameters() if tensor.is_cuda)
-    devices = list({tensor.device for tensor in tensors})
-    for part in training:
-        part.training = False
+    training = [
+        part for part in parts if at_rest and part.training and not type(part).__module__.startswith("bitsandbytes")
+    ]
+    # What else a model sets in itself, such as switches for what it has prepared, may stay.
+    states_of = [(part, {**vars(part), **part._buffers}) for part in parts]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not _has_no_values(buffer)]
+    devices = list({buffer.device for buffer in (*module.parameters(), *module.buffers()) if buffer.is_cuda})
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(warnings.catch_warnings())
-            # Those of the call itself follow.
-            warnings.simplefilter("ignore")
+            if not torch.compiler.is_compiling():
+                stack.enter_context(torch.random.fork_rng(devices))
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for part in training:
+                part.training = False
             yield
     finally:
         for part in training:
             part.training = True
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+        with torch.no_grad():
+            for part, before in states_of:
+                for name, value in {**vars(part), **part._buffers}.items():
+                    if value is not before.get(name, value) and (_is_state(value) or _is_state(before[name])):
+                        setattr(part, name, before[name])
+            for buffer, copied in buffers:
+                if not torch.equal(buffer, copied):
+                    buffer.copy_(copied)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Tensor | float) or (isinstance(value, int) and not isinstance(value, bool))

@@ -146,7 +146,7 @@ class Router:
             forward_pass.check_rows_keep_their_order()
         if forward_pass.is_mixed and not call.problem:
             layouts = self.layouts.find(call)
-            if layouts is None and torch.compiler.is_compiling():
+            if layouts is None and torch.compiler.is_dynamo_compiling():
                 raise RuntimeError(
                     "Where rows lie in this model is not known yet, and a graph cannot learn it. Call the model once "
                     "with a task per row before it is compiled or exported."
@@ -364,17 +364,28 @@ def _autocast_dtype(network: HyperAdapterNetwork) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if is_enabled else None
 
 
+# A model is put to rest while it is learned, which no other thread should do at the same time.
+_learning = threading.RLock()
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _learn(
     layouts: Layouts, module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Any]]
 ) -> Mapping[str, Layout | str]:
-    try:
-        learned = learned_layouts(module, call, recording)
-    except Exception as error:
-        # Not kept: another batch may do.
-        call.problem = f"the model does not run on single rows ({error})"
-        return {}
-    layouts.keep(call, learned)
+    with _learning:
+        known = layouts.find(call)
+        if known is not None:
+            return known
+        try:
+            learned = learned_layouts(module, call, recording)
+        except Exception as error:
+            # Not kept: another batch may do.
+            call.problem = f"the model does not run on single rows ({error})"
+            return {}
+        if torch.compiler.is_compiling():
+            # Of sizes alone, which are all that a program has while it is exported.
+            return {name: _in_order(layout) for name, layout in learned.items()}
+        layouts.keep(call, learned)
     if "torch._dynamo" in sys.modules:
         # A compiled model that is called for the first time has just been given up, and can be one graph from now on.
         frame = inspect.currentframe()
@@ -382,3 +393,9 @@ def _learn(
             torch._dynamo.eval_frame.remove_from_cache(frame.f_code)
             frame = frame.f_back
     return learned
+
+
+def _in_order(layout: Layout | str) -> Layout | str:
+    if isinstance(layout, str) or layout.sizes == {1}:
+        return layout
+    return "their order cannot be seen while a program is exported; call the model once before"

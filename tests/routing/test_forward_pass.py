@@ -16,7 +16,7 @@ from tests.support.helpers import MIXED, ROWS, TASKS, adapted_model, example_bat
 
 ROWS_OF_TASKS = torch.tensor([1, 0, 2, 1])
 LAYER = Position("layers.0.fc", 6, 6, r=2)
-SAME, TOKENS = Layout(frozenset({1})), Layout(frozenset({5}), frozenset({"input_ids"}))
+SAME, TOKENS = Layout(frozenset({1}), is_constant=True), Layout(frozenset({5}), lengths=frozenset({"input_ids"}))
 CALL = Call("", {"input_ids": torch.zeros(4, 5)}, "input_ids", 4)
 
 # (layout, options of generate, rows of the call, elements, the tasks they have; a reason instead)
