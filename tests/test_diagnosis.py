@@ -82,7 +82,7 @@ def test_tasks_that_are_told_apart_raise_no_warning() -> None:
     assert not result.is_zero
 
 
-@pytest.mark.parametrize("normalization", ["soft_frobenius", "spectral"])
+@pytest.mark.parametrize("normalization", ["soft_frobenius", "soft_polar", "spectral"])
 def test_a_hypernetwork_that_ignores_its_condition_is_reported(normalization: str) -> None:
     message = (
         "The hypernetwork of adapter 'default' ignores its condition: only 0.00% of the updates depend on the task"

@@ -20,6 +20,7 @@ from hyperadapt.normalization.matrix_functions import (
     polar_factor,
     reciprocal,
     sinkhorn,
+    soft_inverse_sqrt,
     spectral_norm,
     sqrt,
 )
@@ -46,6 +47,12 @@ def _none(gram_A: Tensor, gram_B: Tensor) -> Tensor:
 
 def _soft_frobenius(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
     return _adaptive(gram_A, gram_B, bound=bound, strength=1.0)
+
+
+def _soft_polar(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
+    # With r singular values below bound/√r, the Frobenius norm is below the bound.
+    c_squared = _squared(bound, gram_A) / gram_A.shape[-1]
+    return soft_inverse_sqrt(gram_A, gram_B / c_squared[..., None, None])
 
 
 def _frobenius_clip(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
@@ -137,6 +144,7 @@ def _ridged(gram: Tensor, ridge: float) -> Tensor:
 METHODS: dict[str, Normalization] = {
     "none": Normalization(_none),
     "soft_frobenius": Normalization(_soft_frobenius, needs=("bound",)),
+    "soft_polar": Normalization(_soft_polar, needs=("bound",)),
     "frobenius_clip": Normalization(_frobenius_clip, needs=("bound",)),
     "adaptive": Normalization(_adaptive, needs=("bound", "strength"), gained="frobenius"),
     "frobenius": Normalization(_frobenius, largest_norm=lambda r: 1.0),

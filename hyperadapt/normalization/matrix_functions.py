@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -73,6 +74,26 @@ def spectral_norm(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     return result
 
 
+def soft_inverse_sqrt(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    """Inverse square root (I + G_A·G_B)^(-1/2): B·S·A has the singular values σ/√(1 + σ²), those of B·A being σ.
+
+    With G_A = L·Lᵀ, the symmetric M = Lᵀ·G_B·L has the eigenvalues d = σ² and the eigenvectors U. With V = L·U,
+    W = G_B·V and s = √(1 + d), ``S = I - V·h·Wᵀ`` for ``h = (1 - 1/s)/d = 1/(s·(s + 1))``, which divides by no small
+    number; nor do the divided differences in its gradient, finite at repeated and at zero σ. Where each σ is above 1,
+    S = V·(1/(d·s))·Wᵀ keeps its digits, however large they are. What is not finite gives NaN, where a decomposition
+    would raise.
+
+    Args:
+        gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
+        gram_B: Bᵀ·B, same shape and dtype.
+
+    Returns:
+        Same shape and dtype, dimensionless.
+    """
+    result: Tensor = _SoftInverseSqrt.apply(gram_A, gram_B)  # type: ignore[no-untyped-call]
+    return result
+
+
 def sinkhorn(logits: Tensor, *, iterations: int, temperature: float) -> Tensor:
     """Doubly stochastic matrix by alternating column and row normalisation of ``exp(logits / temperature)``.
 
@@ -118,6 +139,21 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram.double())
     noise = values[..., -1:].clamp(min=0) * gram.shape[-1] * torch.finfo(gram.dtype).eps
     return torch.where(values > noise, values, 0), vectors
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """L of G = L·Lᵀ, float64; where rounding left G indefinite, of G with a small share of its diagonal added."""
+    r, eps = gram.shape[-1], torch.finfo(gram.dtype).eps
+    gram = gram.double()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    root, failed = torch.linalg.cholesky_ex(gram)
+    # The first share covers rounded sums, the second those of tensor cores, which cut digits off.
+    for share in (r * eps, r * math.sqrt(eps)):
+        ridge = torch.diag_embed((share * diagonal).clamp(min=torch.finfo(gram.dtype).tiny))
+        ridged, ridged_failed = torch.linalg.cholesky_ex(gram + ridge)
+        root = torch.where(failed[..., None, None] > 0, ridged, root)
+        failed = torch.where(failed > 0, ridged_failed, failed)
+    return torch.where(diagonal.unsqueeze(-1) > 0, root, 0)
 
 
 class _PsdPower(torch.autograd.Function):
@@ -181,3 +217,47 @@ class _SpectralNorm(torch.autograd.Function):
         grad_A: Tensor = scale * inverse[..., None] * q.unsqueeze(-1) * q.unsqueeze(-2)
         grad_B: Tensor = scale * sigma[..., None, None] * p.unsqueeze(-1) * p.unsqueeze(-2)
         return grad_A.to(grad.dtype), grad_B.to(grad.dtype)
+
+
+class _SoftInverseSqrt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gram_A: Tensor, gram_B: Tensor) -> Tensor:
+        root, wide_B = _cholesky(gram_A), gram_B.double()
+        symmetric = root.mT @ wide_B @ root
+        is_finite = symmetric.isfinite().flatten(-2).all(-1)[..., None]
+        values, vectors = torch.linalg.eigh(torch.where(is_finite.unsqueeze(-1), symmetric, 0))
+        d = torch.where(is_finite, values.clamp(min=0), torch.nan)
+        V = root @ vectors
+        W = wide_B @ V
+        s, large = (1 + d).sqrt(), d[..., :1] > 1
+        ctx.save_for_backward(gram_B, d, V, W)
+        scale = torch.where(large, -1 / (d * s), 1 / (s * (s + 1)))
+        identity = torch.eye(d.shape[-1], dtype=d.dtype, device=d.device)
+        result: Tensor = torch.where(large.unsqueeze(-1), 0, identity) - (V * scale.unsqueeze(-2)) @ W.mT
+        return result.to(gram_A.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gram_B, d, V, W = ctx.saved_tensors
+        wide_B, g, large = gram_B.double(), grad.double(), d[..., :1, None] > 1
+        row, column = (1 + d).sqrt().unsqueeze(-1), (1 + d).sqrt().unsqueeze(-2)
+        both, product = row + column, row * column
+        projected = V.mT @ g
+        inner = projected @ W
+        # Where all σ are large, by the divided differences of 1/s alone.
+        plain = -inner / (product * both * torch.where(large, d.unsqueeze(-2), 1))
+        # Elsewhere by those of h and, since h = 1/2 - d·k, of k = (s + 2)/(2·s·(s + 1)²).
+        plus = product * (row + 1) * (column + 1)
+        of_h = -(both + 1) / (plus * both)
+        of_k = -(product * both + 2 * (both + 1).square()) / (2 * plus * (row + 1) * (column + 1) * both)
+        h = torch.where(large, 0, 1 / (row * (row + 1)))
+        k = torch.where(large, 0, (row + 2) / (2 * row * (row + 1).square()))
+        grad_B = V @ (torch.where(large, plain, -of_h * inner) @ V.mT - h * projected)
+        left = torch.where(large, plain / d.unsqueeze(-1), of_k * inner) @ W.mT + k * (projected @ wide_B)
+        grad_A = W @ left - g @ (torch.where(large, 0, wide_B / 2) - W @ (k * W.mT))
+        return _symmetric_part(grad_A).to(grad.dtype), _symmetric_part(grad_B).to(grad.dtype)
+
+
+def _symmetric_part(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2

@@ -41,7 +41,8 @@ def normalize(
         lora_B: Shape ``(..., out_features, r)``, same leading dimensions.
         method: One of ``hyperadapt.normalization.NORMALIZATIONS``; ``docs/normalization.md`` says what each does.
         bound: Bound on the Frobenius norm, a number or shape ``(...)``, in units of the weights; always for
-            the bounded methods. A tensor's values are not checked.
+            the bounded methods. ``"soft_polar"`` keeps each singular value below bound/√r. A tensor's values are not
+            checked.
         strength: Strength α in [0, 1] of ``"adaptive"``, a number or shape ``(...)``, dimensionless; always.
         ridge: Ridge of ``"polar"`` and ``"whitening"``, relative to the mean eigenvalue; 1e-5 by default.
         factors: ``"both"`` (default) or ``"A"``: which factors ``"whitening"`` whitens.

@@ -22,6 +22,7 @@ BOUND = 0.2
 DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
     "soft_frobenius": {"bound": BOUND},
+    "soft_polar": {"bound": BOUND},
     "frobenius_clip": {"bound": BOUND},
     "adaptive": {"bound": BOUND},
     "frobenius": {"bound": BOUND},
@@ -34,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # One legal value beside the default.
 OTHER_VALUES = {"bound": 0.125, "ridge": 1e-3, "factors": "A", "order": 16, "iterations": 7, "temperature": 0.5}
-BOUNDED = ("soft_frobenius", "frobenius_clip", "adaptive")
+BOUNDED = ("soft_frobenius", "soft_polar", "frobenius_clip", "adaptive")
 UNIT = ("frobenius", "spectral", "schatten", "polar", "whitening", "weight_norm", "sinkhorn")
 
 
@@ -200,6 +201,7 @@ BAD = [
         for arguments, words in (
             ({"normalization": "none"}, "normalization='none'"),
             ({"normalization": "soft_frobenius"}, "normalization='soft_frobenius'"),
+            ({"normalization": "soft_polar"}, "normalization='soft_polar'"),
             ({"normalization": "frobenius_clip"}, "normalization='frobenius_clip'"),
             (
                 {"normalization": "whitening", "normalization_factors": "A"},

@@ -30,6 +30,7 @@ CHECKPOINTING = {"none": None, "non_reentrant": False, "reentrant": True}
 METHODS: dict[str, dict[str, Any]] = {
     "soft_frobenius": {},
     "spectral, rows": {"normalization": "spectral", "head": "row"},
+    "soft_polar": {"normalization": "soft_polar"},
     "adaptive": {"normalization": "adaptive"},
     "sinkhorn": {"normalization": "sinkhorn"},
     "text, gated": {

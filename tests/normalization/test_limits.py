@@ -29,6 +29,7 @@ from tests.support.dense_updates import (
 )
 from tests.support.tolerances import (
     BFLOAT16_PRODUCT,
+    EPS_FLOAT32,
     EPS_FLOAT64,
     FLOAT32_FORMULA,
     FLOAT64_CONDITIONED,
@@ -40,6 +41,7 @@ from tests.support.tolerances import (
 )
 
 FORMULA = {torch.bfloat16: BFLOAT16_PRODUCT, torch.float32: FLOAT32_FORMULA, torch.float64: FLOAT64_EXACT}
+POLAR: tuple[str, dict[str, Any]] = ("polar", {"ridge": RIDGE})
 EACH_AND_A = [*EACH, WHITENING_A]
 UNIT = [(method, options) for method, options in EACH if method in UNIT_NORMALIZATIONS]
 # At a strength of 1 `adaptive` is bounded too.
@@ -68,10 +70,86 @@ def test_the_bound_holds_and_huge_updates_approach_it(
     A, B = scale * lora_A.detach(), scale * lora_B.detach()
     core = normalize(A, B, method, bound=bound.to(dtype).expand(50, 2), **options)
     norms = torch.linalg.matrix_norm(B.double() @ core.double() @ A.double())
-    error = norm_error(IN, torch.finfo(dtype).eps)
+    # Of a norm; single singular values have the Gram matrices' error times the condition of these.
+    error = FORMULA[dtype] if method == "soft_polar" else norm_error(IN, torch.finfo(dtype).eps)
     assert (norms <= bound * (1 + error)).all()
     if scale > 1:
         assert (norms >= bound * (1 - error)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e9])
+@pytest.mark.parametrize("deficient", [False, True])
+def test_soft_polar_bounds_every_singular_value_softly(scale: float, deficient: bool) -> None:
+    lora_A, lora_B = rank_deficient_factors() if deficient else make_factors(2)
+    lora_A, lora_B = lora_A.detach(), scale * lora_B.detach()
+    c = 2 / math.sqrt(R)
+    sigma = singular_values(lora_B @ lora_A)
+    # Values that are zero but for rounding are bounded like others.
+    sigma = torch.where(sigma > EPS_FLOAT64 * 100 * sigma[..., :1], sigma, 0)
+    actual = singular_values(core_update(lora_A, lora_B, "soft_polar", bound=2.0))
+    # In a lost direction the core is 1 beside c/σ in others, and a rounding there counts in units of σ.
+    error = FLOAT64_CONDITIONED + (EPS_FLOAT64 * 100 * float(sigma.max()) if deficient else 0)
+    assert_close(actual, sigma / torch.sqrt(1 + (sigma / c) ** 2), rtol=error, atol=error)
+
+
+def test_soft_polar_is_the_identity_near_zero_to_second_order() -> None:
+    lora_A, lora_B = make_factors(4)
+    c, size = 2 / math.sqrt(R), torch.linalg.matrix_norm(lora_B @ lora_A, ord=2)
+    for scale in (1e-2, 1e-4, 1e-9):
+        product = scale * lora_B @ lora_A
+        change = torch.linalg.matrix_norm(core_update(lora_A, scale * lora_B, "soft_polar", bound=2.0) - product, ord=2)
+        # σ - σ/√(1 + σ²/c²) < σ³/(2c²), and nearly that.
+        most = (scale * size) ** 3 / (2 * c**2)
+        rounding = FLOAT64_EXACT * scale * size
+        assert (change <= most + rounding).all()
+        assert (change >= most * (1 - (scale * size / c) ** 2) - rounding).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [case for case in EACH if case[0] not in ("polar", "whitening", "weight_norm", "sinkhorn")] + [POLAR],
+    ids=str,
+)
+def test_the_update_depends_on_the_product_of_its_factors_alone(method: str, options: dict[str, Any]) -> None:
+    factors = make_factors(3)
+    torch.manual_seed(5)
+    change = torch.eye(R, dtype=torch.float64) + torch.randn(3, R, R, dtype=torch.float64) / 4
+    changed = torch.linalg.solve(change, factors[0]), factors[1] @ change
+    actual, expected = (core_update(A, B, method, **options) for A, B in (changed, factors))
+    assert_close(actual, expected, rtol=FLOAT64_CONDITIONED, atol=FLOAT64_CONDITIONED)
+    direction = torch.randn_like(expected)
+    for value, wanted in zip(
+        gradients(actual, factors, direction), gradients(expected, factors, direction), strict=True
+    ):
+        assert_close(value, wanted, rtol=FLOAT64_CONDITIONED, atol=FLOAT64_CONDITIONED)
+
+
+@parametrize_bounded
+def test_bounded_methods_neither_overflow_nor_underflow(method: str, options: dict[str, Any]) -> None:
+    for scale in (1e-18, 1e-12, 1e-8, 1e8):
+        lora_A, lora_B = ((scale * t).detach().requires_grad_() for t in make_factors(3, dtype=torch.float32))
+        core = normalize(lora_A, lora_B, method, bound=2.0, **options)
+        update = lora_B @ core @ lora_A
+        actual = gradients(update, (lora_A, lora_B), torch.randn_like(update))
+        assert all(tensor.isfinite().all() for tensor in (update, *actual))
+        if scale < 1:
+            assert_close(core, torch.eye(R).expand_as(core), rtol=0, atol=EPS_FLOAT32)
+            assert all((tensor != 0).all() for tensor in actual)
+        else:
+            bounded = torch.linalg.matrix_norm(lora_B.double() @ core.double() @ lora_A.double())
+            assert_close(bounded, torch.full_like(bounded, 2.0), rtol=FLOAT32_FORMULA, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bounded_methods_pass_on_what_is_not_finite(bad: float) -> None:
+    for method, options in BOUNDED:
+        lora_A, lora_B = (factor.detach() for factor in make_factors(2))
+        lora_A[1, 0, 0] = bad
+        update = core_update(lora_A.requires_grad_(), lora_B, method, bound=2.0, **options)
+        assert update[0].isfinite().all(), method
+        assert not update[1].isfinite().all(), method
+        [gradient] = torch.autograd.grad(update.sum(), lora_A)
+        assert gradient[0].isfinite().all(), method
 
 
 def test_adaptive_lies_between_no_normalization_and_the_soft_bound() -> None:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hyperadapt.normalization.matrix_functions import inverse_sqrt, polar_factor, reciprocal, spectral_norm, sqrt
+from hyperadapt.normalization.matrix_functions import (
+    inverse_sqrt,
+    polar_factor,
+    reciprocal,
+    soft_inverse_sqrt,
+    spectral_norm,
+    sqrt,
+)
 from tests.support.tolerances import (
     FLOAT32_CONDITIONED,
     FLOAT64_CONDITIONED,
@@ -58,6 +65,17 @@ def textbook_spectral_norm(gram: Tensor) -> Tensor:
     return torch.linalg.svdvals(CONSTANT @ torch.linalg.cholesky(gram))[..., 0]
 
 
+def textbook_soft(gram: Tensor) -> Tensor:
+    """(I + G·C)^(-1/2) with the Gram matrix C of the constant factor."""
+    root = torch.linalg.cholesky(gram)
+    inner = torch.eye(gram.shape[-1]).to(gram) + root.mT @ other_gram(gram) @ root
+    return torch.linalg.solve(root, root @ textbook_power(-0.5)(inner), left=False)
+
+
+def identity_like(gram: Tensor) -> Tensor:
+    return torch.eye(gram.shape[-1]).to(gram).expand_as(gram)
+
+
 def other_gram(like: Tensor) -> Tensor:
     """Gram matrix of the constant factor, the other one of the spectral norm."""
     return (CONSTANT.mT @ CONSTANT).to(like)
@@ -71,6 +89,17 @@ FUNCTIONS: dict[str, tuple[Function, Function, bool]] = {
     "polar_factor": (polar_factor, textbook_polar, False),
     "spectral_norm_A": (lambda gram: spectral_norm(gram, other_gram(gram)), textbook_spectral_norm, True),
     "spectral_norm_B": (lambda gram: spectral_norm(other_gram(gram), gram), textbook_spectral_norm, True),
+    "soft_inverse_sqrt_A": (lambda gram: soft_inverse_sqrt(gram, other_gram(gram)), textbook_soft, True),
+    "soft_inverse_sqrt_B": (
+        lambda gram: soft_inverse_sqrt(other_gram(gram), gram),
+        lambda gram: textbook_soft(gram).mT,
+        True,
+    ),
+    "soft_inverse_sqrt_alone": (
+        lambda gram: soft_inverse_sqrt(gram, identity_like(gram)),
+        lambda gram: textbook_power(-0.5)(identity_like(gram) + gram),
+        True,
+    ),
 }
 parametrize_functions = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -141,7 +170,7 @@ TIED = {
 
 
 @pytest.mark.parametrize("case", TIED)
-@pytest.mark.parametrize("name", ["inverse_sqrt", "sqrt", "polar_factor"])
+@pytest.mark.parametrize("name", ["inverse_sqrt", "sqrt", "polar_factor", "soft_inverse_sqrt_alone"])
 def test_at_exact_ties_the_textbook_gradient_is_nan_and_this_one_right(name: str, case: str) -> None:
     function, textbook, symmetric = FUNCTIONS[name]
     matrix = TIED[case].clone().requires_grad_()
@@ -178,7 +207,7 @@ def test_values_and_gradients_are_finite_without_full_rank(
         assert value.dtype == gradient.dtype == dtype
         assert value.isfinite().all()
         assert gradient.isfinite().all()
-        if spectrum[-1] == 0 and name != "polar_factor":
+        if spectrum[-1] == 0 and name != "polar_factor" and not name.startswith("soft"):
             assert (value == 0).all()
             assert (gradient == 0).all()
 
@@ -240,6 +269,40 @@ def test_second_derivatives_are_refused_and_not_wrong(name: str) -> None:
     [gradient] = torch.autograd.grad(function(matrix).square().sum(), matrix, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_soft_inverse_sqrt_at_zero_is_the_identity_with_its_derivative(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gram_A = with_spectrum([0.5, 1.5, 4.0]).to(dtype)
+    zero = torch.zeros_like(gram_A).requires_grad_()
+    for first, second in ((gram_A, zero), (zero, gram_A)):
+        value = soft_inverse_sqrt(first, second)
+        assert torch.equal(value, torch.eye(3, dtype=dtype))
+        direction = torch.randn_like(value)
+        # (I + X)^(-1/2) = I - X/2 + ...
+        expected = -(gram_A @ direction if second is zero else direction @ gram_A) / 2
+        [gradient] = torch.autograd.grad(value, zero, direction)
+        assert_close(gradient, (expected + expected.mT) / 2, rtol=FLOAT64_EXACT, atol=torch.finfo(dtype).eps * 8)
+
+
+# Beside what rounding does to sums in 32 bits, what tensor cores do.
+@pytest.mark.parametrize(("off", "error"), [(1e-7, 1e-6), (7e-5, 1e-3)])
+def test_soft_inverse_sqrt_of_an_indefinite_gram_matrix(off: float, error: float) -> None:
+    gram_A = torch.tensor([[4.0, 2 * (1 + off), 0.0], [2 * (1 + off), 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    assert torch.linalg.cholesky_ex(gram_A.detach().double()).info > 0
+    exact = torch.tensor([[4.0, 2, 0], [2, 1, 0], [0, 0, 0]], dtype=torch.float64)
+    gram_B = other_gram(exact)
+    value = soft_inverse_sqrt(gram_A, gram_B.float())
+    # The definition: S·S·(I + G_A·G_B) = I.
+    assert_close(
+        value.double() @ value.double() @ (torch.eye(3).double() + exact @ gram_B),
+        torch.eye(3).double(),
+        rtol=0,
+        atol=20 * error,
+    )
+    [gradient] = torch.autograd.grad(value.sum(), gram_A)
+    assert gradient.isfinite().all()
 
 
 def test_reciprocal_and_its_gradient() -> None:

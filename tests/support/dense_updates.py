@@ -21,6 +21,9 @@ WHITENING_A: tuple[str, dict[str, Any]] = ("whitening", {"factors": "A"})
 CASES: list[tuple[str, dict[str, Any]]] = [
     *EACH,
     ("frobenius_clip", {"bound": 100.0}),
+    # Of a bound of 2 some singular values are above the limit and some below; of these, all are above or below.
+    ("soft_polar", {"bound": 0.02}),
+    ("soft_polar", {"bound": 100.0}),
     ("schatten", {"order": 2}),
     ("schatten", {"order": 32}),
     ("polar", {"ridge": 0.1}),
@@ -67,6 +70,8 @@ def dense_update(lora_A: Tensor, lora_B: Tensor, method: str, **options: Any) ->
         return product
     if method == "soft_frobenius":
         return product / torch.sqrt(1 + (norm / bound) ** 2)
+    if method == "soft_polar":
+        return _inverse_sqrt(product @ product.mT * (lora_A.shape[-2] / bound**2)) @ product
     if method == "frobenius_clip":
         return product * (bound / norm).clamp(max=1)
     if method == "adaptive":
@@ -93,6 +98,15 @@ def dense_update(lora_A: Tensor, lora_B: Tensor, method: str, **options: Any) ->
     assert method == "polar", f"{method!r} has no definition here yet"
     left, _, right_h = torch.linalg.svd(root_B @ root_A)
     return white_B.mT @ (left @ right_h) @ white_A
+
+
+def _inverse_sqrt(matrix: Tensor) -> Tensor:
+    """(I + M)^(-1/2) by the iteration of Denman and Beavers: its gradient needs no eigenvalues, which may be tied."""
+    root = matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+    inverse = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+    for _ in range(25):
+        root, inverse = (root + torch.linalg.inv(inverse)) / 2, (inverse + torch.linalg.inv(root)) / 2
+    return inverse
 
 
 def _whitened(factor: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

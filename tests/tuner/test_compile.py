@@ -67,6 +67,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     [
         ("bert", "soft_frobenius", 6),
         ("llama", "soft_frobenius", 3),
+        ("llama", "soft_polar", 3),
         ("llama", "spectral", 6),
         ("llama", "sinkhorn", 3),
         ("t5", "soft_frobenius", 3),

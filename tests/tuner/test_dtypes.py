@@ -23,7 +23,7 @@ from tests.support.helpers import (
 )
 from tests.support.tolerances import FLOAT32_FORWARD, HALF_PRECISION_GRADIENT, HALF_PRECISION_MODEL, NORM_FLOAT32
 
-NORMALIZATIONS = ("soft_frobenius", "frobenius", "whitening", "sinkhorn")
+NORMALIZATIONS = ("soft_frobenius", "soft_polar", "frobenius", "whitening", "sinkhorn")
 HALVES = (torch.bfloat16, torch.float16)
 BATCH = example_batch("llama", labels=False)
 
