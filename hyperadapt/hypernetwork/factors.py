@@ -20,8 +20,8 @@ class Factors(NamedTuple):
         lora_A: Shape ``(tasks, r, in_features)``.
         lora_B: Shape ``(tasks, out_features, r)``.
         core: The matrix S, shape ``(tasks, r, r)``, or ``(tasks, 1, 1)`` where it is a multiple of the identity; holds
-            the normalisation, gain and scaling. In the network's dtype, also where autocast lets A and B be in half
-            precision.
+            the normalisation, gain and scaling, as far as B does not. In the network's dtype, also where autocast lets
+            A and B be in half precision.
     """
 
     lora_A: Tensor

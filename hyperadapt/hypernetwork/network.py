@@ -64,7 +64,7 @@ class HyperAdapterNetwork(nn.Module):
 
         Runs in the network's own dtype also under autocast: it is a small share of the work, and the factors and their
         Gram matrices deserve the precision. ``dtype`` is that of the A and B that are returned; None for the network's
-        own.
+        own. In another, a core that is a matrix is part of B.
         """
         positions = self.positions if positions is None else positions
         # Looked up in here, where sharded training has gathered the parameters.
@@ -89,13 +89,20 @@ class HyperAdapterNetwork(nn.Module):
         logits = [group.logits for group in generated if group.logits is not None]
         cores = self._cores(gram_A, gram_B, torch.cat(logits, dim=1) if logits else None, order)
         cores = cores.to(generated[0].lora_A.dtype)
+        lora_Bs = [group.lora_B for group in generated]
+        if dtype not in (None, cores.dtype) and cores.shape[-1] > 1:
+            # Where a core brings some directions down and not others, what half precision rounds off the large ones
+            # would count beside the small ones. In B·S they are of one size.
+            parts = torch.split(cores, [len(group.positions) for group in generated], dim=1)
+            lora_Bs = [lora_B @ part for lora_B, part in zip(lora_Bs, parts, strict=True)]
+            cores = torch.ones_like(cores[..., :1, :1])
         factors = (
             (lora_A, lora_B)
-            for group in generated
+            for group, group_B in zip(generated, lora_Bs, strict=True)
             # Taking single positions with `unbind` has one backward for all; indexing would make a
             # gradient of the size of the whole group for each.
             for lora_A, lora_B in zip(
-                *(part.to(dtype or part.dtype).unbind(1) for part in (group.lora_A, group.lora_B)), strict=True
+                *(part.to(dtype or part.dtype).unbind(1) for part in (group.lora_A, group_B)), strict=True
             )
         )
         return {

@@ -155,6 +155,25 @@ def test_each_cores_mixing_is_that_of_its_own_position(head: str) -> None:
             torch.testing.assert_close(unit, expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
 
 
+@pytest.mark.parametrize("normalization", ["soft_polar", "polar", "soft_frobenius"])
+@pytest.mark.parametrize("growth", [1.0, 1e3])
+def test_half_precision_factors_act_like_exact_ones_where_one_direction_has_grown(
+    normalization: str, growth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_network(normalization=normalization, normalization_bound=0.05, r=4, lora_alpha=4)
+    rotation = torch.linalg.qr(torch.randn(4, 4))[0]
+    grown = rotation * torch.tensor([growth, 1.0, 1.0, 1.0]) @ rotation.T
+    groups = [group._replace(lora_B=group.lora_B @ grown) for group in generated(network)]
+    monkeypatch.setattr(network.hypernetwork, "forward", lambda *_: groups)
+    exact, half = (network(torch.arange(3), None, dtype) for dtype in (None, torch.bfloat16))
+    for position in POSITIONS:
+        x, rows = torch.randn(3, 50, position.in_features), torch.arange(3)
+        expected = exact[position.name].apply(x, rows)
+        actual = half[position.name].apply(x.bfloat16(), rows).float()
+        # x, A, B·S and the product of the first two are rounded.
+        assert (actual - expected).norm() < 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("changes", "variance"),
     [
