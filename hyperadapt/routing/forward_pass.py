@@ -86,7 +86,7 @@ class ForwardPass:
     def rows_of(self, rows: Tensor, x: Tensor, position: Position) -> Tensor:
         """The task of each element of an activation's first dimension, shape ``(len(x),)``."""
         try:
-            told = self.request.rows_told(position.name, x.shape[0])
+            told = self.request.rows_told(position.name, x.shape[0]) if self.request.task_rows else None
             if told is not None:
                 return rows[told.to(rows.device)]
             if self.call is None:

@@ -6,7 +6,6 @@ What grows from one row to two, and holds for both what each has alone, is known
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -107,8 +106,6 @@ class Call:
         layout = self.layouts.get(position, "it is not called when the model runs on single rows")
         if self.problem:
             layout = self.problem
-        elif re.search(r"(^|\.)experts(\.|$)", position):
-            layout = "an expert gets the tokens that chose it"
         if isinstance(layout, str):
             raise ValueError(layout)
         if layout.item_token is not None:

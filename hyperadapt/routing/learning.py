@@ -3,45 +3,83 @@
 from __future__ import annotations
 
 import inspect
-import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hyperadapt.routing.layouts import Call, Layout
+from hyperadapt.routing.layouts import Call, Layout, Layouts
+from hyperadapt.routing.row_inputs import EVEN_ITEMS, OF_ITEMS, Inputs, items_of, rows_of_input
+from hyperadapt.routing.undisturbed import has_no_values, undisturbed
 
 # What each module got, call by call: see print_of.
 Prints = Mapping[str, list[Tensor]]
-Inputs = dict[str, Any]
 
-# Images, videos and recordings, of which a row of text may have any number.
-_OF_ITEMS = ("pixel_", "image_", "video_", "mm_", "input_features", "feature_attention_mask", "input_audio")
-# Others, such as image_sizes, belong to models in which images of one size may have different numbers of tokens.
-_EVEN_ITEMS = {"pixel_values", "pixel_attention_mask", "image_grid_thw", "mm_token_type_ids"}
-_ITEMS_BY_ROW = {"pixel_attention_mask", "mm_token_type_ids"}
-_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 # Have rows wherever they are given.
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 _BY_ROW = {*_TOKENS, "attention_mask", "token_type_ids", "labels", "encoder_outputs", "decoder_attention_mask"}
 
+# A model is put to rest while it is learned, which no other thread should do at the same time.
+_learning = threading.RLock()
 
-def learned_layouts(
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def learn(
+    layouts: Layouts, module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Prints]]
+) -> Mapping[str, Layout | str]:
+    """The layouts that hold in a call, learned if they are not known; within ``recording()`` layers leave prints."""
+    with _learning:
+        known = layouts.find(call)
+        if known is not None:
+            return known
+        try:
+            learned = _learned_layouts(module, call, recording)
+        except Exception as error:
+            # Not kept: another batch may do.
+            call.problem = f"the model does not run on single rows ({error})"
+            return {}
+        if torch.compiler.is_compiling():
+            # Of sizes alone, which are all that a program has while it is exported.
+            return {name: _in_order(layout) for name, layout in learned.items()}
+        layouts.keep(call, learned)
+    if "torch._dynamo" in sys.modules:
+        # A compiled model that is called for the first time has just been given up, and can be one graph from now on.
+        frame = inspect.currentframe()
+        while frame is not None:
+            torch._dynamo.eval_frame.remove_from_cache(frame.f_code)
+            frame = frame.f_back
+    return learned
+
+
+def _in_order(layout: Layout | str) -> Layout | str:
+    if isinstance(layout, str) or layout.sizes == {1}:
+        return layout
+    return "their order cannot be seen while a program is exported; call the model once before"
+
+
+def _learned_layouts(
     module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Prints]]
 ) -> dict[str, Layout | str]:
     """Run a module on single rows of a call and compare what its adapted layers get.
 
     While ``recording()`` they only leave prints of it, by position name.
     """
-    runs = _Runs(module, call, recording)
-    signature = inspect.signature(module.forward).parameters
+    found = _learned(_Runs(module, call, recording))
+    # As many as rows by chance, whatever was seen.
+    experts = {name: "an expert gets the tokens that chose it" for name in found if "experts" in name.split(".")}
+    return found | experts
+
+
+def _learned(runs: _Runs) -> dict[str, Layout | str]:
+    call, signature = runs.call, inspect.signature(runs.module.forward).parameters
     needed = {name: value for name, value in call.inputs.items() if name in signature and _is_needed(signature[name])}
     inputs = needed | call.repeatable
-    items = {name: value for name, value in inputs.items() if name.startswith(_OF_ITEMS)}
+    items = {name: value for name, value in inputs.items() if name.startswith(OF_ITEMS)}
     if not items or call.main in items:
         return runs.layouts(inputs)
     # What is called without any images is called for rows, all else for images.
@@ -59,7 +97,7 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 def print_of(x: Tensor) -> Tensor:
     """At most 64 values of each element of the first dimension, shape ``(len(x), values)``."""
     size = x.shape[0] if x.ndim else 1
-    if not x.numel() or _has_no_values(x):
+    if not x.numel() or has_no_values(x):
         return x.new_zeros(size, 1)
     flat = x.detach().reshape(size, -1)
     return flat[:, :: max(1, flat.shape[1] // 64)][:, :64].clone()
@@ -76,10 +114,10 @@ class _Runs:
 
     def layouts(self, inputs: Inputs) -> dict[str, Layout | str]:
         """The layouts of all modules that are called."""
-        pair = _rows(inputs, self._unlike_rows(inputs), self.call.num_rows)
+        pair = rows_of_input(inputs, self._unlike_rows(inputs), self.call.num_rows)
         for shown in self._variants(pair):
             try:
-                runs = [self.prints(_rows(shown, rows, 2)) for rows in ([0], [1], [0, 1], [1, 0])]
+                runs = [self.prints(rows_of_input(shown, rows, 2)) for rows in ([0], [1], [0, 1], [1, 0])]
                 break
             except Exception as error:
                 failure = error
@@ -87,20 +125,20 @@ class _Runs:
             raise failure
         alone, others = runs[0], runs[1:]
         layouts = {name: _layout(alone[name], *(run.get(name, []) for run in others)) for name in alone}
-        if _has_no_values(*pair.values()):
+        if has_no_values(*pair.values()):
             return layouts
         if self.module.training:
             self._refuse_other_orders(layouts, runs, shown)
         self._refuse_parts(layouts, alone, pair, shown)
         self._refuse_partners(layouts, others[1], shown)
-        return self._with_laws(layouts, alone, _rows(shown, [0], 2))
+        return self._with_laws(layouts, alone, rows_of_input(shown, [0], 2))
 
     def layouts_with_items(self, inputs: Inputs) -> dict[str, Layout | str]:
         """The layouts of a model that has to have an image for each row."""
         layouts = self.layouts(inputs)
         if self.item_tokens:
             # Where the text says how many images there are, each row having one proves nothing.
-            alone = _rows(inputs, [0], self.call.num_rows)
+            alone = rows_of_input(inputs, [0], self.call.num_rows)
             first, second = self.prints(alone), self.prints(alone | self._drawn(alone, seed=1, names=("input_ids",)))
             for name, prints in first.items():
                 if all(torch.equal(*pair) for pair in zip(prints, second.get(name, []), strict=False)):
@@ -111,16 +149,16 @@ class _Runs:
         """The layouts of modules that are called for images, as far as each row's share of them is known."""
         token = getattr(getattr(self.module, "config", None), "image_token_id", None)
         counted = None if token is None else self.call.count(token)
-        if not items.keys() <= _EVEN_ITEMS or "pixel_values" not in items or counted is None or not counted.any():
+        if not items.keys() <= EVEN_ITEMS or "pixel_values" not in items or counted is None or not counted.any():
             return {}
         counts = counted.tolist()
         few, many = (choose((count, row) for row, count in enumerate(counts) if count)[1] for choose in (min, max))
         runs = []
         for rows in ([few], [many], [few, many]):
-            chosen = _items_of(items, counts, rows)
+            chosen = items_of(items, counts, rows)
             if chosen is None:
                 return {}
-            runs.append(self.prints(_rows(inputs, rows, self.call.num_rows) | chosen))
+            runs.append(self.prints(rows_of_input(inputs, rows, self.call.num_rows) | chosen))
         layouts: dict[str, Layout | str] = {}
         for name in runs[0].keys() & runs[1].keys() & runs[2].keys():
             calls = list(zip(*(run[name] for run in runs), strict=False))
@@ -143,13 +181,13 @@ class _Runs:
         """What adapted layers get in one run, without dropout unless it is not to be at rest."""
         by_place = [inputs[name] for name in sorted(inputs) if name.isdigit()]
         by_name = {name: value for name, value in inputs.items() if not name.isdigit()}
-        with _undisturbed(self.module, at_rest), self.recording() as prints:
+        with undisturbed(self.module, at_rest), self.recording() as prints:
             self.module(*by_place, **by_name)
         return prints
 
     def _variants(self, pair: Inputs) -> Iterator[Inputs]:
         """Two rows as they are shown to the model, until it takes them: other than each other, one of them padded."""
-        if _has_no_values(*pair.values()):
+        if has_no_values(*pair.values()):
             yield pair
             return
         drawn = pair | self._drawn(pair)
@@ -191,7 +229,7 @@ class _Runs:
     def _unlike_rows(self, inputs: Inputs) -> list[int]:
         """Two rows that differ in length where a mask tells it; one of them twice where there is no other."""
         mask = inputs.get("attention_mask")
-        if self.call.has_rows(mask) and not _has_no_values(mask):
+        if self.call.has_rows(mask) and not has_no_values(mask):
             lengths = mask.sum(dim=1).tolist()
             if min(lengths) < max(lengths):
                 return [lengths.index(min(lengths)), lengths.index(max(lengths))]
@@ -202,14 +240,14 @@ class _Runs:
 
         It gets all or none of a row whose tokens are alike, and other numbers of what the rows of the batch say.
         """
-        main, row = self.call.main, _rows(shown, [0], 2)
+        main, row = self.call.main, rows_of_input(shown, [0], 2)
         others = [(2, pair)]
         if isinstance(row.get(main), Tensor):
             value = row[main]
             others.append((1, row | {main: value.flatten()[0].expand_as(value).clone()}))
         for rows, inputs in others:
             try:
-                prints = self.prints(_rows(inputs, list(range(rows)), rows))
+                prints = self.prints(rows_of_input(inputs, list(range(rows)), rows))
             except Exception:
                 continue
             for name, layout in layouts.items():
@@ -222,7 +260,7 @@ class _Runs:
         several = [name for name, layout in layouts.items() if isinstance(layout, Layout) and max(layout.sizes) > 1]
         if not several:
             return
-        trained = self.prints(_rows(shown, [0, 1], 2), at_rest=False)
+        trained = self.prints(rows_of_input(shown, [0, 1], 2), at_rest=False)
         for name in several:
             layout = layouts[name]
             assert isinstance(layout, Layout)
@@ -322,98 +360,12 @@ def _is_of_tokens(name: str, value: Any, row: Inputs) -> bool:
     return name in ("attention_mask", "token_type_ids", "labels") and value.shape[1] in tokens
 
 
-def _rows(value: Any, rows: Sequence[int], num_rows: int, name: str = "") -> Any:
-    """An input, or several, for some of the rows; nothing that the model could change is shared with them."""
-    if isinstance(value, Tensor):
-        if name.startswith("decoder_") and value.ndim and not value.shape[0] % num_rows:
-            # As many for a row as a decoder has codebooks.
-            return value.reshape(num_rows, -1, *value.shape[1:])[list(rows)].flatten(0, 1)
-        return value[list(rows)] if value.ndim and value.shape[0] == num_rows else value.clone()
-    if isinstance(value, Mapping):
-        # Outputs of an encoder keep their class.
-        return type(value)(**{key: _rows(inner, rows, num_rows, key) for key, inner in value.items()})
-    if isinstance(value, list | tuple):
-        # A list of anything but tensors has one for each row, and so has one of images.
-        is_by_row = isinstance(value, list) and len(value) == num_rows
-        is_by_row = is_by_row and (name.startswith(_OF_ITEMS) or not isinstance(value[0], Tensor))
-        return type(value)([value[row] for row in rows] if is_by_row else [_rows(one, rows, num_rows) for one in value])
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return value
-    raise TypeError(f"{name or 'an input'} is a {type(value).__name__}, which may keep a state")
-
-
-def _items_of(items: Inputs, counts: Sequence[int], rows: Sequence[int]) -> Inputs | None:
-    """The images of some rows, which have them in the order of the rows; None if none can tell which they are."""
-    chosen = {}
-    ends = list(accumulate(counts, initial=0))
-    for name, value in items.items():
-        if value.ndim > 4 or name in _ITEMS_BY_ROW:
-            chosen[name] = value[list(rows)]
-            continue
-        sizes = value.prod(dim=1).tolist() if name == "image_grid_thw" else [1] * len(value)
-        places = list(accumulate(sizes, initial=0))
-        bounds = [(end * places[-1] / ends[-1]) for end in ends]
-        if not set(bounds) <= set(places):
-            return None
-        kept = [range(places.index(bounds[row]), places.index(bounds[row + 1])) for row in rows]
-        chosen[name] = value[[element for elements in kept for element in elements]]
-    return chosen
-
-
-def _has_no_values(*values: Any) -> bool:
-    """Whether tensors only have sizes: on the device "meta", and while a program is exported."""
-    return torch.compiler.is_compiling() or any(isinstance(value, Tensor) and value.is_meta for value in values)
-
-
 def _is_close(x: Tensor, y: Tensor) -> bool:
     """Whether prints are the same but for rounding: a tenth of what elements differ by, or half of the digits."""
-    if x.shape != y.shape or _has_no_values(x):
+    if x.shape != y.shape or has_no_values(x):
         return x.shape == y.shape
     rounding = torch.finfo(y.dtype).eps ** 0.5 if y.is_floating_point() else 0.0
     x, y = x.double().nan_to_num(), y.double().nan_to_num()
     # For each value by itself: one that is large in all elements must not hide the others.
     spread, scale = y.amax(dim=0) - y.amin(dim=0), y.abs().amax(dim=0)
     return bool(((x - y).abs() <= 0.1 * spread + rounding * scale).all())
-
-
-@contextmanager
-def _undisturbed(module: nn.Module, at_rest: bool) -> Iterator[None]:
-    """Run a module without gradients or compiled code, and without dropout; leave nothing of the run behind."""
-    parts = list(module.modules())
-    # bitsandbytes lays 4-bit weights out anew, for good, when they are called for inference.
-    training = [
-        part for part in parts if at_rest and part.training and not type(part).__module__.startswith("bitsandbytes")
-    ]
-    # What else a model sets in itself, such as switches for what it has prepared, may stay.
-    states_of = [(part, {**vars(part), **part._buffers}) for part in parts]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not _has_no_values(buffer)]
-    devices = list({buffer.device for buffer in (*module.parameters(), *module.buffers()) if buffer.is_cuda})
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if not torch.compiler.is_compiling():
-                stack.enter_context(torch.random.fork_rng(devices))
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for part in training:
-                part.training = False
-            yield
-    finally:
-        for part in training:
-            part.training = True
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
-        with torch.no_grad():
-            for part, before in states_of:
-                for name, value in {**vars(part), **part._buffers}.items():
-                    if value is not before.get(name, value) and (_is_state(value) or _is_state(before[name])):
-                        setattr(part, name, before[name])
-            for buffer, copied in buffers:
-                if not torch.equal(buffer, copied):
-                    buffer.copy_(copied)
-
-
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Tensor | float) or (isinstance(value, int) and not isinstance(value, bool))

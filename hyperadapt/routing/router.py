@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -21,8 +19,8 @@ from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.routing.forward_pass import ForwardPass, Routed
 from hyperadapt.routing.kept_factors import KeptFactors, state_of
-from hyperadapt.routing.layouts import Call, Layout, Layouts
-from hyperadapt.routing.learning import learned_layouts, print_of
+from hyperadapt.routing.layouts import Call, Layouts
+from hyperadapt.routing.learning import learn, print_of
 from hyperadapt.routing.requests import Request
 from hyperadapt.routing.scopes import Scope, innermost, is_open_elsewhere, opened
 from hyperadapt.tasks.ids import can_read, resolve_task_ids
@@ -151,7 +149,7 @@ class Router:
                     "Where rows lie in this model is not known yet, and a graph cannot learn it. Call the model once "
                     "with a task per row before it is compiled or exported."
                 )
-            call.layouts = _learn(self.layouts, module, call, self.recording) if layouts is None else layouts
+            call.layouts = learn(self.layouts, module, call, self.recording) if layouts is None else layouts
 
     @contextmanager
     def installed(self, forward_pass: ForwardPass) -> Iterator[None]:
@@ -362,40 +360,3 @@ def _autocast_dtype(network: HyperAdapterNetwork) -> torch.dtype | None:
     kind = network.hypernetwork.layer_embedding.device.type
     is_enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_enabled else None
-
-
-# A model is put to rest while it is learned, which no other thread should do at the same time.
-_learning = threading.RLock()
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _learn(
-    layouts: Layouts, module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Any]]
-) -> Mapping[str, Layout | str]:
-    with _learning:
-        known = layouts.find(call)
-        if known is not None:
-            return known
-        try:
-            learned = learned_layouts(module, call, recording)
-        except Exception as error:
-            # Not kept: another batch may do.
-            call.problem = f"the model does not run on single rows ({error})"
-            return {}
-        if torch.compiler.is_compiling():
-            # Of sizes alone, which are all that a program has while it is exported.
-            return {name: _in_order(layout) for name, layout in learned.items()}
-        layouts.keep(call, learned)
-    if "torch._dynamo" in sys.modules:
-        # A compiled model that is called for the first time has just been given up, and can be one graph from now on.
-        frame = inspect.currentframe()
-        while frame is not None:
-            torch._dynamo.eval_frame.remove_from_cache(frame.f_code)
-            frame = frame.f_back
-    return learned
-
-
-def _in_order(layout: Layout | str) -> Layout | str:
-    if isinstance(layout, str) or layout.sizes == {1}:
-        return layout
-    return "their order cannot be seen while a program is exported; call the model once before"

@@ -66,13 +66,6 @@ def test_rows_of_an_activation(case: str) -> None:
             forward_pass.rows_of(ROWS_OF_TASKS, torch.zeros(size, 6), LAYER)
 
 
-def test_experts_are_refused_even_where_the_number_of_their_tokens_fits() -> None:
-    expert = Position("layers.0.experts.3.w1", 6, 6, r=2)
-    forward_pass = ForwardPass({}, call=replace(CALL, layouts={expert.name: SAME}))
-    with pytest.raises(ValueError, match=r"experts.3.w1.*an expert gets the tokens that chose it"):
-        forward_pass.rows_of(ROWS_OF_TASKS, torch.zeros(4, 6), expert)
-
-
 def test_only_the_first_input_must_have_a_row_per_task() -> None:
     forward_pass = ForwardPass({}, Request(ROWS_OF_TASKS))
     forward_pass.observe(CALL)

@@ -176,6 +176,23 @@ def test_images_beside_embeddings_of_text() -> None:
         model(inputs_embeds=embeddings, **batch, tasks=TASKS)
 
 
+class AllExperts(SequenceFirst):
+    """Its only expert gets all tokens of a row, and would get others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.experts[0](self.fc1(self.embedding(input_ids)))
+
+
+def test_experts_are_refused_by_name() -> None:
+    model = adapted(AllExperts().double())
+    with pytest.raises(ValueError, match=r"'experts.0'.*an expert gets the tokens that chose it"):
+        model(**OTHERS, tasks=TASKS)
+
+
 class Counting(SequenceFirst):
     """Keeps a count, a memory and its inputs' sum; draws from everything that draws."""
 
