@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -50,18 +52,24 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add one row, complete, to a file that several processes may write to."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    """Add one row to a file that several processes may write to, in place of a half one that a killed process left."""
+    text = json.dumps(row, allow_nan=False) + "\n"
+    path.touch()
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.seek(0, os.SEEK_END)
+        file.write(text.encode())
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of either kind; none if there is no file."""
+    """The rows of a file of either kind, without a half row at its end; none if there is no file."""
     if not path.exists():
         return []
     shared: Row = {}
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    *lines, _half = path.read_bytes().split(b"\n")
+    for line in lines:
         row = json.loads(line)
         if row.keys() == {SHARED}:
             shared = row[SHARED]

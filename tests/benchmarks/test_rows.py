@@ -36,6 +36,24 @@ def test_appended_rows_are_read_one_by_one(tmp_path: Path) -> None:
     assert len(read_rows(path)) == 2
 
 
+def test_half_rows_do_not_count_and_give_way_to_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"name": "a"}, {"name": "ß"}]
+    for row in rows:
+        append_row(path, row)
+    whole = path.read_bytes()
+    second = whole.splitlines(keepends=True)[1]
+    for length in range(1, len(second)):
+        path.write_bytes(whole[:-length])
+        assert read_rows(path) == rows[:1]
+        append_row(path, rows[1])
+        assert path.read_bytes() == whole
+    # A line that was complete and is none now is no half row.
+    path.write_bytes(b"{}\n{\n{}\n")
+    with pytest.raises(ValueError, match="Expecting property name"):
+        read_rows(path)
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json*")), ids=lambda path: path.stem)
 def test_kept_rows_are_compact(path: Path, tmp_path: Path) -> None:
     rows = read_rows(path)
