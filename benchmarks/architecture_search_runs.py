@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
-from benchmarks.stability_arms import ARMS as TRAINING
-from benchmarks.stability_runs import Batch, evaluate, split_encoder, train
+from benchmarks.stability_data import Batch, evaluate, split_encoder
+from benchmarks.stability_runs import train
 from examples.support.encoder import encode, load_tokenizer
 from examples.support.matching import load_matcher
 from examples.support.text_tasks import load_task
@@ -262,7 +262,7 @@ def search(
     """
     batches, started = data.training_batches(steps, len(candidates), seed), time.process_time()
     model = build_search(arm, data, candidates, seed)
-    train(model, TRAINING["none"], batches, rate)
+    train(model, batches, rate, takes_tasks=True)
     accuracies = {str(c): accuracy(model, data.validation, index) for index, c in enumerate(candidates)}
     return {
         "parameters": model.get_nb_trainable_parameters()[0],
@@ -292,7 +292,7 @@ def train_alone(
     for candidate in candidates:
         name, started = str(candidate), time.process_time()
         model = build_alone(candidate, data, seed)
-        train(model, TRAINING["lora"], batches, rate)
+        train(model, batches, rate, takes_tasks=False)
         values["validation"][name] = accuracy(model, data.validation, None)
         values["seconds"] += time.process_time() - started
         values["parameters"][name] = model.get_nb_trainable_parameters()[0]

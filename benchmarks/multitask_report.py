@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.plots import save_plot
 from benchmarks.rows import write_rows
-from benchmarks.stability_summary import complete_seeds
 from benchmarks.transfer_report import interval, shown
 
 REFERENCE = "separate loras"
@@ -87,6 +86,12 @@ def report(rows: Sequence[Row], tuning: Sequence[Row], folder: Path) -> None:
     _print_tasks(cells[max(cells)])
     write_rows(folder / "multitask.jsonl", [*tuning, *rows])
     _plot(cells, folder)
+
+
+def complete_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the seeds that have the most, since others are still running."""
+    counts = Counter(row["seed"] for row in rows)
+    return [row for row in rows if counts[row["seed"]] == max(counts.values())]
 
 
 def by_fraction(rows: Sequence[Row]) -> Cells:

@@ -1,100 +1,106 @@
-"""Which learning rates each normalisation and each alternative survives: `python -m benchmarks.stability`.
+"""Which learning rates each way to train survives: `python -m benchmarks.stability`.
 
-MiniLM, which scores class names, is adapted on five tasks at once, at learning rates over five decades: query and value
-of its upper three layers, at rank 8. Arms are plain LoRA; the hypernetwork without normalisation, alone and with what
-else is said to help (gradient clipping, weight norm of its heads, other starts); every normalisation with its defaults;
-and some of them with a deep hypernetwork, a wide one, and one of width 64 without a gate. All arms see the same batches
-of a seed, and have AdamW without weight decay, whose rate rises over the first 5% of the steps and then falls to zero,
-as Trainer's does by default.
+Small models are adapted at rank 8, at learning rates half a decade apart. The arms are what a user can choose between
+(``stability_arms``), the settings what normalisation must survive (``stability_settings``). All arms see the same
+batches of a seed, and AdamW's rate rises over the first 5% of the steps and then falls to zero.
 
-A row is one run (seed, arm, rate), appended to ``rows.jsonl`` when it is done. Runs with a row are skipped, and several
-processes may share the seeds. A run
+``--stage choose`` runs every candidate of every arm (a weight decay, a bound) on seeds 0 to 4 and validation rows.
+``--stage decide`` writes down the choices, from the setting "today". ``--stage blind`` runs what was chosen on seeds 5
+to 9 and test rows, and is refused before that. ``--stage report`` prints the tables of both stages, and writes the
+blind rows and their plot. Without --stage, all four in order.
 
-- has diverged if its loss, its gradient or a matrix decomposition fails to be finite (it stops there), or if its
-  validation loss ends above the base model's, where it started;
-- spikes at a step whose loss is above twice the median of the ten before it;
-- reaches a loss of 0.6 at the first step with a mean below it over ten steps.
+Each run is a row, appended to a file of its setting when it is done. Runs with a row are skipped, so a study can be
+stopped at any time, by --minutes cleanly, and goes on where it was; several processes may share the seeds. A run
 
-``--report`` reads the rows of the seeds, prints the tables, and writes ``stability.jsonl`` and the plot.
+- has diverged if its loss, its gradient or a matrix decomposition fails to be finite (it stops there), or if its final
+  loss is above the base model's, where it started;
+- spikes at a step whose loss is above twice the median of the ten before it.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import time
+from collections.abc import Sequence
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.rows import append_row, environment, read_rows
+import torch
+
+from benchmarks.rows import append_row, environment
 from benchmarks.stability_arms import ARMS
+from benchmarks.stability_data import load_data
+from benchmarks.stability_plan import Study, seconds_of
 from benchmarks.stability_report import report
-from benchmarks.stability_runs import StabilityData, run_once
+from benchmarks.stability_runs import run_once
+from benchmarks.stability_settings import HOME, SETTINGS, STAGES, fast
 
-RATES = tuple(float(f"{10 ** (exponent / 2):.3g}") for exponent in range(-8, 3))
-FAST: dict[str, Any] = {
-    "steps": 3,
-    "validation_rows": 4,
-    "seeds": [0],
-    "rates": [1e-3, 1e-2],
-    "arms": ["lora", "soft_frobenius"],
-}
+FAST_ARMS = ("lora", "lora + weight decay", "soft_frobenius")
+CHORES = ("choose", "decide", "blind", "report")
 
 
 def main() -> None:
-    """Run what is missing, then report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--validation-rows", type=int, default=100, help="validation rows per task")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--report", action="store_true", help="only read the rows, print and plot")
-    parser.add_argument("--fast", action="store_true", help="two arms, two rates, three steps: a test")
-    parser.add_argument("--output", type=Path, default=Path("runs/stability"), help="folder of rows.jsonl")
-    parser.add_argument("--results", type=Path, help="folder of the report's files; by default the same")
-    options = parser.parse_args()
+    """Run what is missing of the stages, as long as there is time."""
+    options = parse_options()
+    torch.set_num_threads(1)
+    settings, arms = SETTINGS, options.arm or list(ARMS)
     if options.fast:
-        vars(options).update(FAST)
-    rows_file = options.output / "rows.jsonl"
-    if not options.report:
-        run(options, rows_file)
-    rows = [row for row in read_rows(rows_file) if row["seed"] in options.seeds]
-    report(rows, options.results or options.output)
+        settings = {name: fast(setting) for name, setting in SETTINGS.items()}
+        arms = options.arm or list(FAST_ARMS)
+    study = Study(options.output, settings, arms)
+    deadline = time.monotonic() + 60 * options.minutes
+    for chore in options.stage or CHORES:
+        if chore == "decide":
+            study.decide()
+        elif chore == "report":
+            report(study, options.results or options.output)
+        else:
+            # Choices are made in one setting, and others run on validation rows only if asked to.
+            names = options.setting if options.stage or chore == "blind" else None
+            for name in names or [HOME]:
+                if not run(study, name, chore, options.seeds, deadline):
+                    return
 
 
-def run(options: argparse.Namespace, path: Path) -> None:
-    """Run what has no row yet; a seed is complete before the next one begins.
+def parse_options() -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", nargs="+", choices=CHORES)
+    parser.add_argument("--setting", nargs="+", choices=SETTINGS, help=f"by default {HOME}")
+    parser.add_argument("--arm", nargs="+", choices=ARMS, help="by default all")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the stage's seeds")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run that would end later")
+    parser.add_argument("--fast", action="store_true", help="three arms, two rates, one seed, three steps: a test")
+    parser.add_argument("--output", type=Path, default=Path("runs/stability"), help="folder of rows and choices")
+    parser.add_argument("--results", type=Path, help="folder of the report's files; by default the same")
+    return parser.parse_args()
 
-    Args:
-        options: The command's options.
-        path: The file to append rows to; its folder is made.
 
-    Raises:
-        SystemExit: If the file has rows of other settings.
-    """
-    settings = {"steps": options.steps, "validation_rows": options.validation_rows}
-    done = set()
-    for row in read_rows(path):
-        for name, value in settings.items():
-            if row[name] != value:
-                raise SystemExit(f"{path} has rows with {name}={row[name]}, not {value}. Choose another --output.")
-        done.add((row["seed"], row["arm"], row["rate"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shared, data = environment() | settings, StabilityData(options.validation_rows)
-    for seed in options.seeds:
-        training = data.training_batches(options.steps, seed)
-        for name, rate in itertools.product(options.arms, options.rates):
-            if (seed, name, rate) in done:
-                continue
-            row = {
-                "seed": seed,
-                "arm": name,
-                "rate": rate,
-                **run_once(ARMS[name], data, training, rate, seed),
-                **shared,
-            }
-            append_row(path, row)
-            print(*(f"{key} {row[key]}" for key in ("seed", "arm", "rate", "accuracy", "loss", "seconds")), flush=True)
+def run(study: Study, name: str, stage: str, seeds: Sequence[int] | None, deadline: float) -> bool:
+    """Run what has no row yet of a setting and stage, a seed after the other; False if the time was up before."""
+    setting = study.settings[name]
+    runs = [run for run in study.missing(name, stage) if seeds is None or run.seed in seeds]
+    if runs and not setting.can_run:
+        print(f"{name}: left out, its base model is not installed (examples/requirements.txt)")
+        return True
+    shared = environment() | {"setting": name, "stage": stage, "definition": setting.definition}
+    durations = study.durations(name)
+    loaded = cache(partial(load_data, setting, STAGES[stage].split))
+    # Seeds come one after the other.
+    batches = lru_cache(maxsize=1)(lambda seed: loaded().training_batches(setting, seed))
+    for index, one in enumerate(runs):
+        seconds = seconds_of(runs[index:], durations)
+        left = f"{len(runs) - index} runs are left" + ("" if seconds is None else f", {seconds / 60:.1f} minutes")
+        print(f"{name}, {stage}: {left}", flush=True)
+        if time.monotonic() + (seconds_of([one], durations) or 0.0) > deadline:
+            print("stopped: the time is up")
+            return False
+        measured = run_once(ARMS[one.arm][one.candidate], setting, loaded(), batches(one.seed), one.rate, one.seed)
+        row = one._asdict() | measured | shared
+        append_row(study.path(name), row)
+        durations[one.arm].append(row["seconds"])
+        print(*(f"{key} {row[key]}" for key in (*one._fields, "accuracy", "loss", "seconds")), flush=True)
+    return True
 
 
 if __name__ == "__main__":

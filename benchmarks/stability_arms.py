@@ -1,28 +1,22 @@
-"""The arms of the stability study: what is trained, and how its hypernetwork's heads start.
-
-The heads that emit B start at zero in every arm but one, so that training starts at the base model.
-"""
+"""The arms of the stability study: what a user can choose between, with what is chosen for each beforehand."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import DeloraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
-from examples.support.matching import LabelMatcher
+from benchmarks.stability_settings import Setting
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.hypernetwork import Hypernetwork
 from hyperadapt.normalization import NORMALIZATIONS
 
 RANK = 8
-TARGET_MODULES = ["query", "value"]
 
 
 @dataclass(frozen=True)
@@ -30,129 +24,90 @@ class Arm:
     """One way to train.
 
     Attributes:
+        fields: Fields of its configuration.
+        method: The configuration's class.
         clip: Whether the gradient's norm is clipped at 1.
-        changes: Change the start or the form of the hypernetwork; applied in order.
-        config: Fields of the ``HyperAdapterConfig``; None is plain LoRA.
+        weight_decay: AdamW's, per step and unit of the learning rate.
+        change: Changes the form of the hypernetwork.
     """
 
+    fields: dict[str, Any] = field(default_factory=dict)
+    method: type[PeftConfig] = HyperAdapterConfig
     clip: bool = False
-    changes: tuple[Callable[[Hypernetwork], None], ...] = ()
-    config: dict[str, Any] | None = field(default_factory=lambda: {"normalization": "none"})
+    weight_decay: float = 0.0
+    change: Callable[[Hypernetwork], None] | None = None
 
-
-def without_shared(hypernetwork: Hypernetwork) -> None:
-    """Leave out the factors that all tasks share; the heads start with their variance.
-
-    Args:
-        hypernetwork: The hypernetwork.
-    """
-    for shared in hypernetwork.shared.values():
-        shared.requires_grad_(False).zero_()
-    with torch.no_grad():
-        for head in hypernetwork.heads.values():
-            head.weight.mul_(math.sqrt(2))
+    @property
+    def is_hyperadapter(self) -> bool:
+        """Whether a hypernetwork makes its factors, and the model is told the tasks."""
+        return self.method is HyperAdapterConfig
 
 
 def plain(hypernetwork: Hypernetwork) -> None:
-    """Generate all with ordinary linear layers: torch's own start, no factor 1/dim before them, no shared factors.
-
-    Args:
-        hypernetwork: The hypernetwork; heads of B keep their zero start.
-    """
-    without_shared(hypernetwork)
+    """Generate all with torch's linear layers: no factor 1/dim before them, no shared factors; B starts at zero."""
+    for shared in hypernetwork.shared.values():
+        shared.requires_grad_(False).zero_()
     for name, head in hypernetwork.heads.items():
-        linear = nn.Linear(head.weight.shape[1], head.weight.shape[0])
+        linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], dtype=head.weight.dtype)
         if name.startswith("B"):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
         hypernetwork.heads[name] = linear
 
 
-def start_shared(hypernetwork: Hypernetwork) -> None:
-    """Give the shared factors all the variance that a factor has at the start: it is the same for all tasks.
-
-    Args:
-        hypernetwork: The hypernetwork, whose shared factors carry half of it.
-    """
-    with torch.no_grad():
-        for head in hypernetwork.heads.values():
-            head.weight.zero_()
-        for shared in hypernetwork.shared.values():
-            shared.mul_(math.sqrt(2))
+ONLY = ""
+"""The candidate of an arm that leaves nothing to choose."""
+BOUNDS = (0.1, 0.2, 0.5)
+BOUNDED = ("soft_frobenius", "soft_polar", "frobenius_clip", "adaptive", "polar")
+CLIPPED = ("soft_frobenius", "soft_polar")
 
 
-def normalize_weight(hypernetwork: Hypernetwork) -> None:
-    """Split the heads' weights into a direction and a length for each row.
-
-    Args:
-        hypernetwork: The hypernetwork.
-    """
-    for head in hypernetwork.heads.values():
-        # The direction of a zero row would be undefined; a length of zero is the same start.
-        is_zero = not head.weight.any()
-        weight_norm(head)
-        if is_zero:
-            nn.init.normal_(head.parametrizations.weight.original1)
+def _lora(**fields: Any) -> Arm:
+    return Arm({"lora_alpha": RANK, **fields}, LoraConfig)
 
 
-def _at_size(size: str, **fields: Any) -> dict[str, Arm]:
-    """The smaller set of arms, for a hypernetwork of another size."""
-    return {
-        f"{size}: none": Arm(config={"normalization": "none", **fields}),
-        f"{size}: none + clipping": Arm(clip=True, config={"normalization": "none", **fields}),
-        **{
-            f"{size}: {name}": Arm(config={"normalization": name, **fields})
-            for name in ("soft_frobenius", "frobenius", "spectral")
-        },
-    }
+def _bounded() -> dict[str, dict[str, Arm]]:
+    """The normalisations that the installed package knows, each with every bound."""
+    arms: dict[str, dict[str, Arm]] = {}
+    for name in BOUNDED:
+        if name in NORMALIZATIONS:
+            arms[name] = {
+                f"bound {bound:g}": Arm({"normalization": name, "normalization_bound": bound}) for bound in BOUNDS
+            }
+            if name in CLIPPED:
+                arms[f"{name} + clipping"] = {label: replace(arm, clip=True) for label, arm in arms[name].items()}
+    return arms
 
 
-def _with_bound(name: str, bound: float) -> dict[str, Arm]:
-    return {f"{name}, bound {bound}": Arm(config={"normalization": name, "normalization_bound": bound})}
-
-
-ARMS: dict[str, Arm] = {
-    "lora": Arm(config=None),
-    "lora + clipping": Arm(clip=True, config=None),
-    "none": Arm(),
-    "none + clipping": Arm(clip=True),
-    "none, plain heads": Arm(changes=(plain,)),
-    "none, nothing shared": Arm(changes=(without_shared,)),
-    "none, hyperfan for B too": Arm(config={"normalization": "none", "init_weights": False}),
-    "none, shared start": Arm(changes=(start_shared,)),
-    "none + weight norm": Arm(changes=(normalize_weight,)),
-    "none, shared start + weight norm + clipping": Arm(clip=True, changes=(start_shared, normalize_weight)),
-    **{name: Arm(config={"normalization": name}) for name in NORMALIZATIONS if name != "none"},
-    "adaptive, zero gain": Arm(config={"normalization": "adaptive", "init_weights": "zero_gain"}),
-    "soft_frobenius + clipping": Arm(clip=True, config={"normalization": "soft_frobenius"}),
-    **_with_bound("soft_frobenius", 0.1),
-    **_with_bound("soft_frobenius", 0.5),
-    **_with_bound("frobenius", 0.1),
-    **_with_bound("frobenius", 0.5),
-    **_at_size("deep", hypernetwork_depth=8),
-    **_at_size("wide", hypernetwork_dim=512),
-    **_at_size("64, additive", hypernetwork_dim=64, conditioning="additive"),
+NONE = Arm({"normalization": "none"})
+ARMS: dict[str, dict[str, Arm]] = {
+    "lora": {ONLY: _lora()},
+    "lora + clipping": {ONLY: replace(_lora(), clip=True)},
+    "lora + weight decay": {f"decay {decay:g}": replace(_lora(), weight_decay=decay) for decay in (0.01, 0.1, 1, 10)},
+    "rslora": {ONLY: _lora(use_rslora=True)},
+    "dora": {ONLY: _lora(use_dora=True)},
+    "delora": {f"lambda {value}": Arm({"delora_lambda": value}, DeloraConfig) for value in (5, 15)},
+    "none": {ONLY: NONE},
+    "none + clipping": {ONLY: replace(NONE, clip=True)},
+    "hyperformer, plain": {ONLY: replace(NONE, change=plain)},
+    **_bounded(),
 }
+"""Arm -> candidate -> what is trained. The stage "choose" runs all candidates, the stage "blind" the chosen ones."""
 
 
-def build(arm: Arm, base: LabelMatcher, tasks: Sequence[str], seed: int) -> PeftModel:
-    """The base model with an arm's adapter.
+def is_hyperadapter(name: str) -> bool:
+    """Whether an arm has a hypernetwork."""
+    return all(arm.is_hyperadapter for arm in ARMS[name].values())
 
-    Args:
-        arm: The arm.
-        base: The base model, which stays as it is.
-        tasks: Names of the tasks.
-        seed: Of the adapter's weights.
 
-    Returns:
-        The model.
-    """
+def build(arm: Arm, setting: Setting, base: nn.Module, seed: int) -> PeftModel:
+    """A copy of the base model with an arm's adapter, whose weights a seed draws."""
     torch.manual_seed(seed)
-    base = copy.deepcopy(base)
-    if arm.config is None:
-        return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGET_MODULES))
-    config = HyperAdapterConfig(r=RANK, lora_alpha=RANK, target_modules=TARGET_MODULES, tasks=list(tasks), **arm.config)
-    model = get_peft_model(base, config)
-    for change in arm.changes:
-        change(model.base_model.hyperadapter_networks["default"].hypernetwork)
+    fields = dict(r=RANK, target_modules=list(setting.target_modules), **arm.fields)
+    if arm.is_hyperadapter:
+        fields |= dict(lora_alpha=RANK, tasks=list(setting.tasks), **setting.hypernetwork)
+    # Adapters are as wide as the base model, bfloat16, unless PEFT widens them as it does by default.
+    model = get_peft_model(copy.deepcopy(base), arm.method(**fields), autocast_adapter_dtype=setting.widens_adapters)
+    if arm.change is not None:
+        arm.change(model.base_model.hyperadapter_networks["default"].hypernetwork)
     return model

@@ -2,162 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from benchmarks.plots import save_plot
-from benchmarks.rows import write_rows
-from benchmarks.stability_summary import SIZES, Cells, Row, by_arm, complete_seeds, size_of, summarize_arms
-from benchmarks.transfer_report import shown
+from benchmarks.rows import read_rows, write_rows
+from benchmarks.stability_arms import is_hyperadapter
+from benchmarks.stability_plan import Study
+from benchmarks.stability_settings import HOME, STAGES, Setting
+from benchmarks.stability_summary import OURS, Cells, by_arm, label, summarize_arms
+from benchmarks.transfer_report import interval, shown
+
+Row = dict[str, Any]
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-COLORS = {
-    "lora": "#E69F00",
-    "none": "#000000",
-    "none + clipping": "#999999",
-    "soft_frobenius": "#0072B2",
-    "frobenius": "#009E73",
-    "polar": "#CC79A7",
+COLORS = ("#E69F00", "#999999", "#000000", "#0072B2")
+TITLES = {
+    "lora": "LoRA",
+    "lora + clipping": "LoRA, gradients clipped",
+    "none": "hypernetwork, not normalised",
 }
-# Two lines of the heading, and the width, of each column but the arm's.
+# Heading and width of each column but the arm's.
 COLUMNS = (
-    ("best", "rate", 9),
-    ("accu-", "racy", 9),
-    ("", "loss", 9),
-    ("minus lora", "by seed", 17),
-    ("within 1 point", "of its best", 22),
-    ("", "ratio", 9),
-    ("by", "lora", 9),
-    ("by", "none", 9),
-    ("within", "2", 9),
-    ("within", "1, all", 9),
-    ("within", "2, all", 9),
-    ("di-", "verged", 9),
-    ("not", "finite", 9),
-    ("", "spikes", 9),
-    ("gradi-", "ent", 9),
-    ("largest", "at all", 9),
-    ("steps", "to loss", 9),
+    ("best rate", 11),
+    ("accuracy", 10),
+    ("minus lora", 17),
+    ("at lora's rate", 17),
+    ("least, same rate", 26),
+    ("decades", 9),
+    ("diverged", 10),
+    ("CPU seconds", 13),
 )
-WIDTHS = ("width", "by_lora", "by_none", "width_2_points", "width_of_best_arm", "width_2_points_of_best_arm")
 
 
-def report(rows: Sequence[Row], folder: Path) -> None:
-    """Print the tables and write ``stability.jsonl`` and ``stability.svg``.
-
-    Args:
-        rows: The rows.
-        folder: Where the files go; it is made.
-
-    Raises:
-        ValueError: If there are no rows.
-    """
-    if not rows:
-        raise ValueError("rows=[]: there is nothing to report yet. Run the benchmark without --report first.")
+def report(study: Study, folder: Path) -> None:
+    """Print the tables of both stages, and write the blind rows and their plot; the folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = complete_seeds(rows)
-    arms, summaries = by_arm(rows), summarize_arms(rows)
-    _print_summaries(summaries, sorted({row["seed"] for row in rows}))
-    _print_accuracies(arms)
-    write_rows(folder / "stability.jsonl", rows)
-    _plot(arms, {summary["arm"]: summary["range"] for summary in summaries}, folder)
+    rows = {(stage, name): complete_rows(study, name, stage) for stage in STAGES for name in study.settings}
+    if not any(rows.values()):
+        raise SystemExit(f"{study.folder} has no arm with all of its runs. Run the stages before the report.")
+    for (stage, name), members in rows.items():
+        if members:
+            _print_tables(name, study.settings[name], stage, by_arm(members))
+            if stage == "blind":
+                own = [row for row in members if row["setting"] == name]
+                write_rows(folder / f"stability_{name}.jsonl", own)
+    if blind := rows["blind", HOME]:
+        write_rows(folder / "stability_choices.jsonl", read_rows(study.choices_path))
+        _plot(by_arm(blind), _ours(study), folder)
 
 
-def _print_summaries(summaries: Sequence[Row], seeds: Sequence[int]) -> None:
-    names = ", ".join(map(str, seeds))
-    print(f"\nseeds {names}; accuracy, loss and gradient at the best rate; ranges of rates as highest / lowest")
-    rows = (
-        [
-            row["arm"],
-            "-" if row["best_rate"] is None else f"{row['best_rate']:g}",
-            f"{row['accuracy']:.3f}",
-            f"{row['loss']:.3f}",
-            shown(*row["minus_lora"], sign="+"),
-            f"{row['range'][0]:g} to {row['range'][-1]:g}" if row["range"] else "-",
-            *(f"{row[name]:.3g}" for name in WIDTHS),
-            f"{row['diverged']:.0%}",
-            str(row["not_finite"]),
-            f"{row['spikes']:.2f}",
-            *(f"{row[name]:.3g}" for name in ("gradient_at_best", "gradient", "steps_to_loss")),
-        ]
-        for row in summaries
+def complete_rows(study: Study, name: str, stage: str) -> list[Row]:
+    """The rows of the arms of a setting that have all their runs; the others are named.
+
+    Where only hypernetworks differ from the setting of today, its rows are those of the other methods.
+    """
+    setting = study.settings[name]
+    rows = study.rows(name, stage)
+    if rows and setting.hypernetwork:
+        rows += [row for row in study.rows(HOME, stage) if not is_hyperadapter(row["arm"])]
+    if stage == "blind" and rows:
+        choices = study.choices({row["arm"] for row in rows})
+        if other := [row for row in rows if choices[row["arm"]] != row["candidate"]]:
+            row = other[0]
+            raise SystemExit(
+                f"{study.path(name)} has blind rows of {label(row['arm'], row['candidate'])}, but "
+                f"{choices[row['arm']]!r} was chosen in {study.choices_path}. The choices stand, or another --output."
+            )
+    whole = {(seed, rate) for seed in STAGES[stage].seeds(setting) for rate in setting.rates}
+    made: dict[tuple[str, str], set[tuple[int, float]]] = {}
+    for row in rows:
+        made.setdefault((row["arm"], row["candidate"]), set()).add((row["seed"], row["rate"]))
+    if unfinished := [label(*key) for key, runs in made.items() if runs != whole]:
+        print(f"\n{name}, {stage}: left out until all of their runs are made: {', '.join(unfinished)}")
+    return [row for row in rows if made[row["arm"], row["candidate"]] == whole]
+
+
+def _ours(study: Study) -> str:
+    [ours] = [label(row["arm"], row["candidate"]) for row in read_rows(study.choices_path) if row[OURS]]
+    return ours
+
+
+def _print_tables(name: str, setting: Setting, stage: str, arms: Mapping[str, Cells]) -> None:
+    seeds = ", ".join(map(str, STAGES[stage].seeds(setting)))
+    rows = f"{STAGES[stage].split} rows"
+    print(f"\n{name}, stage {stage} (seeds {seeds}; {rows}): mean accuracy in percent by rate; each ! a diverged seed")
+    print(f"{'arm':<42}" + "".join(f"{rate:>10g}" for rate in setting.rates).rstrip())
+    for arm, cells in arms.items():
+        print(f"{arm:<42}" + " ".join(f"{_accuracy(cells, rate):>9}" for rate in setting.rates).rstrip())
+    print(f"\n{name}, stage {stage}: decades within one point of the best of all arms, without a diverged seed")
+    print(f"{'arm':<42}" + "".join(f"{heading:>{width}}" for heading, width in COLUMNS))
+    for summary in summarize_arms(arms):
+        cells = zip(_summary(summary), COLUMNS, strict=True)
+        print(f"{summary['arm']:<42}" + "".join(f"{cell:>{width}}" for cell, (_, width) in cells))
+
+
+def _accuracy(cells: Cells, rate: float) -> str:
+    return f"{100 * cells[rate].accuracy:.1f}" + "!" * cells[rate].diverged
+
+
+def _summary(row: Row) -> tuple[str, ...]:
+    return (
+        "-" if row["best_rate"] is None else f"{row['best_rate']:g}",
+        f"{row['accuracy']:.3f}",
+        shown(*row["minus_lora"], sign="+"),
+        shown(*row["at_loras_rate"], sign="+"),
+        f"{shown(*row['least'], sign='+')} at {row['least_rate']:g}",
+        "-" if math.isnan(row["decades"]) else f"{row['decades']:g}",
+        f"{row['diverged']}/{row['runs']}",
+        f"{row['cpu_seconds']:.1f}",
     )
-    above, below, widths = zip(*COLUMNS, strict=True)
-    for name, *cells in (("", *above), ("arm", *below), *rows):
-        print(f"{name:<42}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
 
 
-def _print_accuracies(arms: dict[str, Cells]) -> None:
-    rates = _all_rates(arms)
-    print("\nmean accuracy in percent by rate; ! marks a diverged seed")
-    print(f"{'arm':<42}" + "".join(f"{rate:>10g}" for rate in rates))
-    for name, cells in arms.items():
-        accuracies = (
-            f"{100 * cells[rate].accuracy:>9.1f}{'!' if cells[rate].has_diverged else ' '}"
-            if rate in cells
-            else " " * 10
-            for rate in rates
-        )
-        print((f"{name:<42}" + "".join(accuracies)).rstrip())
-
-
-def _all_rates(arms: dict[str, Cells]) -> list[float]:
-    return sorted({rate for cells in arms.values() for rate in cells})
-
-
-def _plot(arms: dict[str, Cells], ranges: dict[str, list[float]], folder: Path) -> None:
-    figure = Figure(figsize=(19, 0.3 * len(arms) + 3), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
-    _plot_table(left.subplots(), arms, ranges)
-    sizes = [size for size in SIZES if any(size_of(name) == size for name in arms)]
-    for size, axes in zip(
-        sizes, right.subplots(len(sizes), 1, sharex=True, sharey=True, squeeze=False).flat, strict=True
-    ):
-        _plot_curves(axes, arms, size)
-    save_plot(figure, folder / "stability.svg")
-    print(f"\nrows and plot: {folder / 'stability.jsonl'}, {folder / 'stability.svg'}")
-
-
-def _plot_table(axes: Axes, arms: dict[str, Cells], ranges: dict[str, list[float]]) -> None:
-    """Colour tells accuracy, a cross a diverged seed, a frame the rates within a point of the arm's best."""
-    rates = _all_rates(arms)
-    values = np.array(
-        [[cells[rate].accuracy if rate in cells else np.nan for rate in rates] for cells in arms.values()]
-    )
-    low, high = np.nanmin(values[values > 0], initial=1.0), np.nanmax(values)
-    axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-    for index, (name, cells) in enumerate(arms.items()):
-        for column, rate in enumerate(rates):
-            if rate in cells:
-                text = f"{100 * values[index, column]:.0f}" + (" ×" if cells[rate].has_diverged else "")
-                color = "white" if values[index, column] < (low + high) / 2 else "black"
-                axes.text(column, index, text, ha="center", va="center", color=color, fontsize="small")
-        if frame := ranges[name]:
-            corner = (rates.index(frame[0]) - 0.47, index - 0.44)
-            axes.add_patch(Rectangle(corner, len(frame) - 0.06, 0.88, fill=False, edgecolor="#D55E00", linewidth=2.5))
-    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    axes.set_yticks(range(len(arms)), list(arms))
-    axes.set_xlabel("learning rate")
-    axes.set_title("Mean accuracy (%); × a diverged seed; framed: within one point of the arm's best, no diverged seed")
-
-
-def _plot_curves(axes: Axes, arms: dict[str, Cells], size: str) -> None:
-    for arm, color in COLORS.items():
-        name = arm if arm == "lora" else size + arm
-        if name in arms:
-            cells = arms[name]
-            lows, highs = zip(*((min(cell.accuracies), max(cell.accuracies)) for cell in cells.values()), strict=True)
-            means = [cell.accuracy for cell in cells.values()]
-            axes.plot(list(cells), means, "--" if arm == "lora" else "-", marker="o", color=color, label=arm)
-            axes.fill_between(list(cells), lows, highs, color=color, alpha=0.1, linewidth=0)
+def _plot(arms: Mapping[str, Cells], ours: str, folder: Path) -> None:
+    """LoRA's cliff beside ours: mean accuracy over the rate with its 95% interval, a cross where a seed diverged."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, color in zip((*TITLES, ours), COLORS, strict=True):
+        if name not in arms:
+            continue
+        cells = arms[name]
+        means, halves = zip(*(interval(cell.accuracies) for cell in cells.values()), strict=True)
+        axes.plot(list(cells), means, marker="o", color=color, label=TITLES.get(name, f"hyperadapt: {name}"))
+        lows, highs = zip(*((m - h, m + h) for m, h in zip(means, halves, strict=True)), strict=True)
+        axes.fill_between(list(cells), lows, highs, color=color, alpha=0.12, linewidth=0)
+        diverged = {rate: cell.accuracy for rate, cell in cells.items() if cell.diverged}
+        axes.plot(list(diverged), list(diverged.values()), "x", markersize=12, markeredgewidth=2, color=color)
     axes.set_xscale("log")
-    axes.set_title(f"{SIZES[size]}: mean, lowest and highest seed")
-    axes.set_ylabel("accuracy")
     axes.set_xlabel("learning rate")
+    axes.set_ylabel("test accuracy")
+    axes.set_title("Five tasks, five new seeds: mean and its 95% interval; × a seed diverged")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower left")
+    axes.legend(loc="lower left")
+    save_plot(figure, folder / "stability.svg")
+    print(f"\nblind rows and plot: {folder / 'stability_*.jsonl'}, {folder / 'stability.svg'}")

@@ -1,34 +1,26 @@
-"""What the stability study's rows say of each arm."""
+"""What the stability study's rows say of each arm, and which candidates they choose."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.stability_arms import ARMS
 from benchmarks.transfer_report import interval
 
 Row = dict[str, Any]
 
 POINT = 0.01
-SIZES = {
-    "": "hypernetwork as by default",
-    "deep: ": "8 blocks deep",
-    "wide: ": "512 wide",
-    "64, additive: ": "64 wide, not gated",
-}
+OURS = "is_ours"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one arm at one rate.
-
-    Attributes:
-        rows: One per seed.
-    """
+    """The runs of one arm at one rate, one row per seed."""
 
     rows: list[Row]
 
@@ -43,182 +35,137 @@ class Cell:
         return fmean(self.accuracies)
 
     @property
-    def has_diverged(self) -> bool:
-        """Whether any seed has."""
-        return any(row["diverged"] for row in self.rows)
-
-    @property
-    def loss(self) -> float:
-        """Mean final validation loss, in nats; NaN if one is not finite."""
-        return fmean(math.nan if row["loss"] is None else row["loss"] for row in self.rows)
-
-    @property
-    def steps_to_loss(self) -> float:
-        """Median over seeds; infinite where most do not reach it."""
-        return median(row["steps_to_loss"] or math.inf for row in self.rows)
+    def diverged(self) -> int:
+        """How many seeds have."""
+        return sum(row["diverged"] for row in self.rows)
 
 
 Cells = dict[float, Cell]
 
 
-def complete_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the seeds that have the most, since others are still running.
-
-    Args:
-        rows: Rows.
-
-    Returns:
-        Some of them.
-    """
-    counts = Counter(row["seed"] for row in rows)
-    return [row for row in rows if counts[row["seed"]] == max(counts.values())]
+def label(arm: str, candidate: str) -> str:
+    """An arm's name with its candidate, if it has several."""
+    return f"{arm} ({candidate})" if candidate else arm
 
 
 def by_arm(rows: Sequence[Row]) -> dict[str, Cells]:
-    """Sort rows.
-
-    Args:
-        rows: Rows.
-
-    Returns:
-        Arm -> rate, increasing -> its runs.
-    """
+    """Label -> rate, increasing -> its runs, by seed; in the order of the arms, not of the rows."""
     cells: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in sorted(rows, key=lambda row: row["rate"]):
-        cells[row["arm"]][row["rate"]].append(row)
-    names = dict.fromkeys(row["arm"] for row in rows)
-    return {name: {rate: Cell(members) for rate, members in cells[name].items()} for name in names}
+    for row in sorted(rows, key=lambda row: (row["rate"], row["seed"])):
+        cells[label(row["arm"], row["candidate"])][row["rate"]].append(row)
+    return {
+        name: {rate: Cell(members) for rate, members in cells[name].items()}
+        for arm, candidates in ARMS.items()
+        for name in (label(arm, candidate) for candidate in candidates)
+        if name in cells
+    }
 
 
 def best_rate(cells: Cells) -> float | None:
-    """The rate of the highest mean accuracy, among those with no diverged seed.
-
-    Args:
-        cells: Of one arm.
-
-    Returns:
-        The smallest such rate; None if a seed diverged at every rate.
-    """
+    """The rate of the highest mean accuracy among those with no diverged seed; None if there is none."""
     return max(
-        (rate for rate, cell in cells.items() if not cell.has_diverged),
+        (rate for rate, cell in cells.items() if not cell.diverged),
         key=lambda rate: cells[rate].accuracy,
         default=None,
     )
 
 
+def top(cells: Cells) -> float:
+    """Mean accuracy at the best rate; 0 if a seed diverged at every rate."""
+    rate = best_rate(cells)
+    return 0.0 if rate is None else cells[rate].accuracy
+
+
 def good_range(cells: Cells, least: float) -> list[float]:
-    """The longest run of consecutive rates with at least some mean accuracy and no diverged seed.
-
-    Args:
-        cells: Of one arm.
-        least: The accuracy.
-
-    Returns:
-        The rates, the lowest such run if several are as long; empty if there is none.
-    """
+    """The longest run of consecutive rates with at least some mean accuracy and no diverged seed; the lowest such."""
     runs: list[list[float]] = [[]]
     for rate, cell in cells.items():
         # Accuracies are multiples of one row's share, so a margin is often met exactly.
-        if cell.accuracy >= least - 1e-9 and not cell.has_diverged:
+        if cell.accuracy >= least - 1e-9 and not cell.diverged:
             runs[-1].append(rate)
         else:
             runs.append([])
     return max(runs, key=len)
 
 
-def summarize_arms(rows: Sequence[Row]) -> list[Row]:
+def decades(rates: Sequence[float]) -> float:
+    """Decades from the lowest rate to the highest, in halves, as rates are; NaN if there are none."""
+    return round(2 * math.log10(rates[-1] / rates[0])) / 2 if rates else math.nan
+
+
+def differences(cell: Cell | None, other: Cell | None) -> list[float]:
+    """Accuracy of one arm's runs minus that of another's, for each seed that both have."""
+    if cell is None or other is None:
+        return []
+    accuracies = {row["seed"]: accuracy for row, accuracy in zip(other.rows, other.accuracies, strict=True)}
+    pairs = zip(cell.rows, cell.accuracies, strict=True)
+    return [accuracy - accuracies[row["seed"]] for row, accuracy in pairs if row["seed"] in accuracies]
+
+
+def summarize_arms(arms: Mapping[str, Cells]) -> list[Row]:
     """What the table says of each arm.
 
-    Args:
-        rows: Rows with as many seeds everywhere.
-
-    Returns:
-        One dict per arm. A range's width is its highest rate by its lowest, 0 without any rate. Relative widths are
-        by those of plain LoRA, and of ``none`` with a hypernetwork of the same size; NaN where that has none.
-        ``minus_lora`` is the mean difference of accuracies by seed, and half its 95% interval, of both at their best
-        rates.
+    Differences are of accuracies, by seed, with half their 95% interval: `minus_lora` of both at their best rates,
+    `at_loras_rate` of both at LoRA's best, and `least` at the same rate, where the interval reaches lowest.
     """
-    arms = by_arm(rows)
-    best = {name: best_rate(cells) for name, cells in arms.items()}
-    tops = {name: 0.0 if rate is None else arms[name][rate].accuracy for name, rate in best.items()}
-    own = {name: good_range(cells, tops[name] - POINT) for name, cells in arms.items()}
+    lora = arms.get("lora", {})
+    loras_rate, best_of_all = best_rate(lora), max(map(top, arms.values()))
     summaries = []
     for name, cells in arms.items():
+        rate, good = best_rate(cells), good_range(cells, best_of_all - POINT)
+        same = {rate: interval(differences(cell, lora.get(rate))) for rate, cell in cells.items()}
+        least = min(same, key=lambda rate: same[rate][0] - same[rate][1] if same[rate][1] >= 0 else same[rate][0])
         members = [row for cell in cells.values() for row in cell.rows]
-        rate, none = best[name], f"{size_of(name)}none"
         summaries.append(
             {
                 "arm": name,
                 "best_rate": rate,
-                "accuracy": tops[name],
-                "minus_lora": interval(differences(cells.get(rate), arms.get("lora", {}).get(best.get("lora")))),
-                "loss": math.nan if rate is None else cells[rate].loss,
-                "range": own[name],
-                "width": width(own[name]),
-                "by_lora": width(own[name]) / (width(own.get("lora", [])) or math.nan),
-                "by_none": width(own[name]) / (width(own.get(none, [])) or math.nan),
-                "width_2_points": width(good_range(cells, tops[name] - 2 * POINT)),
-                "width_of_best_arm": width(good_range(cells, max(tops.values()) - POINT)),
-                "width_2_points_of_best_arm": width(good_range(cells, max(tops.values()) - 2 * POINT)),
-                "diverged": fmean(row["diverged"] for row in members),
-                "not_finite": sum(row["failure"] is not None for row in members),
-                "spikes": fmean(row["spikes"] for row in members),
-                "gradient_at_best": math.nan if rate is None else largest_gradient(cells[rate].rows),
-                "gradient": largest_gradient(members),
-                "steps_to_loss": min(cell.steps_to_loss for cell in cells.values()),
+                "accuracy": top(cells),
+                "minus_lora": interval(differences(cells.get(rate), lora.get(loras_rate))),
+                "at_loras_rate": interval(differences(cells.get(loras_rate), lora.get(loras_rate))),
+                "least": same[least],
+                "least_rate": least,
+                "range": good,
+                "decades": decades(good),
+                "diverged": sum(cell.diverged for cell in cells.values()),
+                "runs": len(members),
+                "cpu_seconds": median(row["cpu_seconds"] for row in members),
             }
         )
     return summaries
 
 
-def differences(cell: Cell | None, other: Cell | None) -> list[float]:
-    """Accuracy of one arm's runs minus that of another's.
+def choose(rows: Sequence[Row]) -> list[Row]:
+    """The best candidate of each arm, and which arm with a normalisation is called ours.
 
-    Args:
-        cell: The runs of an arm; None stands for none.
-        other: The same of the other arm.
-
-    Returns:
-        One difference for each seed that both have.
+    Best is what stays within a point of the best of all arms over the most decades, and then what is most accurate at
+    its best rate.
     """
-    if cell is None or other is None:
-        return []
-    accuracies = dict(zip((row["seed"] for row in other.rows), other.accuracies, strict=True))
-    pairs = zip((row["seed"] for row in cell.rows), cell.accuracies, strict=True)
-    return [accuracy - accuracies[seed] for seed, accuracy in pairs if seed in accuracies]
+    cells = by_arm(rows)
+    summaries = {row["arm"]: row for row in summarize_arms(cells)}
+
+    def merit(choice: Row) -> tuple[float, float]:
+        return -1.0 if choice["decades"] is None else choice["decades"], choice["accuracy"]
+
+    def candidate_row(arm: str, candidate: str) -> Row:
+        summary = summaries[label(arm, candidate)]
+        width = summary["decades"]
+        return {
+            "arm": arm,
+            "candidate": candidate,
+            "best_rate": summary["best_rate"],
+            "accuracy": round(summary["accuracy"], 5),
+            "decades": None if math.isnan(width) else width,
+        }
+
+    choices = []
+    for arm, candidates in ARMS.items():
+        if made := [candidate_row(arm, candidate) for candidate in candidates if label(arm, candidate) in cells]:
+            choices.append(max(made, key=merit))
+    ours = max((choice for choice in choices if _is_normalized(choice)), key=merit, default=None)
+    return [choice | {OURS: choice is ours} for choice in choices]
 
 
-def size_of(name: str) -> str:
-    """The prefix of an arm's name that tells the hypernetwork's size.
-
-    Args:
-        name: The arm.
-
-    Returns:
-        One of ``SIZES``.
-    """
-    return next(size for size in reversed(SIZES) if name.startswith(size))
-
-
-def width(rates: Sequence[float]) -> float:
-    """Highest rate by lowest, to two digits: the rates themselves are rounded.
-
-    Args:
-        rates: In increasing order.
-
-    Returns:
-        At least 1, or 0 if there are none.
-    """
-    return float(f"{rates[-1] / rates[0]:.2g}") if rates else 0.0
-
-
-def largest_gradient(rows: Sequence[Row]) -> float:
-    """Largest norm of a gradient in any step.
-
-    Args:
-        rows: Rows.
-
-    Returns:
-        The norm; NaN if none was finite.
-    """
-    return max((row["largest_gradient"] for row in rows if row["largest_gradient"] is not None), default=math.nan)
+def _is_normalized(choice: Row) -> bool:
+    arm = ARMS[choice["arm"]][choice["candidate"]]
+    return arm.fields.get("normalization", "none") != "none"

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from benchmarks import multitask, multitask_arms
 from benchmarks.multitask_arms import ARMS, build, run_arm
-from benchmarks.multitask_data import BATCH_SIZE, MultitaskData, Row, in_batches
+from benchmarks.multitask_data import MultitaskData
 from benchmarks.multitask_report import by_fraction, differences, report
 from benchmarks.rows import read_rows
 from benchmarks.transfer_baselines import fit
@@ -103,13 +103,6 @@ def test_tasks_have_equal_shares_and_arms_see_the_same_rows(data: MultitaskData)
 
     assert len(rows(None)) == 20
     assert rows(None) == rows(0) | rows(1)
-
-
-def test_padding_is_masked() -> None:
-    [batch] = in_batches([Row(torch.ones(2, 3), 4, 0), Row(torch.ones(1, 3), 5, 1)], BATCH_SIZE)
-    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
-    assert batch["input_ids"][1].tolist() == [[1, 1, 1], [0, 0, 0]]
-    assert (batch["labels"].tolist(), batch["tasks"].tolist()) == ([4, 5], [0, 1])
 
 
 @pytest.mark.parametrize("name", ARMS)
