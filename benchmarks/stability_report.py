@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from benchmarks.transfer_report import interval, shown
 Row = dict[str, Any]
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-COLORS = ("#E69F00", "#999999", "#000000", "#0072B2")
-TITLES = {
-    "lora": "LoRA",
-    "lora + clipping": "LoRA, gradients clipped",
-    "none": "hypernetwork, not normalised",
+LINES = {
+    "lora": ("LoRA", "#E69F00"),
+    "lora + clipping": ("LoRA, gradients clipped", "#999999"),
+    "none": ("hypernetwork, not normalised", "#000000"),
 }
+COLOR_OF_OURS = "#0072B2"
 # Heading and width of each column but the arm's.
 COLUMNS = (
     ("best rate", 11),
@@ -52,8 +52,9 @@ def report(study: Study, folder: Path) -> None:
                 own = [row for row in members if row["setting"] == name]
                 write_rows(folder / f"stability_{name}.jsonl", own)
     if blind := rows["blind", HOME]:
-        write_rows(folder / "stability_choices.jsonl", read_rows(study.choices_path))
-        _plot(by_arm(blind), _ours(study), folder)
+        choices = read_rows(study.choices_path)
+        write_rows(folder / "stability_choices.jsonl", choices)
+        _plot(by_arm(blind), [label(row["arm"], row["candidate"]) for row in choices if row[OURS]], folder)
 
 
 def complete_rows(study: Study, name: str, stage: str) -> list[Row]:
@@ -80,11 +81,6 @@ def complete_rows(study: Study, name: str, stage: str) -> list[Row]:
     if unfinished := [label(*key) for key, runs in made.items() if runs != whole]:
         print(f"\n{name}, {stage}: left out until all of their runs are made: {', '.join(unfinished)}")
     return [row for row in rows if made[row["arm"], row["candidate"]] == whole]
-
-
-def _ours(study: Study) -> str:
-    [ours] = [label(row["arm"], row["candidate"]) for row in read_rows(study.choices_path) if row[OURS]]
-    return ours
 
 
 def _print_tables(name: str, setting: Setting, stage: str, arms: Mapping[str, Cells]) -> None:
@@ -118,16 +114,17 @@ def _summary(row: Row) -> tuple[str, ...]:
     )
 
 
-def _plot(arms: Mapping[str, Cells], ours: str, folder: Path) -> None:
+def _plot(arms: Mapping[str, Cells], ours: Sequence[str], folder: Path) -> None:
     """LoRA's cliff beside ours: mean accuracy over the rate with its 95% interval, a cross where a seed diverged."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, color in zip((*TITLES, ours), COLORS, strict=True):
+    lines = LINES | {name: (f"hyperadapt: {name}", COLOR_OF_OURS) for name in ours}
+    for name, (title, color) in lines.items():
         if name not in arms:
             continue
         cells = arms[name]
         means, halves = zip(*(interval(cell.accuracies) for cell in cells.values()), strict=True)
-        axes.plot(list(cells), means, marker="o", color=color, label=TITLES.get(name, f"hyperadapt: {name}"))
+        axes.plot(list(cells), means, marker="o", color=color, label=title)
         lows, highs = zip(*((m - h, m + h) for m, h in zip(means, halves, strict=True)), strict=True)
         axes.fill_between(list(cells), lows, highs, color=color, alpha=0.12, linewidth=0)
         diverged = {rate: cell.accuracy for rate, cell in cells.items() if cell.diverged}

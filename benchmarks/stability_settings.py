@@ -72,6 +72,7 @@ SETTINGS = {
     "wide": Setting(hypernetwork={"hypernetwork_dim": 512}),
     "chats": Setting(
         batch_size=8,
+        train_rows=100,
         rows=40,
         frozen_layers=20,
         target_modules=("q_proj", "v_proj"),

