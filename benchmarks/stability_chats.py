@@ -39,12 +39,11 @@ class ChatScorer(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
         """Logits `(batch, answer, vocabulary)` and loss from states padded on the left, labels likewise."""
-        logits = self.upper(
-            inputs_embeds=input_ids,
-            attention_mask=attention_mask,
-            logits_to_keep=labels.shape[1] + 1,
-            use_cache=False,
-        ).logits[:, :-1]
+        states = self.upper.model(
+            inputs_embeds=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state[:, -labels.shape[1] - 1 : -1]
+        # As a matrix: a product of three dimensions that are no whole tensor copies the vocabulary for each row.
+        logits = self.upper.lm_head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -54,6 +53,8 @@ def load_chats(
 ) -> tuple[ChatScorer, list[ChatRow], list[ChatRow], Callable[[Sequence[ChatRow], int], Iterator[Batch]]]:
     """The scorer, training rows, rows of a split, and what makes batches of rows."""
     model, tokenizer = load_base(torch.bfloat16), load_tokenizer()
+    # As in ``split_encoder``.
+    model.set_attn_implementation("eager")
     lower = copy.deepcopy(model.model)
     lower.layers, lower.norm = lower.layers[: setting.frozen_layers], nn.Identity()
     model.model.layers = model.model.layers[setting.frozen_layers :]
