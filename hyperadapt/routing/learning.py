@@ -245,6 +245,9 @@ class _Runs:
         if isinstance(row.get(main), Tensor):
             value = row[main]
             others.append((1, row | {main: value.flatten()[0].expand_as(value).clone()}))
+        if isinstance(row.get("attention_mask"), Tensor):
+            # A row of one token could not be padded before.
+            others.append((1, row | {"attention_mask": torch.zeros_like(row["attention_mask"])}))
         for rows, inputs in others:
             try:
                 prints = self.prints(rows_of_input(inputs, list(range(rows)), rows))
