@@ -73,11 +73,6 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         """The tuner's networks by adapter name."""
         return self.router.networks
 
-    @property
-    def position_name(self) -> str:
-        """Its path in the base model, the same for every adapter."""
-        return next(iter(self.hyperadapter_position.values())).name
-
     def update_layer(self, adapter_name: str, position: Position, lora_dropout: float) -> None:
         """Take part in one more adapter, with a dropout on its input."""
         self.hyperadapter_position[adapter_name] = position
@@ -91,7 +86,9 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus the active adapters' updates, in the shape and dtype of the base layer's output."""
-        if self.router.records(self.position_name, x):
+        # The same for every adapter; none where all are deleted.
+        position = next(iter(self.hyperadapter_position.values()), None)
+        if position is not None and self.router.records(position.name, x):
             recorded: Tensor = self.base_layer(x, *args, **kwargs)
             return recorded
         if self.disable_adapters and self.merged:

@@ -198,6 +198,9 @@ def test_active_together_and_deleted() -> None:
     model.add_adapter("second", adapter_config(tasks=["one"], target_modules=["o_proj"]))
     model.set_adapter("second")
     assert_close(logits(model, BATCH), logits(base_model("llama").double(), BATCH), **CLOSE)
+    # Without any adapter, the layers that are left are the base model's.
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, BATCH), logits(base_model("llama").double(), BATCH))
 
 
 # What is asked for, the exception, and what it says.
