@@ -64,6 +64,8 @@ class Router:
         # The hooks that see the calls of the base model and of its parts; graphs cannot read them.
         self.observers: list[RemovableHandle] = []
         self.is_observing = True
+        # Between several models that were made from one base model.
+        self.is_shared = False
         self._kept = KeptFactors()
         self._current = _Current()
         self._warned: set[str] = set()
@@ -193,7 +195,7 @@ class Router:
                 "itself."
             )
         called = self.current
-        if called is not None and adapter_name not in (*called.routed, *self.merged):
+        if self.is_shared and called is not None and adapter_name not in (*called.routed, *self.merged):
             raise self.other_model(adapter_name, (*called.routed, *self.merged))
         request = Request() if self.asked is None else self.asked.request
         return self._route(adapter_name, request, [position])

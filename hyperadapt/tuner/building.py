@@ -52,6 +52,7 @@ def router_of(model: nn.Module, observe: Callable[..., None]) -> Router:
             "unmerge_adapter() on the model it belongs to, or merge_and_unload() to keep it, and then make another one."
         )
     router.last_pin = None
+    router.is_shared = True
     return router
 
 

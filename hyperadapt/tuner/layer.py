@@ -143,8 +143,8 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
             self._check_readable()
 
     def check_active(self, adapter_names: Sequence[str]) -> None:
-        """Refuse to act for a model whose adapters are not those in force here."""
-        for name in self.active_adapters:
+        """Refuse to act for one of several models, whose adapters are not those in force here."""
+        for name in self.active_adapters if self.router.is_shared else ():
             if name in self.hyperadapter_position and name not in adapter_names:
                 raise self.router.other_model(name, adapter_names)
 

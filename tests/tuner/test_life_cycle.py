@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from hyperadapt.tuner.layer import HyperAdapterLayer
+from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in
 from tests.support.helpers import (
     ARCHITECTURES,
     MIXED,
@@ -184,6 +184,15 @@ def test_active_together_and_deleted() -> None:
         alone[adapter_name] = logits(model, BATCH)
     model.base_model.set_adapter(["default", "second"])
     both = logits(model, BATCH)
+    # Set on the layers alone, past the model, as PEFT's own tests do.
+    model.set_adapter("default")
+    for layer in layers_in(model):
+        layer.set_adapter(["default", "second"])
+    assert_close(logits(model, BATCH), both, **CLOSE)
+    model.merge_adapter()
+    assert_close(logits(model, BATCH), both, **CLOSE)
+    model.unmerge_adapter()
+    model.base_model.set_adapter(["default", "second"])
     assert all((both - logits_alone).abs().max() > 0.01 for logits_alone in alone.values())
     model.merge_adapter()
     assert_close(logits(model, BATCH), both, **CLOSE)
