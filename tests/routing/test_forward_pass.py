@@ -72,6 +72,8 @@ def test_only_the_first_input_must_have_a_row_per_task() -> None:
     forward_pass.observe(replace(CALL, num_rows=12))
     assert forward_pass.call is not None
     assert forward_pass.call.num_rows == 12
+    # Another number of rows in one call of generate: some have left, and nobody knows which.
+    assert forward_pass.call.problem == "rows have left the batch since generate began"
     with pytest.raises(ValueError, match="Got tasks for 4 rows, but the batch has 12"):
         ForwardPass({}, Request(ROWS_OF_TASKS)).observe(replace(CALL, num_rows=12))
 
