@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -12,8 +13,10 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork, index_tensor
 from hyperadapt.hypernetwork.positions import Position
-from hyperadapt.normalization.formulas import METHODS, adaptive_scale
+from hyperadapt.hypernetwork.updates import largest_singular_values, update_grams
+from hyperadapt.normalization.formulas import METHODS, adaptive_scale, frobenius_norm_squared
 from hyperadapt.normalization.gram import grams
+from hyperadapt.normalization.methods import Normalization
 from hyperadapt.tasks.embedding import TaskEmbedding
 
 
@@ -82,6 +85,25 @@ class HyperAdapterNetwork(nn.Module):
                 for name, factors in self._normalized(groups, dtype).items()
             }
 
+    @torch.no_grad()
+    def bound_shares(self, generated: Mapping[str, Factors]) -> dict[str, Tensor]:
+        """Share of its bound that each task's update has reached, ``(tasks,)`` by position name; empty without a bound.
+
+        Dimensionless, float32 or float64. Where a gain follows, what is bounded is the gain: its share is that of all
+        tasks, however much smaller than the largest norm their unit updates are.
+        """
+        if "bound" not in self.config.normalization_options:
+            return {}
+        by_rank: dict[int, list[Position]] = {}
+        for name in generated:
+            position = self.positions[self._index[name]]
+            by_rank.setdefault(position.r, []).append(position)
+        shares: dict[str, Tensor] = {}
+        for positions in by_rank.values():
+            of_rank = self._bound_shares(positions, [generated[position.name] for position in positions])
+            shares |= {position.name: share for position, share in zip(positions, of_rank, strict=True)}
+        return shares
+
     def _normalized(self, generated: Sequence[Generated], dtype: torch.dtype | None) -> dict[str, Factors]:
         """Factors by position name of groups of one rank."""
         order = [position for group in generated for position in group.positions]
@@ -113,31 +135,63 @@ class HyperAdapterNetwork(nn.Module):
     def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
         """Cores (tasks, positions, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
         config, scaling = self.config, _scaling(positions, gram_A)
-        method, options = METHODS[config.normalization], config.normalization_options
-        indices = index_tensor([self._index[position.name] for position in positions], gram_A.device)
-        base_norms = self.base_norms[indices].to(gram_A.dtype)
-        if "strength" in method.needs:
-            options["strength"], options["bound"] = (part.to(gram_A.dtype) for part in self._adaptive(indices))
-        if "bound" in options:
-            options["bound"] = options["bound"] * base_norms
+        method, (indices, base_norms) = METHODS[config.normalization], self._selected(positions, gram_A.dtype)
+        options = config.normalization_options | self._limits(indices, base_norms)
         if "logits" in method.needs:
             options["logits"] = logits
         if not config.has_gain:
             # A bound holds for the update as applied, so the scaling goes in before the normalisation.
             return scaling * method.core(gram_A, gram_B * scaling**2, **options)
-        bound, strength = options.pop("bound"), options.pop("strength", 1.0)
-        unit = METHODS[method.gained] if method.gained else method
-        assert unit.largest_norm is not None
-        # What is bounded is the gained update, whose norm is the gain's (or at most a multiple of it).
-        gain = self.gain[indices].to(gram_A.dtype) * base_norms
-        gain = adaptive_scale(gain.square(), bound / unit.largest_norm(positions[0].r), strength) * gain
-        return gain[:, None, None] * unit.core(gram_A, gram_B, **options)
+        unit, limits = self._unit, {name: options.pop(name) for name in ("bound", "strength") if name in options}
+        gains, _ = self._gains(indices, base_norms, positions[0].r, **limits)
+        return gains[:, None, None] * unit.core(gram_A, gram_B, **options)
 
-    def _adaptive(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Strength, and bound in units of the base weight, of the positions."""
+    def _bound_shares(self, positions: Sequence[Position], factors: Sequence[Factors]) -> Tensor:
+        """As ``bound_shares``, of positions of one rank, (positions, tasks)."""
+        cores = factors[0].core
+        indices, base_norms = self._selected(positions, torch.promote_types(cores.dtype, torch.float32))
+        limits = self._limits(indices, base_norms)
+        if self.config.has_gain:
+            gains, bounds = self._gains(indices, base_norms, positions[0].r, **limits)
+            return (gains.abs() / bounds)[:, None].expand(-1, len(cores))
+        gram_A, gram_B = update_grams(factors)
+        if METHODS[self.config.normalization].bounds_singular_values:
+            sizes = largest_singular_values(gram_A, gram_B) * math.sqrt(positions[0].r)
+        else:
+            sizes = frobenius_norm_squared(gram_A, gram_B).sqrt()
+        return sizes / limits["bound"][:, None]
+
+    def _selected(self, positions: Sequence[Position], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Places of positions among all, and their base norms, both (positions,)."""
+        indices = index_tensor([self._index[position.name] for position in positions], self.base_norms.device)
+        return indices, self.base_norms[indices].to(dtype)
+
+    def _limits(self, indices: Tensor, base_norms: Tensor) -> dict[str, Tensor]:
+        """Bounds, in the units of the weights, and strengths that are learned, (positions,); empty without a bound."""
+        bound = self.config.normalization_options.get("bound")
+        if bound is None:
+            return {}
+        if not hasattr(self, "log_bound"):
+            return {"bound": bound * base_norms}
         # Beyond e^±10 a bound means all or nothing; without limits a diverging run would overflow it.
         strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].clamp(-10, 10).exp()
-        return strength, self.config.normalization_options["bound"] * factor
+        return {"bound": (bound * factor).to(base_norms) * base_norms, "strength": strength.to(base_norms)}
+
+    def _gains(
+        self, indices: Tensor, base_norms: Tensor, r: int, bound: Tensor, strength: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Bounded gains of positions of rank r, and what bounds them, in the units of the weights, (positions,)."""
+        assert self._unit.largest_norm is not None
+        # What is bounded is the gained update, whose norm is the gain's (or at most a multiple of it).
+        bound = bound / self._unit.largest_norm(r)
+        gains = self.gain[indices].to(base_norms) * base_norms
+        return adaptive_scale(gains.square(), bound, strength) * gains, bound
+
+    @property
+    def _unit(self) -> Normalization:
+        """The normalisation that a gain follows."""
+        method = METHODS[self.config.normalization]
+        return METHODS[method.gained] if method.gained else method
 
 
 def _start_variance(config: HyperAdapterConfig) -> float | None:

@@ -23,10 +23,15 @@ class Position:
     @property
     def layer_index(self) -> int | None:
         """Index of the transformer layer: the first number among the path's components; None outside of layers."""
-        match = re.search(r"(?:^|\.)(\d+)(?=\.|$)", self.name)
-        return int(match.group(1)) if match else None
+        return layer_index(self.name)
 
     @property
     def module(self) -> str:
         """The path with the layer index as ``*``: the same for the same module of every layer."""
         return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", self.name, count=1)
+
+
+def layer_index(name: str) -> int | None:
+    """As ``Position.layer_index``, of a path."""
+    match = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
+    return int(match.group(1)) if match else None

@@ -6,10 +6,14 @@ their factors, and without forming them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hyperadapt.hypernetwork.factors import Factors, times_core
+from hyperadapt.normalization.gram import grams
+from hyperadapt.normalization.matrix_functions import spectral_norm
 
 
 def inner_product(x: Factors, y: Factors) -> Tensor:
@@ -46,6 +50,21 @@ def singular_values(factors: Factors) -> Tensor:
     inner = torch.linalg.qr(lora_B.mT, mode="r").R @ torch.linalg.qr(lora_A.mT, mode="r").R.mT
     values: Tensor = torch.linalg.svdvals(inner)
     return values
+
+
+@torch.no_grad()
+def update_grams(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+    """Gram matrices of A and of B·S of updates of one rank, shape (updates, tasks, r, r), at least float32."""
+    joined = grams([*(one.lora_A for one in factors), *(one.outer().mT for one in factors)])
+    return torch.stack(joined[: len(factors)]), torch.stack(joined[len(factors) :])
+
+
+def largest_singular_values(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    """Largest singular value of each update, shape (...), from its Gram matrices; NaN where they are not finite."""
+    is_finite = (gram_A.isfinite() & gram_B.isfinite()).flatten(-2).all(-1)
+    # A decomposition would raise.
+    gram_A, gram_B = (torch.where(is_finite[..., None, None], gram, 0) for gram in (gram_A, gram_B))
+    return torch.where(is_finite, spectral_norm(gram_A, gram_B), torch.nan)
 
 
 def _rows(factors: Factors) -> tuple[Tensor, Tensor]:

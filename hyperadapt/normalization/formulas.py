@@ -144,7 +144,7 @@ def _ridged(gram: Tensor, ridge: float) -> Tensor:
 METHODS: dict[str, Normalization] = {
     "none": Normalization(_none),
     "soft_frobenius": Normalization(_soft_frobenius, needs=("bound",)),
-    "soft_polar": Normalization(_soft_polar, needs=("bound",)),
+    "soft_polar": Normalization(_soft_polar, needs=("bound",), bounds_singular_values=True),
     "frobenius_clip": Normalization(_frobenius_clip, needs=("bound",)),
     "adaptive": Normalization(_adaptive, needs=("bound", "strength"), gained="frobenius"),
     "frobenius": Normalization(_frobenius, largest_norm=lambda r: 1.0),

@@ -57,6 +57,7 @@ class Normalization:
         without_gain: Values of options with which a unit normalisation is defined at B = 0, and takes no gain.
         gained: Name of the unit normalisation in its place if the configuration asks for a gain, which is then
             bounded with the strength and the bound.
+        bounds_singular_values: Whether the bound is on each singular value, as bound/√r, and by that on the norm.
     """
 
     core: Callable[..., Tensor]
@@ -65,6 +66,7 @@ class Normalization:
     largest_norm: Callable[[int], float] | None = None
     without_gain: Mapping[str, Any] = field(default_factory=dict)
     gained: str | None = None
+    bounds_singular_values: bool = False
 
     @property
     def is_bounded(self) -> bool:

@@ -1,4 +1,4 @@
-"""Tests of what single normalisations add to an adapter's network: learned bounds, mixing, and nothing elsewhere."""
+"""Tests of what single normalisations add to an adapter's network: learned bounds, mixing, how near a bound is."""
 
 from typing import Any
 
@@ -9,11 +9,27 @@ from torch import Tensor
 from hyperadapt.config import HEADS
 from hyperadapt.hypernetwork.hypernetwork import Generated
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
-from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS, UNIT_NORMALIZATIONS
+from hyperadapt.hypernetwork.positions import Position
+from hyperadapt.normalization.formulas import BOUNDED_NORMALIZATIONS, METHODS, NORMALIZATIONS, UNIT_NORMALIZATIONS
 from tests.hypernetwork.test_network import BASE_NORMS, LONGEST, POSITIONS, generate, make_network, norms
-from tests.support.tolerances import EPS_FLOAT32, FLOAT32_FORMULA, norm_error, sample_variance_error
+from tests.support.tolerances import (
+    BFLOAT16_PRODUCT,
+    EPS_FLOAT32,
+    FLOAT32_FORMULA,
+    FLOAT64_EXACT,
+    norm_error,
+    sample_variance_error,
+)
 
 WHITENING_A = {"normalization": "whitening", "normalization_factors": "A"}
+# Ranks differ, and an update of the third position has one direction.
+MIXED_RANKS = [
+    Position("h.0.q", 6, 4, r=2, scaling=1.5),
+    Position("h.0.up", 4, 10, r=3, scaling=1.0),
+    Position("h.1.q", 6, 1, r=2, scaling=1.5),
+    Position("h.1.up", 4, 10, r=3, scaling=1.0),
+    Position("classifier", 6, 3, r=2, scaling=1.5),
+]
 EACH = [*({"normalization": method} for method in NORMALIZATIONS), WHITENING_A]
 
 
@@ -193,3 +209,100 @@ def test_b_starts_at_unit_variance_before_a_unit_norm(changes: dict[str, Any], v
     for part in (*from_heads, *(values.square().mean().item() for values in from_shared)):
         error = sample_variance_error(min(values.numel() for values in from_shared))
         assert part == pytest.approx(variance / 2, rel=error)
+
+
+def grow(network: HyperAdapterNetwork, factor: float) -> None:
+    """Multiply what the hypernetwork emits for B."""
+    with torch.no_grad():
+        for name, parameter in network.hypernetwork.named_parameters():
+            if name.startswith(("heads.B", "shared.B")):
+                parameter *= factor
+
+
+@pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
+def test_shares_of_the_bound_are_those_of_dense_updates(method: str) -> None:
+    network = make_network(MIXED_RANKS, normalization=method, normalization_bound=0.25).double()
+    bounds = 0.25 * BASE_NORMS.double()
+    if method == "adaptive":
+        with torch.no_grad():
+            network.log_bound.copy_(torch.tensor([0.0, 0.5, -0.5, 1.0, 0.1]))
+        bounds = bounds * network.log_bound.detach().exp()
+    factors = generate(network)
+    shares = network.bound_shares(factors)
+    assert list(shares) == [position.name for position in MIXED_RANKS if position.r == 2] + ["h.0.up", "h.1.up"]
+    for position, bound in zip(MIXED_RANKS, bounds, strict=True):
+        spectra = torch.linalg.svdvals(factors[position.name].delta_weight().detach())
+        sizes = spectra.norm(dim=-1)
+        if METHODS[method].bounds_singular_values:
+            sizes = spectra[:, 0] * position.r**0.5
+        actual = shares[position.name]
+        assert actual.shape == (3,)
+        assert not actual.requires_grad
+        torch.testing.assert_close(actual, sizes / bound, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
+        assert (actual > 0.01).all()
+
+
+@pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
+def test_the_share_is_whole_where_the_bound_is_reached_and_small_below(method: str) -> None:
+    # Measured by anything but what is bounded, one direction would not fill the bound, or several would exceed it.
+    shares = []
+    for factor in (1e-3, 1e6):
+        network = make_network(MIXED_RANKS, normalization=method, normalization_bound=0.125).double()
+        grow(network, factor)
+        if method == "adaptive":
+            with torch.no_grad():
+                network.strength_logit.fill_(40)
+        shares.append(torch.stack([network.bound_shares(generate(network))[one.name] for one in MIXED_RANKS]))
+    assert (shares[0] < 0.1).all()
+    torch.testing.assert_close(shares[1], torch.ones_like(shares[1]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"normalization": method} for method in UNIT_NORMALIZATIONS),
+        {"normalization": "adaptive", "init_weights": "zero_gain"},
+    ],
+    ids=str,
+)
+def test_of_a_gain_the_share_is_the_gains(changes: dict[str, Any]) -> None:
+    network = make_network(MIXED_RANKS, normalization_bound=0.25, **changes).double()
+    gains, strength = torch.tensor([0.5, -0.2, 1e3, 1e-3, 0.0], dtype=torch.float64), 1.0
+    with torch.no_grad():
+        network.gain.copy_(gains)
+    method = METHODS[changes["normalization"]]
+    if method.gained:
+        method, strength = METHODS[method.gained], 0.5
+    shares = network.bound_shares(generate(network))
+    for position, gain in zip(MIXED_RANKS, gains, strict=True):
+        # However small the unit update beside the largest: the gain cannot grow.
+        reached = gain.abs() * method.largest_norm(position.r) / 0.25
+        expected = reached * (1 + reached**2) ** (-strength / 2)
+        torch.testing.assert_close(shares[position.name], expected.expand(3), rtol=FLOAT64_EXACT, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{"normalization": "none"}, WHITENING_A], ids=str)
+def test_without_a_bound_there_are_no_shares_of_it(changes: dict[str, Any]) -> None:
+    network = make_network(**changes)
+    assert network.bound_shares(generate(network)) == {}
+
+
+@pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
+def test_shares_of_factors_in_half_precision(method: str) -> None:
+    network = make_network(normalization=method, r=4)
+    exact, half = (network.bound_shares(network(torch.arange(3), None, dtype)) for dtype in (None, torch.bfloat16))
+    for name, expected in exact.items():
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], expected, rtol=BFLOAT16_PRODUCT, atol=0)
+
+
+@pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
+def test_what_is_not_finite_has_no_share(method: str) -> None:
+    network = make_network(normalization=method)
+    factors = generate(network)
+    broken = factors["h.0.q"].lora_A.clone()
+    broken[1] = torch.nan
+    factors["h.0.q"] = factors["h.0.q"]._replace(lora_A=broken)
+    shares = network.bound_shares(factors)
+    assert shares["h.0.q"].isfinite().tolist() == [True, False, True]
+    assert all(values.isfinite().all() for name, values in shares.items() if name != "h.0.q")
