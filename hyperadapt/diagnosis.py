@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.hypernetwork.saturation import REMEDY, SATURATED, Saturation
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.hypernetwork.updates import pairwise_inner_products, singular_values
 from hyperadapt.tasks.ids import resolve_task_ids
@@ -41,6 +42,8 @@ class Diagnosis:
         task_norms: The same over all positions, ``√(Σ‖ΔW‖² / Σ‖W₀‖²)``, shape ``(T,)``.
         singular_values: Singular values of ΔW by position, in units of the weights, shape ``(T, r)``, descending; fewer
             than r where the module is smaller.
+        bound_shares: Share of its bound that each update has reached (dimensionless), shape ``(P, T)``: of the largest
+            singular value, the gain or the norm, whichever the normalisation bounds. None if it bounds nothing.
     """
 
     tasks: tuple[str, ...]
@@ -51,6 +54,7 @@ class Diagnosis:
     norms: Tensor
     task_norms: Tensor
     singular_values: dict[str, Tensor]
+    bound_shares: Tensor | None
 
     @property
     def is_zero(self) -> bool:
@@ -61,6 +65,14 @@ class Diagnosis:
     def is_collapsed(self) -> bool:
         """Whether there are several tasks and their updates are (nearly) the same."""
         return len(self.tasks) > 1 and self.share < COLLAPSED_SHARE
+
+    @property
+    def saturation(self) -> Saturation | None:
+        """Which share of the updates is at its bound, overall and by layer; None without a bound."""
+        if self.bound_shares is None:
+            return None
+        shares = (self.bound_shares >= SATURATED).double().mean(1).tolist()
+        return Saturation.of(dict(zip(self.positions, shares, strict=True)))
 
     def __str__(self) -> str:
         share = f"{self.share:.1%} ({1 - 1 / len(self.tasks):.1%} if unrelated)"
@@ -79,6 +91,8 @@ class Diagnosis:
             lines.append("positions where the task explains least:")
             order = self.position_shares.nan_to_num(torch.inf).argsort()[:_SHOWN_POSITIONS].tolist()
             lines += [f"  {self.positions[index]}: {float(self.position_shares[index]):.1%}" for index in order]
+        if self.saturation and not self.is_zero:
+            lines.append(f"{self.saturation}{f'. {REMEDY}' if self.saturation.is_high else ''}")
         return "\n".join(line.rstrip() for line in lines)
 
     def nearest(self, index: int) -> str:
@@ -108,7 +122,7 @@ def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
         tasks: Names of the tasks to compare; None for all.
 
     Returns:
-        Cosines, norms, singular values, and the share of the updates that the task explains.
+        Cosines, norms, singular values, the share of the updates that the task explains, and which are at their bound.
 
     Raises:
         TypeError: If `tasks` holds anything but names.
@@ -161,6 +175,7 @@ def _measure(network: HyperAdapterNetwork, names: Sequence[str]) -> Diagnosis:
             f"The update of task {task!r} at {position!r} is not finite: training has diverged. Go back to an earlier "
             "checkpoint, and train with a lower learning rate."
         )
+    bound_shares = network.bound_shares(generated)
     base_norms = dict(zip((position.name for position in network.positions), network.base_norms, strict=True))
     squared_base = torch.stack([base_norms[name] for name in generated]).double().square().cpu()
     return Diagnosis(
@@ -172,6 +187,7 @@ def _measure(network: HyperAdapterNetwork, names: Sequence[str]) -> Diagnosis:
         norms=(squared / squared_base[:, None]).sqrt(),
         task_norms=(squared.sum(0) / squared_base.sum()).sqrt(),
         singular_values={name: singular_values(factors).cpu() for name, factors in generated.items()},
+        bound_shares=torch.stack([bound_shares[name] for name in generated]).double().cpu() if bound_shares else None,
     )
 
 

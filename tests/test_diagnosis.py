@@ -32,7 +32,15 @@ def with_task_embeddings(weight: Tensor, **changes: Any) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"head": "row", "rank_pattern": {"q_proj": 2}}, {"normalization": "polar"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head": "row", "rank_pattern": {"q_proj": 2}},
+        {"normalization": "polar"},
+        {"normalization": "soft_polar", "normalization_bound": 0.7},
+    ],
+)
 def test_figures_are_those_of_dense_updates(options: dict[str, Any]) -> None:
     model = adapted_model("llama", **options).double()
     result = diagnose(model)
@@ -59,12 +67,52 @@ def test_figures_are_those_of_dense_updates(options: dict[str, Any]) -> None:
     assert result.singular_values["model.layers.0.self_attn.q_proj"].shape == (3, 2 if "rank_pattern" in options else 4)
 
 
+@pytest.mark.parametrize(("method", "bound"), [("soft_frobenius", 0.6), ("soft_polar", 0.8)])
+def test_updates_at_their_bound_are_told_by_layer(method: str, bound: float) -> None:
+    model = adapted_model("llama", normalization=method, normalization_bound=bound).double()
+    result = diagnose(model)
+    weights, shares = base_weights(model), []
+    for name, update in zip(result.positions, dense_updates(model), strict=True):
+        spectra = torch.linalg.svdvals(update)
+        sizes = spectra.norm(dim=1) if method == "soft_frobenius" else 2 * spectra[:, 0]
+        shares.append(sizes / (bound * weights[f"{name}.weight"].norm()))
+    assert_close(result.bound_shares, torch.stack(shares), rtol=1e-6, atol=0)
+    at_bound = (torch.stack(shares) >= 0.9).double()
+    assert 0 < float(at_bound.mean()) < 1
+    layers = {
+        f"layer_{index}": float(at_bound[[f".{index}." in name for name in result.positions]].mean())
+        for index in range(2)
+    }
+    assert result.saturation.share == pytest.approx(float(at_bound.mean()))
+    assert result.saturation.layers == pytest.approx(layers)
+
+
+@pytest.mark.parametrize(("bound", "share"), [(0.2, "100%"), (100.0, "0%")])
+def test_text_says_what_to_do_where_most_updates_are_at_their_bound(bound: float, share: str) -> None:
+    line = str(
+        diagnose(adapted_model("llama", normalization_bound=bound, normalization="soft_frobenius"))
+    ).splitlines()[-1]
+    assert line.startswith(f"{share} of the updates are at their bound (90% of it or more)")
+    assert ("raise normalization_bound" in line) == (share == "100%")
+
+
+@pytest.mark.parametrize(
+    "options", [{"normalization": "none"}, {"normalization": "whitening", "normalization_factors": "A"}]
+)
+def test_without_a_bound_nothing_is_said_of_it(options: dict[str, Any]) -> None:
+    result = diagnose(adapted_model("llama", **options))
+    assert result.bound_shares is None
+    assert result.saturation is None
+    assert "bound" not in str(result)
+
+
 def test_tasks_are_chosen_by_name() -> None:
     model = adapted_model("llama")
     whole, part = diagnose(model), diagnose(model, ["gamma", "alpha"])
     assert part.tasks == ("gamma", "alpha")
     assert_close(part.cosines, whole.cosines[[2, 0]][:, [2, 0]])
     assert_close(part.norms, whole.norms[:, [2, 0]])
+    assert_close(part.bound_shares, whole.bound_shares[:, [2, 0]])
 
 
 def test_one_task_has_nothing_to_be_compared_with() -> None:

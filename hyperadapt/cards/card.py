@@ -14,11 +14,19 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
-from hyperadapt.cards.sections import diagnosis_table, facts_list, normalization_text, plain, task_table
+from hyperadapt.cards.sections import (
+    diagnosis_table,
+    facts_list,
+    normalization_text,
+    plain,
+    saturation_text,
+    task_table,
+)
 from hyperadapt.cards.snippets import base_model_of, usage
 from hyperadapt.config.checks import shown
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.files import write_whole
+from hyperadapt.hypernetwork.saturation import Saturation
 from hyperadapt.tuner.active import first_network
 
 CARD = "README.md"
@@ -53,6 +61,7 @@ class CardFacts:
         datasets: Names on the Hub of the data sets.
         training: Fact -> value, in the order to show them.
         diagnosis: What ``diagnose`` says of the model.
+        saturation: Which updates are at their bound; None for what the diagnosis says.
         figures: Title -> path of a picture, relative to the card.
         license: As the Hub spells it, such as ``"apache-2.0"``.
         language: ISO 639 code, or several.
@@ -69,6 +78,7 @@ class CardFacts:
     datasets: Sequence[str] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: Diagnosis | None = None
+    saturation: Saturation | None = None
     figures: Mapping[str, str] = field(default_factory=dict)
     license: str | None = None
     language: str | Sequence[str] | None = None
@@ -126,6 +136,7 @@ def _new_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
         tasks=task_table(config, facts.results),
         results_note=f"Measured on the {facts.split} split, one run." if facts.results else "",
         normalization=normalization_text(config),
+        saturation=saturation_text(facts.saturation or getattr(facts.diagnosis, "saturation", None)),
         diagnosis=facts.diagnosis and diagnosis_table(facts.diagnosis),
         figures=list(facts.figures.items()),
         training=facts_list(facts.training) or "Not recorded.",

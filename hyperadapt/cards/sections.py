@@ -8,6 +8,7 @@ from typing import Any
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis
+from hyperadapt.hypernetwork.saturation import REMEDY, Saturation
 
 _SHOWN_TASKS = 100
 
@@ -46,6 +47,11 @@ def diagnosis_table(diagnosis: Diagnosis) -> str:
         rows.append([f"`{plain(task)}`", norm, plain(diagnosis.nearest(index))])
     share = "all updates are zero" if diagnosis.is_zero else f"{diagnosis.share:.1%} of the squared updates"
     return f"Share that depends on the task: {share}.\n\n{_table(rows)}"
+
+
+def saturation_text(saturation: Saturation | None) -> str:
+    """That most updates are at their bound, and what to do; empty if they are not."""
+    return f"{saturation}. {REMEDY}" if saturation and saturation.is_high else ""
 
 
 def facts_list(facts: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ def diagnose(adapter: Adapter, task: Tasks = None, revision: Revision = None, as
 
     with quiet_output():
         diagnosis = diagnose_model(load_model(adapter, revision=revision), task)
+    saturation = diagnosis.saturation
     result = {
         "tasks": list(diagnosis.tasks),
         "share": diagnosis.share,
@@ -27,6 +28,8 @@ def diagnose(adapter: Adapter, task: Tasks = None, revision: Revision = None, as
         "is_zero": diagnosis.is_zero,
         "task_norms": diagnosis.task_norms.tolist(),
         "cosines": diagnosis.cosines.tolist(),
+        "saturated_share": saturation and saturation.share,
+        "saturated_layers": saturation and saturation.layers,
         "position_shares": dict(zip(diagnosis.positions, diagnosis.position_shares.tolist(), strict=True)),
     }
     show(result, str(diagnosis), as_json)

@@ -90,6 +90,20 @@ def test_a_complete_card(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
+def test_a_card_says_where_most_updates_are_at_their_bound(tmp_path: Path) -> None:
+    texts = []
+    for bound in (0.2, 100.0):
+        model = named("bert", None, normalization_bound=bound, normalization="soft_frobenius")
+        diagnosis = diagnose(model)
+        write_card(model, tmp_path, overwrite=True, diagnosis=diagnosis)
+        text = (tmp_path / "README.md").read_text()
+        texts.append(text.partition("## Normalisation\n")[2].partition("\nShare that depends on the task")[0])
+    assert "weight.\n\n100% of the updates are at their bound (90% of it or more). They would be larger" in texts[0]
+    assert texts[0].endswith("raise normalization_bound.\n")
+    assert "at their bound" not in texts[1]
+    assert texts[1].endswith("weight.\n")
+
+
 def test_the_code_of_a_card_runs_as_written(tmp_path: Path) -> None:
     plain, native = [], []
     for name in ("bert", "gpt2", "llama", "t5"):

@@ -149,6 +149,8 @@ def test_commands_print_for_machines(hyperadapt: CommandLine, adapter: Path, tmp
     diagnosis = hyperadapt.json("diagnose", adapter, "--task", "mail", "--task", "letters")
     assert diagnosis["tasks"] == ["mail", "letters"]
     assert 0 <= diagnosis["share"] <= 1
+    assert 0 <= diagnosis["saturated_share"] <= 1
+    assert all(0 <= share <= 1 for share in diagnosis["saturated_layers"].values())
     files = hyperadapt.json("plot", adapter, tmp_path / "pictures")["files"]
     assert {Path(file).suffix for file in files} == {".png", ".svg"}
     assert all(Path(file).exists() for file in files)
