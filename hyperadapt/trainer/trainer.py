@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hyperadapt.cards.card import may_be_written_anew, write_card
 from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.hypernetwork.saturation import REMEDY, Saturation
 from hyperadapt.trainer.batches import TASK_COLUMN, RepeatedSampler, TaskSampler, concatenate_tasks
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
 from hyperadapt.trainer.losses import BatchLoss, TaskLosses
@@ -47,7 +48,9 @@ class TaskTrainerMixin(RowTasksMixin):
         max_tasks_per_batch: As in ``TaskSampler``.
         log_task_losses: Whether to log the training loss of each task, at the cost of reading the logits once more.
         log_positions: Whether to log ``update_norm/<position>``, the largest ‖ΔW‖_F / ‖W₀‖_F of any task, and
-            ``grad_norm/<position>``, by the factors of all tasks, and to warn of positions where one is not finite.
+            ``grad_norm/<position>``, by the factors of all tasks, and to warn of positions where one is not finite;
+            with a normalisation that has a bound also ``saturated_share``, of all updates those that are at it, and
+            ``saturated_share/layer_<index>``, and to warn once if they are most.
         **kwargs: As for the other trainer.
 
     Raises:
@@ -92,6 +95,8 @@ class TaskTrainerMixin(RowTasksMixin):
         self._carry_tasks()
         # Found through the model as the other trainer left it.
         self._monitor = PositionMonitor(active_network(self._model)[1]) if log_positions else None
+        self._saturation: Saturation | None = None
+        self._told_saturation = False
 
     def evaluate(
         self,
@@ -189,7 +194,7 @@ class TaskTrainerMixin(RowTasksMixin):
                 )
                 logs |= {f"loss_{name}": loss for name, loss in losses.items()}
             if self._monitor is not None:
-                logs |= _position_logs(self._monitor, self.state.global_step)
+                logs |= self._position_logs(self._monitor)
         super().log(logs, *args, **kwargs)
 
     def create_model_card(  # type: ignore[override]
@@ -214,6 +219,7 @@ class TaskTrainerMixin(RowTasksMixin):
             tags=[tags] if isinstance(tags, str) else list(tags or ()),
             results=_last_results(self.state.log_history, self.task_names),
             split="validation",
+            saturation=self._saturation,
             training={
                 "steps": self.state.global_step,
                 "batch_size": self.args.train_batch_size * self.args.world_size,
@@ -221,6 +227,25 @@ class TaskTrainerMixin(RowTasksMixin):
                 "seed": self.args.seed,
             },
         )
+
+    def _position_logs(self, monitor: PositionMonitor) -> dict[str, float]:
+        updates, gradients, self._saturation = monitor.collect()
+        step = self.state.global_step
+        diverged = [name for name in updates if not math.isfinite(updates[name] + gradients.get(name, 0.0))]
+        if diverged:
+            logger.warning(
+                f"Step {step}: the update or its gradient is not finite at {len(diverged)} of {len(updates)} "
+                f"positions, the first of them {diverged[0]!r}."
+            )
+        logs = {f"update_norm/{name}": value for name, value in updates.items()}
+        logs |= {f"grad_norm/{name}": value for name, value in gradients.items()}
+        if self._saturation is None:
+            return logs
+        if self._saturation.is_high and not self._told_saturation:
+            self._told_saturation = True
+            logger.warning(f"Step {step}: {self._saturation}. {REMEDY}")
+        logs["saturated_share"] = self._saturation.share
+        return logs | {f"saturated_share/{layer}": share for layer, share in self._saturation.layers.items()}
 
     def _normalised(self, loss: Any, num_items: Tensor | int | None) -> BatchLoss:
         is_scaled = num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
@@ -358,15 +383,3 @@ def _last_results(log_history: Sequence[Mapping[str, Any]], tasks: Sequence[str]
             if found:
                 results[task] = found
     return results
-
-
-def _position_logs(monitor: PositionMonitor, step: int) -> dict[str, float]:
-    updates, gradients = monitor.collect()
-    diverged = [name for name in updates if not math.isfinite(updates[name] + gradients.get(name, 0.0))]
-    if diverged:
-        logger.warning(
-            f"Step {step}: the update or its gradient is not finite at {len(diverged)} of {len(updates)} positions, "
-            f"the first of them {diverged[0]!r}."
-        )
-    logs = {f"update_norm/{name}": value for name, value in updates.items()}
-    return logs | {f"grad_norm/{name}": value for name, value in gradients.items()}

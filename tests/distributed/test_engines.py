@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hyperadapt import export_lora
+from hyperadapt.trainer.monitor import PositionMonitor
 from tests.distributed.worker import (
     CHECKPOINTING,
     ENGINES,
@@ -25,6 +26,7 @@ from tests.distributed.worker import (
     optimizer_of,
     torch_step,
     train,
+    watched,
 )
 from tests.support.helpers import adapted_model, adapter_parameters, base_model
 from tests.support.tolerances import TWO_PROCESSES
@@ -56,19 +58,21 @@ def launch(engine: str, folder: Path) -> list[list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[dict[str, Tensor]]:
-    """The weights that one process reaches with all rows."""
-    weights = []
+def expected() -> list[tuple[dict[str, Tensor], Any]]:
+    """The weights that one process reaches with all rows, and what the monitor sees on the way."""
+    results = []
     for case in CASES:
         model = make_model(*case)
+        monitor = PositionMonitor(model.base_model.router.network("default"))
         train(model, slice(None), torch_step(optimizer_of(model)))
-        weights.append({name: parameter.detach() for name, parameter in adapter_parameters(model).items()})
-    return weights
+        weights = {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
+        results.append((weights, watched(monitor)))
+    return results
 
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_equal_one(engine: str, expected: list[dict[str, Tensor]], tmp_path: Path) -> None:
+def test_two_processes_equal_one(engine: str, expected: list[tuple[dict[str, Tensor], Any]], tmp_path: Path) -> None:
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
         if shutil.which("g++") is None:
@@ -77,7 +81,7 @@ def test_two_processes_equal_one(engine: str, expected: list[dict[str, Tensor]],
         # Seen with torch 2.8, and there with a single linear layer, too.
         pytest.skip("FSDP2 of an older torch adds up gradients on CPUs, where it should average them")
     ranks = launch(engine, tmp_path)
-    for case, single, *results in zip(CASES, expected, *ranks, strict=True):
+    for case, (single, seen), *results in zip(CASES, expected, *ranks, strict=True):
         for result in results:
             assert result["world"] == PROCESSES
             assert result["kind"] == engine.removesuffix("_network_apart")
@@ -85,12 +89,23 @@ def test_two_processes_equal_one(engine: str, expected: list[dict[str, Tensor]],
             for name, value in single.items():
                 assert torch.equal(result["weights"][name], results[0]["weights"][name]), (case, name)
                 assert_close(result["weights"][name], value, rtol=TWO_PROCESSES, atol=TWO_PROCESSES)
+        check_watched(seen, [result["watched"] for result in results])
         if engine.startswith("fsdp2") or engine == "zero3":
             for name, value in single.items():
                 assert sum(result["sizes"][name] for result in results) == (0 if engine == "zero3" else value.numel())
     start = adapter_parameters(make_model(*CASES[0]))
-    assert any((expected[0][name] - value).abs().max() > 1000 * TWO_PROCESSES for name, value in start.items())
+    assert any((expected[0][0][name] - value).abs().max() > 1000 * TWO_PROCESSES for name, value in start.items())
     check_files(ranks[0][-1]["weights"], tmp_path)
+
+
+def check_watched(single: Any, ranks: list[Any]) -> None:
+    """What the monitors of both processes saw, whose rows have two tasks and one, against that of one process."""
+    for name, value in single[0].items():
+        largest = max(updates[name] for updates, _ in ranks)
+        assert largest == pytest.approx(value, rel=TWO_PROCESSES, abs=TWO_PROCESSES)
+    for layer, share in single[1].items():
+        first, second = (layers[layer] for _, layers in ranks)
+        assert (2 * first + second) / 3 == pytest.approx(share)
 
 
 def check_files(weights: dict[str, Tensor], folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperadapt import export_lora
+from hyperadapt.trainer.monitor import PositionMonitor
 from tests.support.helpers import adapted_model, adapter_parameters, enable_checkpointing, example_batch, letters
 
 PROCESSES = 2
@@ -127,12 +128,15 @@ def run(rank: int, engine: str, cases: list[tuple[str, str]], port: int, folder:
     results = []
     for case in cases:
         model = make_model(*case)
+        # As the trainer does, before the engine wraps the model.
+        monitor = PositionMonitor(model.base_model.router.network("default"))
         wrapped, step = prepare(engine, model)
         sizes = {name: local_size(parameter) for name, parameter in adapter_parameters(model).items()}
         train(wrapped, rows, step)
         with gathered(engine, model):
             weights = {name: whole(parameter) for name, parameter in adapter_parameters(model).items()}
-        results.append({"sizes": sizes, "weights": weights, "kind": kind_of(wrapped), "world": dist.get_world_size()})
+        result = {"sizes": sizes, "weights": weights, "kind": kind_of(wrapped), "world": dist.get_world_size()}
+        results.append(result | {"watched": watched(monitor)})
     if engine == "zero3":
         partitioned = "is partitioned by DeepSpeed's ZeRO-3, so this process has none of its entries"
         with pytest.raises(ValueError, match=partitioned):
@@ -149,6 +153,12 @@ def run(rank: int, engine: str, cases: list[tuple[str, str]], port: int, folder:
         export_lora(model, "beta", folder / f"lora-{rank}")
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
+
+
+def watched(monitor: PositionMonitor) -> tuple[dict[str, float], dict[str, float]]:
+    """The largest updates, by position, and the shares of saturated ones, by layer."""
+    updates, _, saturation = monitor.collect()
+    return updates, dict(saturation.layers)
 
 
 def local_size(parameter: Tensor) -> int:

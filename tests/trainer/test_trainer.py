@@ -307,6 +307,7 @@ def test_a_position_that_diverges_is_named(tmp_path: Path, caplog: pytest.LogCap
         for name in names:
             assert entry[f"update_norm/{name}"] > 0
             assert entry[f"grad_norm/{name}"] > 0
+        assert not any(key.startswith("saturated_share") for key in entry)
     assert not caplog.records
     with torch.no_grad():
         network.base_norms[2] = 0.0
