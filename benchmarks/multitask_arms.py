@@ -83,7 +83,7 @@ ARMS: dict[str, Arm] = {
     "none": _hyperadapt(normalization="none"),
     "soft_frobenius": _hyperadapt(normalization="soft_frobenius"),
     "frobenius": _hyperadapt(UNIT_NORM_RATES, normalization="frobenius"),
-    "polar": _hyperadapt(UNIT_NORM_RATES, normalization="polar"),
+    "whitening": _hyperadapt(UNIT_NORM_RATES, normalization="whitening"),
     "soft_frobenius, gated": _hyperadapt(normalization="soft_frobenius", conditioning="gated"),
     "soft_frobenius, row": _hyperadapt(normalization="soft_frobenius", head="row"),
     "soft_frobenius, row, gated": _hyperadapt(normalization="soft_frobenius", head="row", conditioning="gated"),

@@ -31,7 +31,7 @@ PAIRS = (
     ("soft_frobenius, row", "soft_frobenius"),
     ("soft_frobenius", "none"),
     ("soft_frobenius, dim 16, gated", "none, dim 16, gated"),
-    ("polar", "none"),
+    ("whitening", "none"),
     ("frobenius", "none"),
     ("none", "hyperformer style"),
 )

@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64] if gpu else [16])
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 32] if gpu else [1, 8])
-    parser.add_argument("--methods", nargs="+", default=["soft_frobenius", "spectral", "polar", "sinkhorn"])
+    parser.add_argument("--methods", nargs="+", default=["soft_frobenius", "spectral", "soft_polar", "sinkhorn"])
     parser.add_argument("--rounds", type=int, default=30 if gpu else 10)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--skip-svd", action="store_true", help="leave the dense svd out: it takes seconds on a CPU")

@@ -9,7 +9,7 @@ The network has 64 rectified units, and is trained with Adam at a constant rate 
 tanh, the medians of three unnormalised and of three torch-orthogonal networks stayed at chance for 1500 steps of length
 50; units and task were chosen by these two arms.) Arms differ in the network's recurrent weight W, which is normalised
 once per batch, and not at every time step. But for PyTorch's default start, all arms start at the same function, with
-the same random orthogonal recurrent matrix: ``spectral`` (largest singular value 1), ``polar`` and torch's
+the same random orthogonal recurrent matrix: ``spectral`` (largest singular value 1), ``whitening`` and torch's
 ``orthogonal`` (all singular values 1) map it to itself; the W of ``soft_frobenius``, whose bound is twice the norm of
 an orthogonal matrix, is scaled up so that what is left of it is orthogonal.
 
@@ -71,7 +71,7 @@ ARMS = {
     "none, clipped": Arm(clip=CLIP),
     "torch orthogonal": Arm(lambda networks: orthogonal(networks, "recurrent")),
     "spectral": Arm(_matrix_norm("spectral")),
-    "polar": Arm(_matrix_norm("polar")),
+    "whitening": Arm(_matrix_norm("whitening")),
     # f / √(1 + f² / bound²) = √HIDDEN.
     "soft_frobenius": Arm(_matrix_norm("soft_frobenius", bound=BOUND), start_norm=(1 / HIDDEN - 1 / BOUND**2) ** -0.5),
 }

@@ -58,7 +58,7 @@ def plain(hypernetwork: Hypernetwork) -> None:
 ONLY = ""
 """The candidate of an arm that leaves nothing to choose."""
 BOUNDS = (0.1, 0.2, 0.5)
-BOUNDED = ("soft_frobenius", "soft_polar", "frobenius_clip", "adaptive", "polar")
+BOUNDED = ("soft_frobenius", "soft_polar", "adaptive")
 CLIPPED = ("soft_frobenius", "soft_polar")
 
 

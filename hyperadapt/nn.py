@@ -18,8 +18,8 @@ class MatrixNorm(nn.Module):
     Made for ``torch.nn.utils.parametrize.register_parametrization(layer, "weight", MatrixNorm("spectral"))``, and as
     usable on its own. A matrix W of shape ``(m, n)`` counts as the product I·W (or W·I, whichever identity is
     smaller), so the core is of the size ``min(m, n)``. Two methods have a meaning of their own here:
-    ``"sinkhorn"`` makes a square W, taken as logits, doubly stochastic; ``"whitening"`` is ``"polar"``, since the
-    identity is white already.
+    ``"sinkhorn"`` makes a square W, taken as logits, doubly stochastic; ``"whitening"`` gives W's orthogonal polar
+    factor, since the identity is white already.
 
     Args:
         method: One of ``hyperadapt.normalization.NORMALIZATIONS``.

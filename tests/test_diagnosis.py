@@ -37,7 +37,7 @@ def with_task_embeddings(weight: Tensor, **changes: Any) -> PeftModel:
     [
         {},
         {"head": "row", "rank_pattern": {"q_proj": 2}},
-        {"normalization": "polar"},
+        {"normalization": "whitening"},
         {"normalization": "soft_polar", "normalization_bound": 0.7},
     ],
 )

@@ -119,7 +119,6 @@ NEAR: dict[str, st.SearchStrategy[Any]] = {
     "normalization_bound": st.none() | NUMBERS,
     "normalization_ridge": st.none() | NUMBERS,
     "normalization_factors": st.sampled_from([None, "A", "both"]),
-    "normalization_order": st.sampled_from([None, 2, 8, 32, 64]),
     "normalization_iterations": st.sampled_from([None, 1, 20, 1000]),
     "normalization_temperature": st.none() | NUMBERS,
     "init_weights": st.sampled_from([True, False, "zero_head", "zero_gain", 1]),

@@ -64,6 +64,15 @@ def test_sinkhorn_makes_a_square_matrix_doubly_stochastic() -> None:
     assert (mixed > 0).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
+def test_whitening_gives_the_polar_factor(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2, *shape, dtype=torch.float64)
+    left, _, right_h = torch.linalg.svd(weight, full_matrices=False)
+    actual = make("whitening", ridge=RIDGE)(weight)
+    assert_close(actual, left @ right_h, rtol=0, atol=FLOAT64_CONDITIONED)
+
+
 def test_as_a_parametrization_it_trains_and_can_be_made_permanent() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 8, 3)
@@ -106,7 +115,7 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
         ({"method": "spectral", "bound": 1.0}, "bound=1.0 has no effect with normalization 'spectral'"),
         ({"method": "soft_frobenius"}, "'soft_frobenius' needs a bound.*pass bound="),
         ({"method": "adaptive", "bound": 1.0, "strength": 0.5}, "strength=0.5 has no effect with .*takes bound; drop"),
-        ({"method": "polar", "ridge": -1.0}, "ridge=-1.0 must be above 0"),
+        ({"method": "whitening", "ridge": -1.0}, "ridge=-1.0 must be above 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str) -> None:

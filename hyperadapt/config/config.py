@@ -97,10 +97,8 @@ class HyperAdapterConfig(PeftConfig):
             methods. The options below belong to some of them; None takes the method's default.
         normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for all but
             ``"none"``; of ``"adaptive"`` where it starts. Unit normalisations keep it by bounding their gain.
-        normalization_ridge: Ridge of ``"polar"`` and ``"whitening"``, relative to the mean eigenvalue of a
-            Gram matrix.
+        normalization_ridge: Ridge of ``"whitening"``, relative to the mean eigenvalue of a Gram matrix.
         normalization_factors: ``"both"`` or ``"A"``: which factors ``"whitening"`` whitens.
-        normalization_order: Order of the Schatten norm of ``"schatten"``, a power of 2.
         normalization_iterations: Iterations of ``"sinkhorn"``.
         normalization_temperature: Temperature of ``"sinkhorn"``.
         init_weights: True starts exactly at the base model in the way that suits the normalisation;
@@ -165,13 +163,10 @@ class HyperAdapterConfig(PeftConfig):
         metadata={"help": "Bound on the update's Frobenius norm, in units of the base weight's."},
     )
     normalization_ridge: float | None = field(
-        default=None, metadata={"help": "Ridge of polar and whitening, relative to the mean eigenvalue."}
+        default=None, metadata={"help": "Ridge of whitening, relative to the mean eigenvalue."}
     )
     normalization_factors: str | None = field(
         default=None, metadata={"help": "Which factors whitening whitens: 'both' or 'A'."}
-    )
-    normalization_order: int | None = field(
-        default=None, metadata={"help": "Order of the Schatten norm, a power of 2."}
     )
     normalization_iterations: int | None = field(default=None, metadata={"help": "Iterations of sinkhorn."})
     normalization_temperature: float | None = field(default=None, metadata={"help": "Temperature of sinkhorn."})

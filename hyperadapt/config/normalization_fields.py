@@ -36,8 +36,6 @@ def _check_option(option: str, value: Any) -> None:
         check_choice(name, value, choices)
     else:
         check_integer(name, value, MAX_ITERATIONS)
-        if not OPTIONS[option].holds(value):
-            raise ValueError(f"{name}={value} must be {OPTIONS[option].rule}.")
 
 
 def check_start(init_weights: Any, has_gain: bool, normalization: str, options: Mapping[str, Any]) -> None:

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from hyperadapt.normalization.matrix_functions import (
     inverse_sqrt,
-    polar_factor,
     reciprocal,
     sinkhorn,
     soft_inverse_sqrt,
     spectral_norm,
-    sqrt,
 )
 from hyperadapt.normalization.methods import Normalization
 
@@ -55,15 +53,6 @@ def _soft_polar(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Ten
     return soft_inverse_sqrt(gram_A, gram_B / c_squared[..., None, None])
 
 
-def _frobenius_clip(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
-    f_squared = frobenius_norm_squared(gram_A, gram_B)
-    c_squared = _squared(bound, f_squared)
-    clipped = f_squared > c_squared
-    # The inner `where` keeps the gradient inside of the bound 0 instead of 0·inf.
-    scale = torch.where(clipped, c_squared, 1).sqrt() * torch.where(clipped, f_squared, 1).rsqrt()
-    return scale[..., None, None]
-
-
 def _adaptive(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor, strength: float | Tensor) -> Tensor:
     return adaptive_scale(frobenius_norm_squared(gram_A, gram_B), bound, strength)[..., None, None]
 
@@ -74,26 +63,6 @@ def _frobenius(gram_A: Tensor, gram_B: Tensor) -> Tensor:
 
 def _spectral(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     return reciprocal(spectral_norm(gram_A, gram_B))[..., None, None]
-
-
-def _schatten(gram_A: Tensor, gram_B: Tensor, *, order: int) -> Tensor:
-    # K = G_B·G_A has the eigenvalues σ²; its trace is f². Dividing by constants close to the trace, at first and
-    # after every squaring, keeps powers of small numbers from underflowing and their gradients from overflowing.
-    f_squared = frobenius_norm_squared(gram_A, gram_B)
-    nonzero = f_squared >= torch.finfo(f_squared.dtype).tiny
-    divisor = torch.where(nonzero, f_squared, 1).detach()
-    power, logarithm, exponent = gram_B @ gram_A / divisor[..., None, None], divisor.log(), 1
-    while 2 * exponent < order:
-        power, exponent = power @ power, 2 * exponent
-        divisor = _positive_trace(power).detach()
-        power, logarithm = power / divisor[..., None, None], 2 * logarithm + divisor.log()
-    logarithm = logarithm + _positive_trace(power).log()
-    return torch.where(nonzero, (-logarithm / (2 * exponent)).exp(), 0)[..., None, None]
-
-
-def _polar(gram_A: Tensor, gram_B: Tensor, *, ridge: float) -> Tensor:
-    gram_A, gram_B = _ridged(gram_A, ridge), _ridged(gram_B, ridge)
-    return inverse_sqrt(gram_B) @ polar_factor(sqrt(gram_B) @ sqrt(gram_A)) @ inverse_sqrt(gram_A)
 
 
 def _whitening(gram_A: Tensor, gram_B: Tensor, *, ridge: float, factors: str) -> Tensor:
@@ -123,12 +92,6 @@ def _inverse_root(x: Tensor) -> Tensor:
     return torch.where(normal, (safe / scale).rsqrt() * scale.rsqrt(), 0)
 
 
-def _positive_trace(matrix: Tensor) -> Tensor:
-    """Trace, and 1 where it is not above 0."""
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return torch.where(trace > 0, trace, 1)
-
-
 def _inverse_lengths(gram: Tensor) -> Tensor:
     """1 over the lengths of the rows of A (columns of B), 0 for zero rows."""
     return _inverse_root(gram.diagonal(dim1=-2, dim2=-1))
@@ -145,12 +108,9 @@ METHODS: dict[str, Normalization] = {
     "none": Normalization(_none),
     "soft_frobenius": Normalization(_soft_frobenius, needs=("bound",)),
     "soft_polar": Normalization(_soft_polar, needs=("bound",), bounds_singular_values=True),
-    "frobenius_clip": Normalization(_frobenius_clip, needs=("bound",)),
     "adaptive": Normalization(_adaptive, needs=("bound", "strength"), gained="frobenius"),
     "frobenius": Normalization(_frobenius, largest_norm=lambda r: 1.0),
     "spectral": Normalization(_spectral, largest_norm=math.sqrt),
-    "schatten": Normalization(_schatten, {"order": 8}, largest_norm=math.sqrt),
-    "polar": Normalization(_polar, {"ridge": 1e-5}, largest_norm=math.sqrt),
     "whitening": Normalization(
         _whitening, {"ridge": 1e-5, "factors": "both"}, largest_norm=math.sqrt, without_gain={"factors": "A"}
     ),

@@ -23,36 +23,7 @@ def inverse_sqrt(gram: Tensor) -> Tensor:
     Returns:
         Same shape and dtype.
     """
-    result: Tensor = _PsdPower.apply(gram, -0.5)  # type: ignore[no-untyped-call]
-    return result
-
-
-def sqrt(gram: Tensor) -> Tensor:
-    """Square root G^(1/2) of a symmetric positive semi-definite matrix.
-
-    Args:
-        gram: Shape ``(..., r, r)``, symmetric, float32 or float64.
-
-    Returns:
-        Same shape and dtype.
-    """
-    result: Tensor = _PsdPower.apply(gram, 0.5)  # type: ignore[no-untyped-call]
-    return result
-
-
-def polar_factor(matrix: Tensor) -> Tensor:
-    """Orthogonal polar factor U·Vᵀ of ``M = U·Σ·Vᵀ``.
-
-    The gradient needs the singular values only as ``1/(σi + σj)``, so it is finite at repeated
-    singular values; pairs whose sum is zero get none.
-
-    Args:
-        matrix: Shape ``(..., r, r)``, float32 or float64.
-
-    Returns:
-        Same shape and dtype.
-    """
-    result: Tensor = _Polar.apply(matrix)  # type: ignore[no-untyped-call]
+    result: Tensor = _InverseSqrt.apply(gram)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -156,43 +127,23 @@ def _cholesky(gram: Tensor) -> Tensor:
     return torch.where(diagonal.unsqueeze(-1) > 0, root, 0)
 
 
-class _PsdPower(torch.autograd.Function):
+class _InverseSqrt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gram: Tensor, power: float) -> Tensor:
+    def forward(ctx: Any, gram: Tensor) -> Tensor:
         values, vectors = _eigh(gram)
         roots = values.sqrt()
-        function = roots if power > 0 else reciprocal(roots)
         ctx.save_for_backward(roots, vectors)
-        ctx.power = power
-        result: Tensor = (vectors * function.unsqueeze(-2)) @ vectors.mT
+        result: Tensor = (vectors * reciprocal(roots).unsqueeze(-2)) @ vectors.mT
         return result.to(gram.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         roots, vectors = ctx.saved_tensors
         row, column = roots.unsqueeze(-1), roots.unsqueeze(-2)
-        divided = reciprocal(row + column) if ctx.power > 0 else -reciprocal(row * column * (row + column))
+        divided = -reciprocal(row * column * (row + column))
         grad_64 = (grad + grad.mT).double() / 2
         result: Tensor = vectors @ (divided * (vectors.mT @ grad_64 @ vectors)) @ vectors.mT
-        return result.to(grad.dtype), None
-
-
-class _Polar(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        left, values, right_h = torch.linalg.svd(matrix.double())
-        ctx.save_for_backward(left, values, right_h)
-        result: Tensor = left @ right_h
-        return result.to(matrix.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        left, values, right_h = ctx.saved_tensors
-        inner = left.mT @ grad.double() @ right_h.mT
-        skew = (inner - inner.mT) * reciprocal(values.unsqueeze(-1) + values.unsqueeze(-2))
-        result: Tensor = left @ skew @ right_h
         return result.to(grad.dtype)
 
 

@@ -37,7 +37,6 @@ OPTIONS = {
     "bound": Option(float),
     "ridge": Option(float),
     "factors": Option(str, choices=("both", "A")),
-    "order": Option(int, choices=(2, 4, 8, 16, 32)),
     "iterations": Option(int),
     "temperature": Option(float),
 }

@@ -29,7 +29,6 @@ def normalize(
     strength: float | Tensor | None = None,
     ridge: float | None = None,
     factors: str | None = None,
-    order: int | None = None,
     logits: Tensor | None = None,
     iterations: int | None = None,
     temperature: float | None = None,
@@ -44,9 +43,8 @@ def normalize(
             the bounded methods. ``"soft_polar"`` keeps each singular value below bound/√r. A tensor's values are not
             checked.
         strength: Strength α in [0, 1] of ``"adaptive"``, a number or shape ``(...)``, dimensionless; always.
-        ridge: Ridge of ``"polar"`` and ``"whitening"``, relative to the mean eigenvalue; 1e-5 by default.
+        ridge: Ridge of ``"whitening"``, relative to the mean eigenvalue; 1e-5 by default.
         factors: ``"both"`` (default) or ``"A"``: which factors ``"whitening"`` whitens.
-        order: Order p of ``"schatten"``, a power of 2; 8 by default.
         logits: Mixing logits of ``"sinkhorn"``, shape ``(..., r, r)``; always.
         iterations: Iterations of ``"sinkhorn"``; 20 by default.
         temperature: Temperature of ``"sinkhorn"``; 1 by default.
@@ -71,7 +69,6 @@ def normalize(
         "strength": strength,
         "ridge": ridge,
         "factors": factors,
-        "order": order,
         "logits": logits,
         "iterations": iterations,
         "temperature": temperature,

@@ -59,7 +59,7 @@ def test_a_network_of_a_batch_is_torchs_rnn_and_starts_as_in_other_arms() -> Non
     outputs = {name: Networks(arm, 2)(torch.stack([sequences] * 2)).detach() for name, arm in ARMS.items()}
     for name, arm in ARMS.items():
         if arm.orthogonal_start:
-            # The ridge of polar.
+            # The ridge of whitening.
             torch.testing.assert_close(outputs[name], outputs["none"], rtol=0, atol=1e-4)
     for seed in range(2):
         torch.manual_seed(seed)
@@ -79,7 +79,7 @@ def test_normalised_weights_keep_their_bounds_at_a_high_rate() -> None:
         if name == "spectral":
             torch.testing.assert_close(singular[:, 0], torch.ones(2))
             assert bool((singular[:, -1] < 0.9).all())
-        elif name in ("polar", "torch orthogonal"):
+        elif name in ("whitening", "torch orthogonal"):
             torch.testing.assert_close(singular, torch.ones(2, HIDDEN), rtol=0, atol=0.01)
         elif name == "soft_frobenius":
             assert bool((recurrent.norm(dim=(1, 2)) < BOUND).all())
@@ -122,7 +122,7 @@ def test_steps_to_solve_is_the_end_of_the_first_window_below_the_threshold() -> 
 
 
 def test_a_run_is_the_same_again_and_has_no_numbers_that_json_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, again = ([row | {"seconds": 0} for row in run("polar", 1e-2, 5, 2, 3)] for _ in range(2))
+    rows, again = ([row | {"seconds": 0} for row in run("whitening", 1e-2, 5, 2, 3)] for _ in range(2))
     assert rows == again
     for row in run("none", 1e30, 5, 2, 3):
         assert not row["finite"]

@@ -98,19 +98,19 @@ def test_choices_are_the_widest_range_near_the_best_of_all_arms_and_then_the_bes
     rows += rows_of("soft_frobenius", (0.5, 0.8, 0.5, 0.5), "bound 0.1")
     rows += rows_of("soft_frobenius", (0.5, 0.79, 0.79, 0.5), "bound 0.2")
     rows += rows_of("soft_frobenius", [0.5] * 4, "bound 0.5")
-    rows += rows_of("frobenius_clip", (0.5, 0.80, 0.79, 0.5), "bound 0.1")
+    rows += rows_of("soft_polar", (0.5, 0.80, 0.79, 0.5), "bound 0.1")
     chosen = {row["arm"]: row for row in choose(rows)}
     assert {arm: row["candidate"] for arm, row in chosen.items()} == {
         "lora": "",
         "lora + weight decay": "decay 1",
         "none": "",
         "soft_frobenius": "bound 0.2",
-        "frobenius_clip": "bound 0.1",
+        "soft_polar": "bound 0.1",
     }
     assert chosen["lora + weight decay"]["decades"] is None
-    assert chosen["soft_frobenius"]["decades"] == chosen["frobenius_clip"]["decades"] == 1
+    assert chosen["soft_frobenius"]["decades"] == chosen["soft_polar"]["decades"] == 1
     # As wide and better at its best rate; without a normalisation an arm is not ours, however good.
-    assert [arm for arm, row in chosen.items() if row[OURS]] == ["frobenius_clip"]
+    assert [arm for arm, row in chosen.items() if row[OURS]] == ["soft_polar"]
 
 
 def test_report_takes_whole_arms_alone_and_other_methods_from_todays_setting(

@@ -45,7 +45,7 @@ FULL = {
     "hypernetwork_dim": 9,
     "hypernetwork_depth": 1,
     "head": "pair",
-    "normalization": "frobenius_clip",
+    "normalization": "soft_polar",
     "normalization_bound": 0.125,
     "init_weights": "zero_head",
 }
@@ -99,7 +99,7 @@ def test_the_full_config_has_no_default_left() -> None:
         for field in dataclasses.fields(config)
         if getattr(config, field.name) == getattr(default, field.name)
     }
-    others = {f"normalization_{option}" for option in ("ridge", "factors", "order", "iterations", "temperature")}
+    others = {f"normalization_{option}" for option in ("ridge", "factors", "iterations", "temperature")}
     assert same == {"peft_type", "peft_version", "plugin", "bias", "target_parameters"} | others
 
 

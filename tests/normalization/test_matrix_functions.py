@@ -9,11 +9,9 @@ from torch.testing import assert_close
 
 from hyperadapt.normalization.matrix_functions import (
     inverse_sqrt,
-    polar_factor,
     reciprocal,
     soft_inverse_sqrt,
     spectral_norm,
-    sqrt,
 )
 from tests.support.tolerances import (
     FLOAT32_CONDITIONED,
@@ -33,13 +31,12 @@ def orthogonal(*shape: int) -> Tensor:
     return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64))[0]
 
 
-def with_spectrum(values: list[float], *leading: int, symmetric: bool = True) -> Tensor:
-    """Random matrices of these eigenvalues, or singular values, float64."""
+def with_spectrum(values: list[float], *leading: int) -> Tensor:
+    """Random symmetric matrices of these eigenvalues, float64."""
     torch.manual_seed(0)
-    left = orthogonal(*leading, len(values), len(values))
-    right = left if symmetric else orthogonal(*leading, len(values), len(values))
-    matrix = left * torch.tensor(values, dtype=torch.float64) @ right.mT
-    return (matrix + matrix.mT) / 2 if symmetric else matrix
+    vectors = orthogonal(*leading, len(values), len(values))
+    matrix = vectors * torch.tensor(values, dtype=torch.float64) @ vectors.mT
+    return (matrix + matrix.mT) / 2
 
 
 def symmetrized(function: Function) -> Function:
@@ -47,17 +44,9 @@ def symmetrized(function: Function) -> Function:
     return lambda matrix: function((matrix + matrix.mT) / 2)
 
 
-def textbook_power(power: float) -> Function:
-    def function(gram: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(gram)
-        return (vectors * values.pow(power).unsqueeze(-2)) @ vectors.mT
-
-    return function
-
-
-def textbook_polar(matrix: Tensor) -> Tensor:
-    left, _, right_h = torch.linalg.svd(matrix)
-    return left @ right_h
+def textbook_inverse_sqrt(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
 
 
 def textbook_spectral_norm(gram: Tensor) -> Tensor:
@@ -69,7 +58,7 @@ def textbook_soft(gram: Tensor) -> Tensor:
     """(I + G·C)^(-1/2) with the Gram matrix C of the constant factor."""
     root = torch.linalg.cholesky(gram)
     inner = torch.eye(gram.shape[-1]).to(gram) + root.mT @ other_gram(gram) @ root
-    return torch.linalg.solve(root, root @ textbook_power(-0.5)(inner), left=False)
+    return torch.linalg.solve(root, root @ textbook_inverse_sqrt(inner), left=False)
 
 
 def identity_like(gram: Tensor) -> Tensor:
@@ -82,49 +71,32 @@ def other_gram(like: Tensor) -> Tensor:
 
 
 CONSTANT = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, -0.25], [0.75, 0.0, 1.5]], dtype=torch.float64)
-# Name: function, the same by autograd through a decomposition, whether for symmetric matrices.
-FUNCTIONS: dict[str, tuple[Function, Function, bool]] = {
-    "inverse_sqrt": (inverse_sqrt, textbook_power(-0.5), True),
-    "sqrt": (sqrt, textbook_power(0.5), True),
-    "polar_factor": (polar_factor, textbook_polar, False),
-    "spectral_norm_A": (lambda gram: spectral_norm(gram, other_gram(gram)), textbook_spectral_norm, True),
-    "spectral_norm_B": (lambda gram: spectral_norm(other_gram(gram), gram), textbook_spectral_norm, True),
-    "soft_inverse_sqrt_A": (lambda gram: soft_inverse_sqrt(gram, other_gram(gram)), textbook_soft, True),
+# Name: function of a symmetric matrix, and the same by autograd through a decomposition.
+FUNCTIONS: dict[str, tuple[Function, Function]] = {
+    "inverse_sqrt": (inverse_sqrt, textbook_inverse_sqrt),
+    "spectral_norm_A": (lambda gram: spectral_norm(gram, other_gram(gram)), textbook_spectral_norm),
+    "spectral_norm_B": (lambda gram: spectral_norm(other_gram(gram), gram), textbook_spectral_norm),
+    "soft_inverse_sqrt_A": (lambda gram: soft_inverse_sqrt(gram, other_gram(gram)), textbook_soft),
     "soft_inverse_sqrt_B": (
         lambda gram: soft_inverse_sqrt(other_gram(gram), gram),
         lambda gram: textbook_soft(gram).mT,
-        True,
     ),
     "soft_inverse_sqrt_alone": (
         lambda gram: soft_inverse_sqrt(gram, identity_like(gram)),
-        lambda gram: textbook_power(-0.5)(identity_like(gram) + gram),
-        True,
+        lambda gram: textbook_inverse_sqrt(identity_like(gram) + gram),
     ),
 }
 parametrize_functions = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
-def test_roots_by_definition(leading: tuple[int, ...]) -> None:
+def test_inverse_sqrt_by_definition(leading: tuple[int, ...]) -> None:
     gram = with_spectrum([0.25, 1.5, 1.75, 9.0], *leading)
-    identity = torch.eye(4, dtype=torch.float64).expand_as(gram)
-    root, inverse = sqrt(gram), inverse_sqrt(gram)
-    assert_close(root @ root, gram, **EXACT)
-    assert_close(inverse @ gram @ inverse, identity, **EXACT)
+    inverse = inverse_sqrt(gram)
+    assert_close(inverse @ gram @ inverse, torch.eye(4, dtype=torch.float64).expand_as(gram), **EXACT)
     # Of the many roots, the symmetric positive one.
-    for matrix in (root, inverse):
-        assert_close(matrix, matrix.mT, **EXACT)
-        assert (torch.linalg.eigvalsh(matrix) > 0).all()
-
-
-@pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
-def test_polar_factor_by_definition(leading: tuple[int, ...]) -> None:
-    matrix = with_spectrum([0.25, 1.5, 1.75, 9.0], *leading, symmetric=False)
-    factor = polar_factor(matrix)
-    assert_close(factor @ factor.mT, torch.eye(4, dtype=torch.float64).expand_as(factor), **EXACT)
-    stretch = factor.mT @ matrix
-    assert_close(stretch, stretch.mT, **EXACT)
-    assert (torch.linalg.eigvalsh(stretch) > 0).all()
+    assert_close(inverse, inverse.mT, **EXACT)
+    assert (torch.linalg.eigvalsh(inverse) > 0).all()
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
@@ -139,25 +111,22 @@ def test_spectral_norm_by_definition(leading: tuple[int, ...], out: int, inside:
 
 @parametrize_functions
 def test_gradients_equal_those_of_the_textbook_formula(name: str) -> None:
-    function, textbook, symmetric = FUNCTIONS[name]
-    matrix = with_spectrum([0.5, 1.5, 4.0], 2, symmetric=symmetric).requires_grad_()
+    function, textbook = FUNCTIONS[name]
+    matrix = with_spectrum([0.5, 1.5, 4.0], 2).requires_grad_()
     actual, expected = function(matrix), textbook(matrix)
     assert_close(actual, expected, **EXACT)
     direction = torch.randn_like(actual)
     gradients = [torch.autograd.grad(value, matrix, direction)[0] for value in (actual, expected)]
-    if symmetric:
-        # A textbook's decomposition may put the gradient of one triangle into the other.
-        assert_close(gradients[0], gradients[0].mT, **EXACT)
-        gradients[1] = (gradients[1] + gradients[1].mT) / 2
-    assert_close(*gradients, **EXACT)
+    # A textbook's decomposition may put the gradient of one triangle into the other.
+    assert_close(gradients[0], gradients[0].mT, **EXACT)
+    assert_close(gradients[0], (gradients[1] + gradients[1].mT) / 2, **EXACT)
 
 
 @parametrize_functions
 @pytest.mark.parametrize("spectrum", [[0.5, 1.5, 4.0], [2.0, 2.0, 2.0], [1.0, 3.0, 3.0]])
 def test_gradcheck(name: str, spectrum: list[float]) -> None:
-    function, _, symmetric = FUNCTIONS[name]
-    matrix = with_spectrum(spectrum, 2, symmetric=symmetric).requires_grad_()
-    assert torch.autograd.gradcheck(symmetrized(function) if symmetric else function, (matrix,), **CHECK)
+    matrix = with_spectrum(spectrum, 2).requires_grad_()
+    assert torch.autograd.gradcheck(symmetrized(FUNCTIONS[name][0]), (matrix,), **CHECK)
 
 
 HADAMARD = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64)
@@ -170,25 +139,14 @@ TIED = {
 
 
 @pytest.mark.parametrize("case", TIED)
-@pytest.mark.parametrize("name", ["inverse_sqrt", "sqrt", "polar_factor", "soft_inverse_sqrt_alone"])
+@pytest.mark.parametrize("name", ["inverse_sqrt", "soft_inverse_sqrt_alone"])
 def test_at_exact_ties_the_textbook_gradient_is_nan_and_this_one_right(name: str, case: str) -> None:
-    function, textbook, symmetric = FUNCTIONS[name]
+    function, textbook = FUNCTIONS[name]
     matrix = TIED[case].clone().requires_grad_()
     direction = torch.randn_like(matrix)
     assert not torch.autograd.grad(textbook(matrix), matrix, direction)[0].isfinite().all()
     assert torch.autograd.grad(function(matrix), matrix, direction)[0].isfinite().all()
-    assert torch.autograd.gradcheck(symmetrized(function) if symmetric else function, (matrix,), **CHECK)
-
-
-def test_a_scaled_orthogonal_matrix_has_the_polar_gradient_of_its_tangent_space() -> None:
-    matrix = (3 * HADAMARD).requires_grad_()
-    factor = polar_factor(matrix)
-    assert_close(factor, HADAMARD / 2, **EXACT)
-    direction = torch.randn_like(matrix)
-    [gradient] = torch.autograd.grad(factor, matrix, direction)
-    # M = 6·Q: all singular values are 6, and the skew part of Qᵀ·g is left, divided by σ + σ.
-    inner = (HADAMARD / 2).mT @ direction
-    assert_close(gradient, HADAMARD / 2 @ (inner - inner.mT) / 12, **EXACT)
+    assert torch.autograd.gradcheck(symmetrized(function), (matrix,), **CHECK)
 
 
 @parametrize_functions
@@ -197,23 +155,22 @@ def test_a_scaled_orthogonal_matrix_has_the_polar_gradient_of_its_tangent_space(
 def test_values_and_gradients_are_finite_without_full_rank(
     name: str, dtype: torch.dtype, spectrum: list[float]
 ) -> None:
-    function, _, symmetric = FUNCTIONS[name]
-    rotated = with_spectrum(spectrum, 2, symmetric=symmetric)
+    rotated = with_spectrum(spectrum, 2)
     diagonal = torch.diag(torch.tensor(spectrum)).expand(2, 3, 3)
     for matrix in (rotated, diagonal):
         given = matrix.to(dtype).requires_grad_()
-        value = function(given)
+        value = FUNCTIONS[name][0](given)
         [gradient] = torch.autograd.grad(value.sum(), given)
         assert value.dtype == gradient.dtype == dtype
         assert value.isfinite().all()
         assert gradient.isfinite().all()
-        if spectrum[-1] == 0 and name != "polar_factor" and not name.startswith("soft"):
+        if spectrum[-1] == 0 and not name.startswith("soft"):
             assert (value == 0).all()
             assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_roots_leave_out_directions_of_eigenvalue_zero(dtype: torch.dtype) -> None:
+def test_inverse_sqrt_leaves_out_directions_of_eigenvalue_zero(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     factor = torch.randn(20, 5, 2, dtype=dtype)
     gram = factor @ factor.mT
@@ -224,7 +181,6 @@ def test_roots_leave_out_directions_of_eigenvalue_zero(dtype: torch.dtype) -> No
     expected = factor @ torch.linalg.pinv(factor)
     tolerance = FLOAT64_CONDITIONED if dtype == torch.float64 else FLOAT32_CONDITIONED
     assert_close(inverse @ gram @ inverse, expected, rtol=0, atol=tolerance)
-    assert_close(sqrt(gram) @ sqrt(gram), gram, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
@@ -264,9 +220,8 @@ def test_spectral_norm_gives_a_subgradient_where_the_top_is_repeated() -> None:
 
 @parametrize_functions
 def test_second_derivatives_are_refused_and_not_wrong(name: str) -> None:
-    function, _, symmetric = FUNCTIONS[name]
-    matrix = with_spectrum([0.5, 1.5, 4.0], symmetric=symmetric).requires_grad_()
-    [gradient] = torch.autograd.grad(function(matrix).square().sum(), matrix, create_graph=True)
+    matrix = with_spectrum([0.5, 1.5, 4.0]).requires_grad_()
+    [gradient] = torch.autograd.grad(FUNCTIONS[name][0](matrix).square().sum(), matrix, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 

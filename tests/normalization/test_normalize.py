@@ -30,7 +30,6 @@ from tests.support.tolerances import (
     FLOAT32_FORMULA,
     FLOAT64_EXACT,
     FLOAT64_GRADCHECK,
-    RIDGE,
 )
 
 parametrize_methods = pytest.mark.parametrize(("method", "options"), EACH, ids=str)
@@ -91,8 +90,6 @@ def test_gradcheck(method: str, options: dict[str, Any]) -> None:
 
 def test_the_default_options_are_as_documented() -> None:
     defaults = {
-        "schatten": {"order": 8},
-        "polar": {"ridge": 1e-5},
         "whitening": {"ridge": 1e-5, "factors": "both"},
         "sinkhorn": {"iterations": 20, "temperature": 1.0},
     }
@@ -101,14 +98,6 @@ def test_the_default_options_are_as_documented() -> None:
         assert torch.equal(
             normalize(*make_factors(4), method, **given), normalize(*make_factors(4), method, **given, **options)
         )
-
-
-def test_polar_is_the_orthogonal_part_of_the_products_svd() -> None:
-    lora_A, lora_B = make_factors(4)
-    left, _, right_h = torch.linalg.svd(lora_B @ lora_A, full_matrices=False)
-    expected = left[..., :R] @ right_h[..., :R, :]
-    actual = core_update(lora_A, lora_B, "polar", ridge=RIDGE)
-    assert_close(actual, expected, rtol=tolerance("polar"), atol=tolerance("polar"))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +132,7 @@ def test_gradients_reach_the_mixing_logits(shape: tuple[int, ...]) -> None:
         *((method, options, torch.float32) for method, options in EACH),
         *(
             (method, {}, dtype)
-            for method in ("polar", "sinkhorn")
+            for method in ("whitening", "sinkhorn")
             for dtype in (torch.bfloat16, torch.float16, torch.float64)
         ),
     ],
@@ -160,7 +149,7 @@ def test_half_precision_factors_get_a_float32_core(method: str, options: dict[st
     for gram in gram_matrices(exact_A, exact_B):
         assert (torch.linalg.cond(gram) < 100).all()
     exact = normalize(exact_A, exact_B, method, **options)
-    formula = FLOAT32_CONDITIONED if method in ("polar", "whitening") else FLOAT32_FORMULA
+    formula = FLOAT32_CONDITIONED if method == "whitening" else FLOAT32_FORMULA
     error = formula if expected == torch.float32 else tolerance(method)
     assert_close(core.double(), exact, rtol=error, atol=error)
     # Gradients come in the dtype of the factors, rounded to it once.
@@ -176,7 +165,7 @@ def test_half_precision_factors_get_a_float32_core(method: str, options: dict[st
 
 # Formulas read Gram matrices alone, which are always laid out in one way.
 @pytest.mark.parametrize(
-    ("method", "options"), [("soft_frobenius", {"bound": 2.0}), ("polar", {}), ("sinkhorn", {})], ids=str
+    ("method", "options"), [("soft_frobenius", {"bound": 2.0}), ("whitening", {}), ("sinkhorn", {})], ids=str
 )
 def test_memory_layout_does_not_matter(method: str, options: dict[str, Any]) -> None:
     lora_A, lora_B = make_factors(4)
@@ -250,8 +239,8 @@ MIXED = {"logits": torch.zeros(R, R)}
             )
             for method, name, value, takes in (
                 ("none", "bound", 1.0, "no options"),
-                ("schatten", "ridge", 0.1, "order"),
-                ("whitening", "order", 4, "ridge, factors"),
+                ("spectral", "ridge", 0.1, "no options"),
+                ("whitening", "temperature", 0.5, "ridge, factors"),
                 ("adaptive", "logits", [[0.0]], "bound, strength"),
                 ("sinkhorn", "strength", 0.5, "iterations, temperature, logits"),
             )
@@ -269,7 +258,7 @@ MIXED = {"logits": torch.zeros(R, R)}
             (method, options | {name: value}, f"{name}={value!r} must be above 0.")
             for method, options, name in (
                 ("soft_frobenius", {}, "bound"),
-                ("polar", {}, "ridge"),
+                ("whitening", {}, "ridge"),
                 ("sinkhorn", MIXED, "temperature"),
                 ("sinkhorn", MIXED, "iterations"),
             )
@@ -280,7 +269,6 @@ MIXED = {"logits": torch.zeros(R, R)}
             ("adaptive", {"bound": 1.0, "strength": strength}, f"strength={strength!r} must be in [0, 1].")
             for strength in (-0.1, 1.5, math.nan)
         ),
-        *(("schatten", {"order": p}, f"order={p!r} must be 2, 4, 8, 16 or 32.") for p in (1, 6, "8")),
         ("whitening", {"factors": "B"}, "factors='B' must be 'both' or 'A'."),
     ],
     ids=str,

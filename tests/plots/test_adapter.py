@@ -63,7 +63,7 @@ def base_norms(model: PeftModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("options", "scaling"),
-    [({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}}, 2), ({"normalization": "polar"}, 1)],
+    [({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}}, 2), ({"normalization": "whitening"}, 1)],
 )
 def test_singular_values_are_those_of_dense_updates(options: dict[str, Any], scaling: float) -> None:
     model = adapted_model("llama", **options).double()

@@ -281,7 +281,7 @@ def test_all_problems_are_told_together_in_the_order_of_lines(folder: Path) -> N
 dtype: float8
 adapter:
   normalization: foo
-  normalization_order: 8
+  normalization_ridge: 1e-3
   lora_alpha: -1
   task_type: CAUSAL_LM
   r: 0
@@ -298,8 +298,8 @@ trainer: {temperature: 0, max_tasks_per_batch: 5}
     assert [int(re.match(r".*first\.yaml:(\d+): ", line)[1]) for line in lines] == [
         *(1, 1, 1, 3, 5, 7, 9, 9, 11, 12, 13, 14, 14),
     ]  # fmt: skip
-    # The order is wrong only because the normalization is.
-    assert "normalization_order" not in str(found)
+    # The ridge is wrong only because the normalization is.
+    assert "normalization_ridge" not in str(found)
 
 
 def test_an_empty_file_lacks_everything(folder: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_scaled_embedding_scales_the_update() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "normalization"), varied(("row", "sinkhorn"), HEADS, ["soft_frobenius", "polar", "sinkhorn"])
+    ("head", "normalization"), varied(("row", "sinkhorn"), HEADS, ["soft_frobenius", "whitening", "sinkhorn"])
 )
 def test_ranks_and_scalings_by_pattern(head: str, normalization: str, tmp_path: Path) -> None:
     patterns = {
