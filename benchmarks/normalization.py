@@ -110,7 +110,7 @@ def core_of(parts: list[Tensor], method: str, logits: Tensor) -> Tensor:
         Shape ``(adapters, r, r)``.
     """
     half, record = len(parts) // 2, METHODS[method]
-    needed = {"bound": 1.0, "strength": 0.5, "logits": logits}
+    needed = {"bound": 1.0, "logits": logits}
     options = {**record.options, **{name: needed[name] for name in record.needs}}
     return record.core(torch.cat(parts[:half]), torch.cat(parts[half:]), **options)
 

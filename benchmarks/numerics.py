@@ -103,7 +103,7 @@ def largest_error(method: str, draw: Callable[[], tuple[Tensor, Tensor]], dtype:
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         lora_A, lora_B = (factor.to(dtype) for factor in draw())
-        needed = {"bound": 0.5, "strength": 0.5, "logits": torch.randn(R, R) + 4 * torch.eye(R)}
+        needed = {"bound": 0.5, "logits": torch.randn(R, R) + 4 * torch.eye(R)}
         options = {name: needed[name] for name in METHODS[method].needs}
         core = normalize(lora_A, lora_B, method, **options).double()
         exact = normalize(lora_A.double(), lora_B.double(), method, **options)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperadapt.normalization.formulas import METHODS
+from hyperadapt.normalization.formulas import METHODS, learned_bound
 from hyperadapt.normalization.matrix_functions import inverse_sqrt
 from hyperadapt.normalization.normalize import check_options, checked_method, full_core
 
@@ -25,8 +25,8 @@ class MatrixNorm(nn.Module):
         method: One of ``hyperadapt.normalization.NORMALIZATIONS``.
         start_dim: Dimensions from this one on are flattened into the columns of the matrix, as ``1`` does
             for the weight of a convolution; None takes the last two dimensions and any others as a batch.
-        **options: The method's options, as in ``normalize``; `bound` is absolute. ``"adaptive"`` learns one strength,
-            from 0.5, and one bound, from `bound`.
+        **options: The method's options, as in ``normalize``; `bound` is absolute. ``"adaptive"`` learns a bound
+            between 0 and `bound`, from 88% of it.
 
     Raises:
         ValueError: If the method is unknown, or an option is missing, needless or out of range.
@@ -41,9 +41,8 @@ class MatrixNorm(nn.Module):
         self.method = method
         self.start_dim = start_dim
         self.options = options
-        if "strength" in record.needs:
-            self.strength_logit = nn.Parameter(torch.zeros(()))
-            self.log_bound = nn.Parameter(torch.tensor(float(options["bound"])).log())
+        if record.learns_bound:
+            self.bound_logit = nn.Parameter(torch.zeros(()))
 
     def forward(self, weight: Tensor) -> Tensor:  # noqa: DOC502
         """Normalise a weight.
@@ -74,8 +73,8 @@ class MatrixNorm(nn.Module):
             # The rows of an identity have length 1, so that the core is the doubly stochastic matrix itself.
             gram = identity.to(torch.promote_types(matrix.dtype, torch.float32))
             return method.core(gram, gram, **{**method.options, **options, "logits": matrix})
-        if "strength" in method.needs:
-            options.update(strength=self.strength_logit.sigmoid(), bound=self.log_bound.exp())
+        if method.learns_bound:
+            options["bound"] = learned_bound(options["bound"], self.bound_logit)
         if rows <= columns:
             return full_core(matrix, identity, method, options).to(matrix.dtype) @ matrix
         return matrix @ full_core(identity, matrix, method, options).to(matrix.dtype)

@@ -1,6 +1,7 @@
 """Normalisation of any weight matrix through parametrize, and whitening of activations."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -25,11 +26,7 @@ from tests.support.tolerances import (
 
 def make(method: str, **options: object) -> MatrixNorm:
     bound = {"bound": 1.5} if METHODS[method].is_bounded else {}
-    norm = MatrixNorm(method, **bound, **options).double()
-    if hasattr(norm, "log_bound"):
-        # Made in float32, the logarithm of the bound is off by rounding.
-        norm.log_bound.data = torch.tensor(1.5, dtype=torch.float64).log()
-    return norm
+    return MatrixNorm(method, **bound, **options).double()
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
@@ -38,10 +35,11 @@ def test_a_matrix_is_normalised_by_the_methods_definition(method: str, shape: tu
     torch.manual_seed(0)
     ridge = {"ridge": RIDGE} if "ridge" in METHODS[method].options else {}
     norm, weight = make(method, **ridge), torch.randn(shape, dtype=torch.float64)
-    # The product of the matrix and the smaller identity; the strength starts at a half.
+    # The product of the matrix and the smaller identity; a learned bound starts at sigmoid(2) of the given one.
     identity = torch.eye(min(shape), dtype=torch.float64)
     factors = (weight, identity) if shape[0] <= shape[1] else (identity, weight)
-    expected = dense_update(*factors, method, bound=1.5, strength=0.5, **ridge)
+    bound = 1.5 / (1 + math.exp(-2)) if method == "adaptive" else 1.5
+    expected = dense_update(*factors, method, bound=bound, **ridge)
     assert_close(norm(weight), expected, rtol=FLOAT64_CONDITIONED, atol=FLOAT64_CONDITIONED)
 
 
@@ -93,12 +91,17 @@ def test_as_a_parametrization_it_trains_and_can_be_made_permanent() -> None:
     assert torch.equal(layer(x), expected)
 
 
-def test_adaptive_learns_its_strength_and_bound() -> None:
-    norm = MatrixNorm("adaptive", bound=2.0)
-    norm(torch.randn(4, 4)).square().sum().backward()
-    for parameter in norm.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad != 0
+def test_adaptive_learns_a_bound_below_the_given_one() -> None:
+    norm, weight = MatrixNorm("adaptive", bound=2.0), 1e4 * torch.randn(4, 4)
+    norms = []
+    for logit in (-2.0, 0.0, 50.0):
+        nn.init.constant_(norm.bound_logit, logit)
+        norms.append(torch.linalg.matrix_norm(norm(weight)))
+    expected = torch.tensor([1.0, 2 / (1 + math.exp(-2)), 2.0])
+    assert_close(torch.stack(norms), expected, rtol=FLOAT32_FORMULA, atol=0)
+    assert [name for name, _ in norm.named_parameters()] == ["bound_logit"]
+    norms[1].backward()
+    assert norm.bound_logit.grad > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -114,7 +117,7 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
         ({"method": "frobenious"}, "Unknown normalization 'frobenious'.*'frobenius'"),
         ({"method": "spectral", "bound": 1.0}, "bound=1.0 has no effect with normalization 'spectral'"),
         ({"method": "soft_frobenius"}, "'soft_frobenius' needs a bound.*pass bound="),
-        ({"method": "adaptive", "bound": 1.0, "strength": 0.5}, "strength=0.5 has no effect with .*takes bound; drop"),
+        ({"method": "adaptive", "bound": 1.0, "ridge": 0.5}, "ridge=0.5 has no effect with .*takes bound; drop"),
         ({"method": "whitening", "ridge": -1.0}, "ridge=-1.0 must be above 0"),
     ],
 )

@@ -96,7 +96,8 @@ class HyperAdapterConfig(PeftConfig):
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
             methods. The options below belong to some of them; None takes the method's default.
         normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for all but
-            ``"none"``; of ``"adaptive"`` where it starts. Unit normalisations keep it by bounding their gain.
+            ``"none"``. Unit normalisations keep it by bounding their gain; ``"adaptive"`` learns one below it for each
+            position.
         normalization_ridge: Ridge of ``"whitening"``, relative to the mean eigenvalue of a Gram matrix.
         normalization_factors: ``"both"`` or ``"A"``: which factors ``"whitening"`` whitens.
         normalization_iterations: Iterations of ``"sinkhorn"``.
@@ -236,10 +237,7 @@ class HyperAdapterConfig(PeftConfig):
     @property
     def has_gain(self) -> bool:
         """Whether a learned gain per position follows the normalisation."""
-        method = METHODS[self.normalization]
-        return method.needs_gain(self._given_options()) or (
-            method.gained is not None and self.init_weights == "zero_gain"
-        )
+        return METHODS[self.normalization].needs_gain(self._given_options())
 
     @property
     def normalization_options(self) -> dict[str, Any]:

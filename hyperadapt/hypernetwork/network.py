@@ -1,4 +1,4 @@
-"""Everything one adapter learns: task embeddings, the hypernetwork, and the gains of its normalisation."""
+"""Everything one adapter learns: task embeddings, the hypernetwork, and gains or bounds of its normalisation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork, index_tensor
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.updates import largest_singular_values, update_grams
-from hyperadapt.normalization.formulas import METHODS, adaptive_scale, frobenius_norm_squared
+from hyperadapt.normalization.formulas import METHODS, frobenius_norm_squared, learned_bound, soft_scale
 from hyperadapt.normalization.gram import grams
-from hyperadapt.normalization.methods import Normalization
 from hyperadapt.tasks.embedding import TaskEmbedding
 
 
@@ -32,7 +31,7 @@ class HyperAdapterNetwork(nn.Module):
     def __init__(self, config: HyperAdapterConfig, positions: Sequence[Position], base_norms: Tensor) -> None:
         super().__init__()
         self.config = config
-        needs = METHODS[config.normalization].needs
+        method = METHODS[config.normalization]
         self.positions = list(positions)
         self._index = {position.name: index for index, position in enumerate(self.positions)}
         self.task_embedding = TaskEmbedding(
@@ -48,17 +47,15 @@ class HyperAdapterNetwork(nn.Module):
             hypernetwork_depth=config.hypernetwork_depth,
             head=config.head,
             variance_B=_start_variance(config),
-            mixing="logits" in needs,
+            mixing="logits" in method.needs,
             conditioning=config.conditioning,
         )
         self.register_buffer("base_norms", base_norms)
         if config.has_gain:
             start = torch.zeros if config.init_weights else torch.ones
             self.gain = nn.Parameter(start(len(self.positions)))
-        if "strength" in needs:
-            # Half of the full strength, at the configured bound; the sigmoid keeps it in (0, 1).
-            self.strength_logit = nn.Parameter(torch.zeros(len(self.positions)))
-            self.log_bound = nn.Parameter(torch.zeros(len(self.positions)))
+        if method.learns_bound:
+            self.bound_logit = nn.Parameter(torch.zeros(len(self.positions)))
 
     def forward(
         self, tasks: Tensor, positions: Sequence[Position] | None = None, dtype: torch.dtype | None = None
@@ -136,62 +133,53 @@ class HyperAdapterNetwork(nn.Module):
         """Cores (tasks, positions, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
         config, scaling = self.config, _scaling(positions, gram_A)
         method, (indices, base_norms) = METHODS[config.normalization], self._selected(positions, gram_A.dtype)
-        options = config.normalization_options | self._limits(indices, base_norms)
+        options = config.normalization_options
         if "logits" in method.needs:
             options["logits"] = logits
-        if not config.has_gain:
-            # A bound holds for the update as applied, so the scaling goes in before the normalisation.
-            return scaling * method.core(gram_A, gram_B * scaling**2, **options)
-        unit, limits = self._unit, {name: options.pop(name) for name in ("bound", "strength") if name in options}
-        gains, _ = self._gains(indices, base_norms, positions[0].r, **limits)
-        return gains[:, None, None] * unit.core(gram_A, gram_B, **options)
+        if config.has_gain:
+            del options["bound"]
+            gains, _ = self._gains(indices, base_norms, positions[0].r)
+            return gains[:, None, None] * method.core(gram_A, gram_B, **options)
+        if method.is_bounded:
+            options["bound"] = self._bounds(indices, base_norms)
+        # A bound holds for the update as applied, so the scaling goes in before the normalisation.
+        return scaling * method.core(gram_A, gram_B * scaling**2, **options)
 
     def _bound_shares(self, positions: Sequence[Position], factors: Sequence[Factors]) -> Tensor:
         """As ``bound_shares``, of positions of one rank, (positions, tasks)."""
         cores = factors[0].core
         indices, base_norms = self._selected(positions, torch.promote_types(cores.dtype, torch.float32))
-        limits = self._limits(indices, base_norms)
         if self.config.has_gain:
-            gains, bounds = self._gains(indices, base_norms, positions[0].r, **limits)
+            gains, bounds = self._gains(indices, base_norms, positions[0].r)
             return (gains.abs() / bounds)[:, None].expand(-1, len(cores))
         gram_A, gram_B = update_grams(factors)
         if METHODS[self.config.normalization].bounds_singular_values:
             sizes = largest_singular_values(gram_A, gram_B) * math.sqrt(positions[0].r)
         else:
             sizes = frobenius_norm_squared(gram_A, gram_B).sqrt()
-        return sizes / limits["bound"][:, None]
+        return sizes / self._bounds(indices, base_norms)[:, None]
 
     def _selected(self, positions: Sequence[Position], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Places of positions among all, and their base norms, both (positions,)."""
         indices = index_tensor([self._index[position.name] for position in positions], self.base_norms.device)
         return indices, self.base_norms[indices].to(dtype)
 
-    def _limits(self, indices: Tensor, base_norms: Tensor) -> dict[str, Tensor]:
-        """Bounds, in the units of the weights, and strengths that are learned, (positions,); empty without a bound."""
-        bound = self.config.normalization_options.get("bound")
-        if bound is None:
-            return {}
-        if not hasattr(self, "log_bound"):
-            return {"bound": bound * base_norms}
-        # Beyond e^±10 a bound means all or nothing; without limits a diverging run would overflow it.
-        strength, factor = self.strength_logit[indices].sigmoid(), self.log_bound[indices].clamp(-10, 10).exp()
-        return {"bound": (bound * factor).to(base_norms) * base_norms, "strength": strength.to(base_norms)}
+    def _bounds(self, indices: Tensor, base_norms: Tensor) -> Tensor:
+        """Bounds in the units of the weights, (positions,)."""
+        bound = self.config.normalization_options["bound"]
+        if METHODS[self.config.normalization].learns_bound:
+            bound = learned_bound(bound, self.bound_logit[indices].to(base_norms))
+        bounds: Tensor = bound * base_norms
+        return bounds
 
-    def _gains(
-        self, indices: Tensor, base_norms: Tensor, r: int, bound: Tensor, strength: float | Tensor = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def _gains(self, indices: Tensor, base_norms: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """Bounded gains of positions of rank r, and what bounds them, in the units of the weights, (positions,)."""
-        assert self._unit.largest_norm is not None
+        largest_norm = METHODS[self.config.normalization].largest_norm
+        assert largest_norm is not None
         # What is bounded is the gained update, whose norm is the gain's (or at most a multiple of it).
-        bound = bound / self._unit.largest_norm(r)
+        bounds = self._bounds(indices, base_norms) / largest_norm(r)
         gains = self.gain[indices].to(base_norms) * base_norms
-        return adaptive_scale(gains.square(), bound, strength) * gains, bound
-
-    @property
-    def _unit(self) -> Normalization:
-        """The normalisation that a gain follows."""
-        method = METHODS[self.config.normalization]
-        return METHODS[method.gained] if method.gained else method
+        return soft_scale(gains.square(), bounds) * gains, bounds
 
 
 def _start_variance(config: HyperAdapterConfig) -> float | None:

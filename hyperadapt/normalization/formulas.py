@@ -33,10 +33,15 @@ def frobenius_norm_squared(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     return (gram_A * gram_B).sum(dim=(-2, -1)).clamp(min=0)
 
 
-def adaptive_scale(f_squared: Tensor, bound: float | Tensor, strength: float | Tensor) -> Tensor:
-    """Scale (1 + f²/c²)^(-α/2) of an update of norm f, shape ``(...)``: 1 near zero; at α = 1 it keeps f below c."""
-    exponent = strength.to(f_squared) / -2 if isinstance(strength, Tensor) else strength / -2
-    return (1 + f_squared / _squared(bound, f_squared)) ** exponent
+def soft_scale(f_squared: Tensor, bound: float | Tensor) -> Tensor:
+    """Scale (1 + f²/c²)^(-1/2) of an update of norm f, shape ``(...)``: 1 near zero, and it keeps f below c."""
+    return (1 + f_squared / _squared(bound, f_squared)).rsqrt()
+
+
+def learned_bound(bound: float | Tensor, logit: Tensor) -> Tensor:
+    """Bound in (0, `bound`) of a learned logit, shape ``(...)``: 88% of `bound` where that is 0, as at the start."""
+    # Below e^-10 of `bound` nothing is left of an update; without a limit the square would be 0 in a diverging run.
+    return bound * (2 + logit).clamp(min=-10).sigmoid()
 
 
 def _none(gram_A: Tensor, gram_B: Tensor) -> Tensor:
@@ -44,17 +49,13 @@ def _none(gram_A: Tensor, gram_B: Tensor) -> Tensor:
 
 
 def _soft_frobenius(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
-    return _adaptive(gram_A, gram_B, bound=bound, strength=1.0)
+    return soft_scale(frobenius_norm_squared(gram_A, gram_B), bound)[..., None, None]
 
 
 def _soft_polar(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
     # With r singular values below bound/√r, the Frobenius norm is below the bound.
     c_squared = _squared(bound, gram_A) / gram_A.shape[-1]
     return soft_inverse_sqrt(gram_A, gram_B / c_squared[..., None, None])
-
-
-def _adaptive(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor, strength: float | Tensor) -> Tensor:
-    return adaptive_scale(frobenius_norm_squared(gram_A, gram_B), bound, strength)[..., None, None]
 
 
 def _frobenius(gram_A: Tensor, gram_B: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ METHODS: dict[str, Normalization] = {
     "none": Normalization(_none),
     "soft_frobenius": Normalization(_soft_frobenius, needs=("bound",)),
     "soft_polar": Normalization(_soft_polar, needs=("bound",), bounds_singular_values=True),
-    "adaptive": Normalization(_adaptive, needs=("bound", "strength"), gained="frobenius"),
+    "adaptive": Normalization(_soft_polar, needs=("bound",), bounds_singular_values=True, learns_bound=True),
     "frobenius": Normalization(_frobenius, largest_norm=lambda r: 1.0),
     "spectral": Normalization(_spectral, largest_norm=math.sqrt),
     "whitening": Normalization(

@@ -50,13 +50,12 @@ class Normalization:
         core: The formula: from the Gram matrices and all of its options to the core.
         options: Its options that have a default, all in ``OPTIONS``.
         needs: Its options that have none: ``"bound"`` makes it a bounded normalisation, the identity near zero;
-            ``"strength"`` and the bound are then learned for each position; ``"logits"`` are generated.
+            ``"logits"`` are generated.
         largest_norm: Of a unit normalisation, which is undefined at zero: the largest Frobenius norm of an update
             of rank r.
         without_gain: Values of options with which a unit normalisation is defined at B = 0, and takes no gain.
-        gained: Name of the unit normalisation in its place if the configuration asks for a gain, which is then
-            bounded with the strength and the bound.
         bounds_singular_values: Whether the bound is on each singular value, as bound/√r, and by that on the norm.
+        learns_bound: Whether each position learns a bound of its own, below the given one.
     """
 
     core: Callable[..., Tensor]
@@ -64,8 +63,8 @@ class Normalization:
     needs: tuple[str, ...] = ()
     largest_norm: Callable[[int], float] | None = None
     without_gain: Mapping[str, Any] = field(default_factory=dict)
-    gained: str | None = None
     bounds_singular_values: bool = False
+    learns_bound: bool = False
 
     @property
     def is_bounded(self) -> bool:

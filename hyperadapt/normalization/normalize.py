@@ -26,7 +26,6 @@ def normalize(
     method: str = "soft_frobenius",
     *,
     bound: float | Tensor | None = None,
-    strength: float | Tensor | None = None,
     ridge: float | None = None,
     factors: str | None = None,
     logits: Tensor | None = None,
@@ -40,9 +39,9 @@ def normalize(
         lora_B: Shape ``(..., out_features, r)``, same leading dimensions.
         method: One of ``hyperadapt.normalization.NORMALIZATIONS``; ``docs/normalization.md`` says what each does.
         bound: Bound on the Frobenius norm, a number or shape ``(...)``, in units of the weights; always for
-            the bounded methods. ``"soft_polar"`` keeps each singular value below bound/√r. A tensor's values are not
-            checked.
-        strength: Strength α in [0, 1] of ``"adaptive"``, a number or shape ``(...)``, dimensionless; always.
+            the bounded methods. ``"soft_polar"`` keeps each singular value below bound/√r; ``"adaptive"`` is the same
+            here, since a bound that is learned comes from outside, as in ``hyperadapt.nn.MatrixNorm``. A tensor's
+            values are not checked.
         ridge: Ridge of ``"whitening"``, relative to the mean eigenvalue; 1e-5 by default.
         factors: ``"both"`` (default) or ``"A"``: which factors ``"whitening"`` whitens.
         logits: Mixing logits of ``"sinkhorn"``, shape ``(..., r, r)``; always.
@@ -66,7 +65,6 @@ def normalize(
         )
     options = {
         "bound": bound,
-        "strength": strength,
         "ridge": ridge,
         "factors": factors,
         "logits": logits,
@@ -121,8 +119,6 @@ def check_options(method: str, options: Mapping[str, Any], known: Sequence[str])
             )
         if name in OPTIONS:
             _check_option(name, value)
-        elif name == "strength" and not isinstance(value, Tensor) and not 0 <= value <= 1:
-            raise ValueError(f"strength={value!r} must be in [0, 1].")
 
 
 def _check_option(name: str, value: Any) -> None:

@@ -1,5 +1,6 @@
 """Tests of an adapter's network: scaling, bounds and gains in units of the base weights, order, precision."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_every_position_gets_factors_of_its_shape(head: str, normalization: str)
         one = factors[position.name]
         assert one.lora_A.shape == (3, 2, position.in_features)
         assert one.lora_B.shape == (3, position.out_features, 2)
-        is_matrix = normalization in ("soft_polar", "whitening", "weight_norm", "sinkhorn")
+        is_matrix = normalization in ("soft_polar", "adaptive", "whitening", "weight_norm", "sinkhorn")
         assert one.core.shape == ((3, 2, 2) if is_matrix else (3, 1, 1))
 
 
@@ -87,11 +88,11 @@ def test_without_normalization_the_core_is_the_scaling() -> None:
 @pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
 def test_the_core_normalises_the_scaled_update(method: str) -> None:
     network = make_network(normalization=method, normalization_bound=0.25)
-    # The learned strength starts at a half.
-    options = {"strength": 0.5} if method == "adaptive" else {}
+    # A learned bound starts at sigmoid(2) of the configured one.
+    bound = 0.25 / (1 + math.exp(-2)) if method == "adaptive" else 0.25
     for position, base_norm in zip(POSITIONS, BASE_NORMS, strict=True):
         one = generate(network)[position.name]
-        expected = 1.5 * normalize(one.lora_A, 1.5 * one.lora_B, method, bound=0.25 * base_norm, **options)
+        expected = 1.5 * normalize(one.lora_A, 1.5 * one.lora_B, method, bound=bound * base_norm)
         torch.testing.assert_close(full_core(one), expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
 
 
@@ -104,8 +105,8 @@ def test_the_scaled_update_stays_below_the_bound_in_units_of_the_base_weight(met
             if name.startswith("B"):
                 head.weight *= 1e6
         if method == "adaptive":
-            # The sigmoid of 40 is 1 in float32.
-            network.strength_logit.fill_(40)
+            # The sigmoid of 40 is 1 in float32: no more than the configured bound can be learned.
+            network.bound_logit.fill_(40)
     relative = norms(generate(network)) / BASE_NORMS.double()
     error = norm_error(LONGEST, EPS_FLOAT32)
     assert (relative <= bound * (1 + error)).all()
@@ -203,7 +204,7 @@ def test_the_order_of_positions_changes_nothing(normalization: str, order: tuple
     network = make_network(normalization=normalization)
     # What is learned by position differs between positions.
     with torch.no_grad():
-        for name in ("gain", "strength_logit", "log_bound"):
+        for name in ("gain", "bound_logit"):
             if hasattr(network, name):
                 getattr(network, name).copy_(torch.arange(1.0, 6.0))
     whole = tensors(generate(network))
@@ -242,7 +243,7 @@ def test_a_bfloat16_network_works_and_keeps_its_bounds(normalization: str) -> No
     factors = generate(network)
     assert all(tensor.dtype == torch.bfloat16 for one in factors.values() for tensor in one)
     relative = norms(factors) / BASE_NORMS.double()
-    if normalization in ("soft_frobenius", "soft_polar"):
+    if normalization in BOUNDED_NORMALIZATIONS:
         assert (relative <= 0.2 * (1 + BFLOAT16_PRODUCT)).all()
     elif normalization == "frobenius":
         # A gain of 1 under a bound of 0.2.

@@ -1,5 +1,6 @@
 """Tests of what single normalisations add to an adapter's network: learned bounds, mixing, how near a bound is."""
 
+import math
 from typing import Any
 
 import pytest
@@ -54,8 +55,9 @@ def test_parameters_exist_only_where_they_are_used(changes: dict[str, Any]) -> N
         expected |= {"gain"}
         assert torch.equal(network.gain, torch.zeros(5))
         assert torch.equal(make_network(**changes, init_weights=False).gain, torch.ones(5))
-    if "strength" in METHODS[method].needs:
-        expected |= {"strength_logit", "log_bound"}
+    if METHODS[method].learns_bound:
+        expected |= {"bound_logit"}
+        assert torch.equal(network.bound_logit, torch.zeros(5))
     if "logits" in METHODS[method].needs:
         expected |= {"hypernetwork.heads.mixing_r2.weight"}
     assert extra == expected
@@ -81,36 +83,30 @@ def test_training_starts_where_zero_is_defined_and_can_leave_it(changes: dict[st
     assert all(name == "gain" or name.startswith(("hypernetwork.heads.B", "hypernetwork.shared.B")) for name in moving)
 
 
-@pytest.mark.parametrize("changes", [{}, {"init_weights": "zero_gain"}], ids=str)
-def test_learned_strengths_and_bounds_act_on_their_own_positions(changes: dict[str, Any]) -> None:
-    network = make_network(normalization="adaptive", lora_alpha=64, **changes)
-    if changes:
-        with torch.no_grad():
-            network.gain.copy_(torch.tensor([0.5, -2.0, 1.0, 0.1, 3.0]))
-    names = [name for name in ("strength_logit", "log_bound", "gain") if hasattr(network, name)]
+def test_learned_bounds_act_on_their_own_positions() -> None:
+    network = make_network(normalization="adaptive", lora_alpha=64)
     for index in range(5):
-        [*gradients] = torch.autograd.grad(
-            norms(generate(network))[:, index].sum(), [getattr(network, n) for n in names]
-        )
-        for name, gradient in zip(names, gradients, strict=True):
-            assert gradient.nonzero().flatten().tolist() == [index], name
-        # More strength makes the update smaller, and a larger bound larger.
-        assert gradients[0][index] < 0 < gradients[1][index]
+        [gradient] = torch.autograd.grad(norms(generate(network))[:, index].sum(), network.bound_logit)
+        assert gradient.nonzero().flatten().tolist() == [index]
+        # A larger bound makes the update larger.
+        assert gradient[index] > 0
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_adaptive_with_a_gain_bounds_the_gained_update(strength: float) -> None:
-    network = make_network(normalization="adaptive", normalization_bound=0.25, init_weights="zero_gain")
-    gains = torch.tensor([0.5, -2.0, 1e3, 1e-3, 0.0])
+@pytest.mark.parametrize("logits", [(-1.0, 0.0, 1.0, 3.0, 8.0), (-1e4, -50.0, 50.0, 1e4, math.inf)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whatever_is_learned_the_configured_bound_holds(logits: tuple[float, ...], dtype: torch.dtype) -> None:
+    network = make_network(normalization="adaptive", normalization_bound=0.125, lora_alpha=64)
+    grow(network, 1e3)
     with torch.no_grad():
-        network.gain.copy_(gains)
-        network.strength_logit.fill_({0.0: -200.0, 0.5: 0.0, 1.0: 200.0}[strength])
-        network.log_bound.copy_(torch.tensor([0.0, 0.5, -0.5, 1.0, 0.0]))
-    gained = (gains * BASE_NORMS).double()
-    bounds = 0.25 * network.log_bound.detach().double().exp() * BASE_NORMS
-    expected = gained.abs() * (1 + (gained / bounds) ** 2) ** (-strength / 2)
-    error = norm_error(LONGEST, EPS_FLOAT32)
-    torch.testing.assert_close(norms(generate(network)), expected.expand(3, -1), rtol=error, atol=0)
+        network.bound_logit.copy_(torch.tensor(logits))
+    network.to(dtype)
+    relative = norms(generate(network)) / BASE_NORMS.double()
+    error = norm_error(LONGEST, EPS_FLOAT32) if dtype == torch.float32 else BFLOAT16_PRODUCT
+    learned = 0.125 * (2 + torch.tensor(logits)).clamp(min=-10).sigmoid()
+    assert (relative > 0).all()
+    assert (relative <= learned * (1 + error)).all()
+    loss(network.float()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -194,7 +190,6 @@ def test_half_precision_factors_act_like_exact_ones_where_one_direction_has_grow
     ("changes", "variance"),
     [
         ({"normalization": "frobenius"}, 1.0),
-        ({"normalization": "adaptive", "init_weights": "zero_gain"}, 1.0),
         ({"normalization": "soft_frobenius", "init_weights": False}, 1 / 8),
         (WHITENING_A, 0.0),
     ],
@@ -225,8 +220,8 @@ def test_shares_of_the_bound_are_those_of_dense_updates(method: str) -> None:
     bounds = 0.25 * BASE_NORMS.double()
     if method == "adaptive":
         with torch.no_grad():
-            network.log_bound.copy_(torch.tensor([0.0, 0.5, -0.5, 1.0, 0.1]))
-        bounds = bounds * network.log_bound.detach().exp()
+            network.bound_logit.copy_(torch.tensor([0.0, 0.5, -0.5, 1.0, -2.0]))
+        bounds = bounds / (1 + (-2 - network.bound_logit.detach()).exp())
     factors = generate(network)
     shares = network.bound_shares(factors)
     assert list(shares) == [position.name for position in MIXED_RANKS if position.r == 2] + ["h.0.up", "h.1.up"]
@@ -249,35 +244,22 @@ def test_the_share_is_whole_where_the_bound_is_reached_and_small_below(method: s
     for factor in (1e-3, 1e6):
         network = make_network(MIXED_RANKS, normalization=method, normalization_bound=0.125).double()
         grow(network, factor)
-        if method == "adaptive":
-            with torch.no_grad():
-                network.strength_logit.fill_(40)
         shares.append(torch.stack([network.bound_shares(generate(network))[one.name] for one in MIXED_RANKS]))
     assert (shares[0] < 0.1).all()
     torch.testing.assert_close(shares[1], torch.ones_like(shares[1]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"normalization": method} for method in UNIT_NORMALIZATIONS),
-        {"normalization": "adaptive", "init_weights": "zero_gain"},
-    ],
-    ids=str,
-)
-def test_of_a_gain_the_share_is_the_gains(changes: dict[str, Any]) -> None:
-    network = make_network(MIXED_RANKS, normalization_bound=0.25, **changes).double()
-    gains, strength = torch.tensor([0.5, -0.2, 1e3, 1e-3, 0.0], dtype=torch.float64), 1.0
+@pytest.mark.parametrize("method", UNIT_NORMALIZATIONS)
+def test_of_a_gain_the_share_is_the_gains(method: str) -> None:
+    network = make_network(MIXED_RANKS, normalization_bound=0.25, normalization=method).double()
+    gains = torch.tensor([0.5, -0.2, 1e3, 1e-3, 0.0], dtype=torch.float64)
     with torch.no_grad():
         network.gain.copy_(gains)
-    method = METHODS[changes["normalization"]]
-    if method.gained:
-        method, strength = METHODS[method.gained], 0.5
     shares = network.bound_shares(generate(network))
     for position, gain in zip(MIXED_RANKS, gains, strict=True):
         # However small the unit update beside the largest: the gain cannot grow.
-        reached = gain.abs() * method.largest_norm(position.r) / 0.25
-        expected = reached * (1 + reached**2) ** (-strength / 2)
+        reached = gain.abs() * METHODS[method].largest_norm(position.r) / 0.25
+        expected = reached / (1 + reached**2).sqrt()
         torch.testing.assert_close(shares[position.name], expected.expand(3), rtol=FLOAT64_EXACT, atol=0)
 
 

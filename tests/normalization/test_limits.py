@@ -43,11 +43,9 @@ from tests.support.tolerances import (
 FORMULA = {torch.bfloat16: BFLOAT16_PRODUCT, torch.float32: FLOAT32_FORMULA, torch.float64: FLOAT64_EXACT}
 EACH_AND_A = [*EACH, WHITENING_A]
 UNIT = [(method, options) for method, options in EACH if method in UNIT_NORMALIZATIONS]
-# At a strength of 1 `adaptive` is bounded too.
-BOUNDED = [(m, {"strength": 1.0} if "strength" in METHODS[m].needs else {}) for m in BOUNDED_NORMALIZATIONS]
 parametrize_methods = pytest.mark.parametrize(("method", "options"), EACH_AND_A, ids=str)
 parametrize_unit = pytest.mark.parametrize(("method", "options"), UNIT, ids=str)
-parametrize_bounded = pytest.mark.parametrize(("method", "options"), BOUNDED, ids=str)
+parametrize_bounded = pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
 
 
 def singular_values(update: Tensor) -> Tensor:
@@ -61,16 +59,14 @@ def gradients(value: Tensor, factors: tuple[Tensor, Tensor], direction: Tensor |
 
 @parametrize_bounded
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1.0), (torch.float32, 1e4)])
-def test_the_bound_holds_and_huge_updates_approach_it(
-    method: str, options: dict[str, Any], dtype: torch.dtype, scale: float
-) -> None:
+def test_the_bound_holds_and_huge_updates_approach_it(method: str, dtype: torch.dtype, scale: float) -> None:
     bound = torch.tensor([0.5, 9.0], dtype=torch.float64)
     lora_A, lora_B = make_factors(50, 2, dtype=dtype)
     A, B = scale * lora_A.detach(), scale * lora_B.detach()
-    core = normalize(A, B, method, bound=bound.to(dtype).expand(50, 2), **options)
+    core = normalize(A, B, method, bound=bound.to(dtype).expand(50, 2))
     norms = torch.linalg.matrix_norm(B.double() @ core.double() @ A.double())
     # Of a norm; single singular values have the Gram matrices' error times the condition of these.
-    error = FORMULA[dtype] if method == "soft_polar" else norm_error(IN, torch.finfo(dtype).eps)
+    error = FORMULA[dtype] if METHODS[method].bounds_singular_values else norm_error(IN, torch.finfo(dtype).eps)
     assert (norms <= bound * (1 + error)).all()
     if scale > 1:
         assert (norms >= bound * (1 - error)).all()
@@ -124,10 +120,10 @@ def test_the_update_depends_on_the_product_of_its_factors_alone(method: str, opt
 
 
 @parametrize_bounded
-def test_bounded_methods_neither_overflow_nor_underflow(method: str, options: dict[str, Any]) -> None:
+def test_bounded_methods_neither_overflow_nor_underflow(method: str) -> None:
     for scale in (1e-18, 1e-12, 1e-8, 1e8):
         lora_A, lora_B = ((scale * t).detach().requires_grad_() for t in make_factors(3, dtype=torch.float32))
-        core = normalize(lora_A, lora_B, method, bound=2.0, **options)
+        core = normalize(lora_A, lora_B, method, bound=2.0)
         update = lora_B @ core @ lora_A
         actual = gradients(update, (lora_A, lora_B), torch.randn_like(update))
         assert all(tensor.isfinite().all() for tensor in (update, *actual))
@@ -141,22 +137,14 @@ def test_bounded_methods_neither_overflow_nor_underflow(method: str, options: di
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bounded_methods_pass_on_what_is_not_finite(bad: float) -> None:
-    for method, options in BOUNDED:
+    for method in BOUNDED_NORMALIZATIONS:
         lora_A, lora_B = (factor.detach() for factor in make_factors(2))
         lora_A[1, 0, 0] = bad
-        update = core_update(lora_A.requires_grad_(), lora_B, method, bound=2.0, **options)
+        update = core_update(lora_A.requires_grad_(), lora_B, method, bound=2.0)
         assert update[0].isfinite().all(), method
         assert not update[1].isfinite().all(), method
         [gradient] = torch.autograd.grad(update.sum(), lora_A)
         assert gradient[0].isfinite().all(), method
-
-
-def test_adaptive_lies_between_no_normalization_and_the_soft_bound() -> None:
-    factors = make_factors(4)
-    for strength, method in ((0.0, "none"), (1.0, "soft_frobenius")):
-        expected = core_update(*factors, method, **({"bound": 2.0} if strength else {}))
-        actual = core_update(*factors, "adaptive", bound=2.0, strength=strength)
-        assert_close(actual, expected, rtol=FLOAT64_EXACT, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-4), (torch.float64, 1.0), (torch.float32, 1e4)])
@@ -356,11 +344,11 @@ def test_a_nearly_cancelling_product_never_has_a_negative_squared_norm() -> None
 
 
 @parametrize_bounded
-def test_gradients_are_finite_where_the_norm_equals_the_bound(method: str, options: dict[str, Any]) -> None:
+def test_gradients_are_finite_where_the_norm_equals_the_bound(method: str) -> None:
     # ‖B·A‖ = 5 exactly.
     lora_A = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
     lora_B = torch.tensor([[1.0]], dtype=torch.float64, requires_grad=True)
-    core = normalize(lora_A, lora_B, method, bound=5.0, **options)
+    core = normalize(lora_A, lora_B, method, bound=5.0)
     assert core.item() == pytest.approx(math.sqrt(0.5), rel=4 * EPS_FLOAT64)
     for gradient in gradients(lora_B @ core @ lora_A, (lora_A, lora_B)):
         assert gradient.isfinite().all()

@@ -39,12 +39,10 @@ CHECK = {"rtol": FLOAT64_GRADCHECK, "atol": FLOAT64_GRADCHECK}
 @pytest.mark.parametrize(("method", "options"), CASES, ids=str)
 def test_values_and_gradients_equal_the_dense_update(method: str, options: dict[str, Any]) -> None:
     lora_A, lora_B = make_factors(2, 3)
-    # One bound and one strength for each pair of factors.
-    options = with_logits(method, options, 2, 3) | {
-        name: options[name] * (1 + torch.rand(2, 3, dtype=torch.float64) / 10)
-        for name in ("bound", "strength")
-        if name in options
-    }
+    options = with_logits(method, options, 2, 3)
+    if "bound" in options:
+        # One for each pair of factors.
+        options = options | {"bound": options["bound"] * (1 + torch.rand(2, 3, dtype=torch.float64) / 10)}
     actual, expected = (function(lora_A, lora_B, method, **options) for function in (core_update, dense_update))
     assert_close(actual, expected, rtol=tolerance(method), atol=tolerance(method))
     direction = torch.randn_like(actual)
@@ -100,20 +98,24 @@ def test_the_default_options_are_as_documented() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("method", "name"), [(method, name) for method in BOUNDED_NORMALIZATIONS for name in METHODS[method].needs]
-)
-def test_gradients_reach_learned_numbers_of_each_position(method: str, name: str) -> None:
+def test_adaptive_is_soft_polar_with_the_bound_that_is_given() -> None:
+    lora_A, lora_B = make_factors(2, 3)
+    for bound in (2.0, 0.1 + torch.rand(2, 3, dtype=torch.float64)):
+        adaptive, soft_polar = (normalize(lora_A, lora_B, name, bound=bound) for name in ("adaptive", "soft_polar"))
+        assert torch.equal(adaptive, soft_polar)
+
+
+@pytest.mark.parametrize("method", BOUNDED_NORMALIZATIONS)
+def test_gradients_reach_the_bound_of_each_position(method: str) -> None:
     lora_A, lora_B = (tensor.detach() for tensor in make_factors(2, 3))
-    learned = (0.2 + torch.rand(2, 3, dtype=torch.float64) / 2).requires_grad_()
-    options = dict(EACH)[method]
+    bound = (0.2 + torch.rand(2, 3, dtype=torch.float64) / 2).requires_grad_()
 
     def update(value: Tensor) -> Tensor:
-        return core_update(lora_A, lora_B, method, **(options | {name: value}))
+        return core_update(lora_A, lora_B, method, bound=value)
 
-    assert torch.autograd.gradcheck(update, (learned,), **CHECK)
+    assert torch.autograd.gradcheck(update, (bound,), **CHECK)
     # Of its own position alone.
-    [gradient] = torch.autograd.grad(update(learned)[1, 2].sum(), learned)
+    [gradient] = torch.autograd.grad(update(bound)[1, 2].sum(), bound)
     assert [tuple(index) for index in gradient.nonzero().tolist()] == [(1, 2)]
 
 
@@ -241,8 +243,8 @@ MIXED = {"logits": torch.zeros(R, R)}
                 ("none", "bound", 1.0, "no options"),
                 ("spectral", "ridge", 0.1, "no options"),
                 ("whitening", "temperature", 0.5, "ridge, factors"),
-                ("adaptive", "logits", [[0.0]], "bound, strength"),
-                ("sinkhorn", "strength", 0.5, "iterations, temperature, logits"),
+                ("adaptive", "logits", [[0.0]], "bound"),
+                ("sinkhorn", "ridge", 0.5, "iterations, temperature, logits"),
             )
         ),
         *(
@@ -265,10 +267,6 @@ MIXED = {"logits": torch.zeros(R, R)}
             for value in (0, math.nan)
         ),
         ("sinkhorn", MIXED | {"iterations": 2.5}, "iterations=2.5 must be an integer."),
-        *(
-            ("adaptive", {"bound": 1.0, "strength": strength}, f"strength={strength!r} must be in [0, 1].")
-            for strength in (-0.1, 1.5, math.nan)
-        ),
         ("whitening", {"factors": "B"}, "factors='B' must be 'both' or 'A'."),
     ],
     ids=str,

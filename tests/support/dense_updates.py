@@ -11,10 +11,10 @@ from hyperadapt.normalization.formulas import METHODS
 from tests.support.tolerances import FLOAT64_CONDITIONED, FLOAT64_EXACT
 
 OUT, R, IN = 5, 3, 7
-NEEDED = {"bound": 2.0, "strength": 0.5}
+BOUND = 2.0
 # Every method once, with what it needs beside generated logits: method and options.
 EACH: list[tuple[str, dict[str, Any]]] = [
-    (name, {need: NEEDED[need] for need in method.needs if need in NEEDED}) for name, method in METHODS.items()
+    (name, {"bound": BOUND} if method.is_bounded else {}) for name, method in METHODS.items()
 ]
 WHITENING_A: tuple[str, dict[str, Any]] = ("whitening", {"factors": "A"})
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -59,17 +59,13 @@ def dense_update(lora_A: Tensor, lora_B: Tensor, method: str, **options: Any) ->
     """The normalised update by the method's definition."""
     product = lora_B @ lora_A
     norm = torch.linalg.matrix_norm(product, keepdim=True)
-    bound, strength = (
-        torch.as_tensor(options.get(name, 1.0), dtype=norm.dtype)[..., None, None] for name in ("bound", "strength")
-    )
+    bound = torch.as_tensor(options.get("bound", 1.0), dtype=norm.dtype)[..., None, None]
     if method == "none":
         return product
     if method == "soft_frobenius":
         return product / torch.sqrt(1 + (norm / bound) ** 2)
-    if method == "soft_polar":
+    if method in ("soft_polar", "adaptive"):
         return _inverse_sqrt(product @ product.mT * (lora_A.shape[-2] / bound**2)) @ product
-    if method == "adaptive":
-        return product / torch.sqrt(1 + (norm / bound) ** 2) ** strength
     if method == "frobenius":
         return product / norm
     if method == "spectral":
