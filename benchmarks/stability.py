@@ -5,8 +5,8 @@ Small models are adapted at rank 8, at learning rates half a decade apart. The a
 batches of a seed, and AdamW's rate rises over the first 5% of the steps and then falls to zero.
 
 ``--stage choose`` runs every candidate of every arm (a weight decay, a bound) on seeds 0 to 4 and validation rows.
-``--stage decide`` writes down the choices, from the setting "today". ``--stage blind`` runs what was chosen on seeds 5
-to 9 and test rows, and is refused before that. ``--stage report`` prints the tables of both stages, and writes the
+``--stage decide`` writes down the choices, from the setting "today". ``--stage blind`` runs what was chosen on seeds 10
+to 14 and test rows, and is refused before that. ``--stage report`` prints the tables of both stages, and writes the
 blind rows and their plot. Without --stage, all four in order.
 
 Each run is a row, appended to a file of its setting when it is done. Runs with a row are skipped, so a study can be

@@ -14,7 +14,6 @@ from torch import nn
 from benchmarks.stability_settings import Setting
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.hypernetwork import Hypernetwork
-from hyperadapt.normalization import NORMALIZATIONS
 
 RANK = 8
 
@@ -57,26 +56,20 @@ def plain(hypernetwork: Hypernetwork) -> None:
 
 ONLY = ""
 """The candidate of an arm that leaves nothing to choose."""
-BOUNDS = (0.1, 0.2, 0.5)
-BOUNDED = ("soft_frobenius", "soft_polar", "adaptive")
-CLIPPED = ("soft_frobenius", "soft_polar")
 
 
 def _lora(**fields: Any) -> Arm:
     return Arm({"lora_alpha": RANK, **fields}, LoraConfig)
 
 
-def _bounded() -> dict[str, dict[str, Arm]]:
-    """The normalisations that the installed package knows, each with every bound."""
-    arms: dict[str, dict[str, Arm]] = {}
-    for name in BOUNDED:
-        if name in NORMALIZATIONS:
-            arms[name] = {
-                f"bound {bound:g}": Arm({"normalization": name, "normalization_bound": bound}) for bound in BOUNDS
-            }
-            if name in CLIPPED:
-                arms[f"{name} + clipping"] = {label: replace(arm, clip=True) for label, arm in arms[name].items()}
-    return arms
+def _bounded(name: str, *candidates: tuple[float, int], **fields: Any) -> dict[str, Arm]:
+    """A normalisation with each of some bounds and warm-ups."""
+    return {
+        f"bound {bound:g}, warm-up {warmup}": Arm(
+            {"normalization": name, "normalization_bound": bound, "normalization_warmup": warmup}, **fields
+        )
+        for bound, warmup in candidates
+    }
 
 
 NONE = Arm({"normalization": "none"})
@@ -90,7 +83,11 @@ ARMS: dict[str, dict[str, Arm]] = {
     "none": {ONLY: NONE},
     "none + clipping": {ONLY: replace(NONE, clip=True)},
     "hyperformer, plain": {ONLY: replace(NONE, change=plain)},
-    **_bounded(),
+    "soft_frobenius": _bounded("soft_frobenius", (0.2, 1), (0.2, 20)),
+    "soft_polar": _bounded("soft_polar", (0.2, 1), (0.2, 10), (0.2, 20), (0.2, 30), (0.3, 20)),
+    "soft_polar + clipping": _bounded("soft_polar", (0.2, 1), (0.2, 20), clip=True),
+    "adaptive": _bounded("adaptive", (0.2, 20)),
+    "whitening": {ONLY: Arm({"normalization": "whitening"})},
 }
 """Arm -> candidate -> what is trained. The stage "choose" runs all candidates, the stage "blind" the chosen ones."""
 

@@ -100,4 +100,5 @@ class Stage:
         return range(self.first_seed, self.first_seed + setting.seeds)
 
 
-STAGES = {"choose": Stage(0, "validation"), "blind": Stage(5, "test")}
+# Seeds 5 to 7 had a part in finding the method.
+STAGES = {"choose": Stage(0, "validation"), "blind": Stage(10, "test")}

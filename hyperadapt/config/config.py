@@ -98,6 +98,10 @@ class HyperAdapterConfig(PeftConfig):
         normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for all but
             ``"none"``. Unit normalisations keep it by bounding their gain; ``"adaptive"`` learns one below it for each
             position.
+        normalization_warmup: Optimizer steps N over which the bound of a method that starts at the base model without a
+            gain grows, from its N-th part, so that a high learning rate does not throw the update to its bound in the
+            first step; 1 for none. A step of any ``torch.optim`` optimizer counts that follows a forward pass in
+            training mode.
         normalization_ridge: Ridge of ``"whitening"``, relative to the mean eigenvalue of a Gram matrix.
         normalization_factors: ``"both"`` or ``"A"``: which factors ``"whitening"`` whitens.
         normalization_iterations: Iterations of ``"sinkhorn"``.
@@ -162,6 +166,9 @@ class HyperAdapterConfig(PeftConfig):
     normalization_bound: float | None = field(
         default=None,
         metadata={"help": "Bound on the update's Frobenius norm, in units of the base weight's."},
+    )
+    normalization_warmup: int | None = field(
+        default=None, metadata={"help": "Optimizer steps over which the bound grows to its whole."}
     )
     normalization_ridge: float | None = field(
         default=None, metadata={"help": "Ridge of whitening, relative to the mean eigenvalue."}

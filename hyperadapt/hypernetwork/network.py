@@ -14,6 +14,7 @@ from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork, index_tensor
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.updates import largest_singular_values, update_grams
+from hyperadapt.hypernetwork.warmup import BoundWarmup
 from hyperadapt.normalization.formulas import METHODS, frobenius_norm_squared, learned_bound, soft_scale
 from hyperadapt.normalization.gram import grams
 from hyperadapt.tasks.embedding import TaskEmbedding
@@ -51,6 +52,9 @@ class HyperAdapterNetwork(nn.Module):
             conditioning=config.conditioning,
         )
         self.register_buffer("base_norms", base_norms)
+        # A random start has its whole size at once.
+        warmup = config.normalization_options.get("warmup", 1) if config.has_zero_heads else 1
+        self.warmup = BoundWarmup(warmup) if warmup > 1 else None
         if config.has_gain:
             start = torch.zeros if config.init_weights else torch.ones
             self.gain = nn.Parameter(start(len(self.positions)))
@@ -67,6 +71,9 @@ class HyperAdapterNetwork(nn.Module):
         own. In another, a core that is a matrix is part of B.
         """
         positions = self.positions if positions is None else positions
+        is_trained = self.training and torch.is_grad_enabled() and self.hypernetwork.layer_embedding.requires_grad
+        if self.warmup is not None and is_trained:
+            self.warmup.expect_step()
         # Looked up in here, where sharded training has gathered the parameters.
         tasks = tasks.to(self.hypernetwork.layer_embedding.device, non_blocking=True)
         task_embeddings = tasks if tasks.is_floating_point() else self.task_embedding(tasks)
@@ -134,6 +141,7 @@ class HyperAdapterNetwork(nn.Module):
         config, scaling = self.config, _scaling(positions, gram_A)
         method, (indices, base_norms) = METHODS[config.normalization], self._selected(positions, gram_A.dtype)
         options = config.normalization_options
+        options.pop("warmup", None)
         if "logits" in method.needs:
             options["logits"] = logits
         if config.has_gain:
@@ -142,6 +150,8 @@ class HyperAdapterNetwork(nn.Module):
             return gains[:, None, None] * method.core(gram_A, gram_B, **options)
         if method.is_bounded:
             options["bound"] = self._bounds(indices, base_norms)
+        if self.warmup is not None:
+            options["bound"] = options["bound"] * self.warmup(gram_A.dtype)
         # A bound holds for the update as applied, so the scaling goes in before the normalisation.
         return scaling * method.core(gram_A, gram_B * scaling**2, **options)
 

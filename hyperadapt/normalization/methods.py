@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Default bound; a smaller one trains at higher learning rates, a larger one leaves more room (DECISIONS.md).
 BOUND = 0.2
+# Default number of optimizer steps over which a bound grows, where B starts at zero (DECISIONS.md).
+WARMUP = 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ OPTIONS = {
     "factors": Option(str, choices=("both", "A")),
     "iterations": Option(int),
     "temperature": Option(float),
+    "warmup": Option(int),
 }
 
 
@@ -81,6 +84,7 @@ class Normalization:
         return self.is_unit and not any(given.get(name) == value for name, value in self.without_gain.items())
 
     def config_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options, with defaults, of a configuration that gives these values; with a gain also the gain's bound."""
+        """Options, with defaults, of a configuration that gives these values: also of a bound, and of a gain's."""
         has_bound = self.is_bounded or self.needs_gain(given)
-        return {**self.options, **({"bound": BOUND} if has_bound else {})}
+        bound = {"bound": BOUND} if has_bound else {}
+        return {**self.options, **bound, **({"warmup": WARMUP} if self.is_bounded else {})}

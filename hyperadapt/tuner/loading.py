@@ -222,6 +222,8 @@ def _mismatch(name: str, value: Any, expected: Tensor) -> str:
         return f"has dtype {value.dtype} instead of {expected.dtype}"
     if _NETWORKS in name and name.endswith(".base_norms") and not ((value > 0) & value.isfinite()).all():
         return "holds a norm that is not finite and above 0"
+    if _NETWORKS in name and name.endswith(".trained_steps") and value < 0:
+        return "counts steps below 0"
     if _NETWORKS in name and name.endswith(".text_vectors") and not value.isfinite().all():
         return "holds a vector that is not finite"
     return ""

@@ -1,0 +1,64 @@
+"""A bound that grows over the first optimizer steps, so that they do not throw the update to its bound at once."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_warmups: weakref.WeakSet[BoundWarmup] = weakref.WeakSet()
+
+
+class BoundWarmup(nn.Module):
+    """Counts the optimizer steps that a network is trained with: of N, step k (from 1) has min(1, k/N) of the bound.
+
+    The count, int64, is part of the state, so that training resumes where it was, and a network that was saved before
+    the last of the N steps computes what it computed.
+    """
+
+    trained_steps: Tensor
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.register_buffer("trained_steps", torch.zeros((), dtype=torch.int64))
+        self._is_due = False
+        _watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy counts its own steps.
+        _watch(self)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Share of the bound, shape (), in (0, 1]."""
+        return ((self.trained_steps + 1).to(dtype) / self.steps).clamp(max=1)
+
+    def expect_step(self) -> None:
+        """Count the next step of any optimizer: of those after a forward pass, however many its gradients took."""
+        self._is_due = True
+
+    @torch.no_grad()
+    def count_step(self) -> None:
+        """Count a step, if one is expected."""
+        if self._is_due:
+            self._is_due = False
+            self.trained_steps += 1
+
+
+def _watch(warmup: BoundWarmup) -> None:
+    _count_optimizer_steps()
+    _warmups.add(warmup)
+
+
+@functools.cache
+def _count_optimizer_steps() -> None:
+    def count(*_: object) -> None:
+        for warmup in list(_warmups):
+            warmup.count_step()
+
+    register_optimizer_step_post_hook(count)
