@@ -35,7 +35,7 @@ from benchmarks.stability_report import report
 from benchmarks.stability_runs import run_once
 from benchmarks.stability_settings import HOME, SETTINGS, STAGES, fast
 
-FAST_ARMS = ("lora", "lora + weight decay", "soft_frobenius")
+FAST_ARMS = ("lora", "lora + weight decay", "soft_polar")
 CHORES = ("choose", "decide", "blind", "report")
 
 

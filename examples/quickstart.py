@@ -21,7 +21,7 @@ TASKS = ("trec6", "sms_spam", "movie_sent", "product_sent", "stereoset_rel", "tr
 def main() -> None:
     """Train, save, reload, export, and print the comparison."""
     parser = training_parser(__doc__, steps=400, rows=2000, output="runs/quickstart")
-    parser.add_argument("--normalization", default="soft_frobenius")
+    parser.add_argument("--normalization", default="soft_polar")
     options = parser.parse_args()
     data = TextData(TASKS, max_length=40, train=options.rows, validation=options.rows // 25, test=options.rows // 5)
     config = HyperAdapterConfig(

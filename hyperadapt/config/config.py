@@ -162,7 +162,7 @@ class HyperAdapterConfig(PeftConfig):
         default="gated", metadata={"help": "How the task embedding enters: 'additive' or 'gated'."}
     )
     head: str = field(default="factor", metadata={"help": "What one head emits: 'row', 'factor' or 'pair'."})
-    normalization: str = field(default="soft_frobenius", metadata={"help": f"One of {', '.join(NORMALIZATIONS)}."})
+    normalization: str = field(default="soft_polar", metadata={"help": f"One of {', '.join(NORMALIZATIONS)}."})
     normalization_bound: float | None = field(
         default=None,
         metadata={"help": "Bound on the update's Frobenius norm, in units of the base weight's."},

@@ -23,7 +23,7 @@ from hyperadapt.normalization.methods import OPTIONS, Normalization
 def normalize(
     lora_A: Tensor,
     lora_B: Tensor,
-    method: str = "soft_frobenius",
+    method: str = "soft_polar",
     *,
     bound: float | Tensor | None = None,
     ridge: float | None = None,

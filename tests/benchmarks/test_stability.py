@@ -73,7 +73,7 @@ def test_fast_form_runs_all_stages_and_goes_on(study: Any, capsys: pytest.Captur
     assert (folder / "stability.svg").exists()
     printed = capsys.readouterr().out
     assert "stage choose (seeds 0; validation rows)" in printed
-    assert "stage blind (seeds 5; test rows)" in printed
+    assert "stage blind (seeds 10; test rows)" in printed
 
     # A half row is no row: its run is made again, and is the same; nothing else is.
     path = folder / "today.jsonl"

@@ -56,8 +56,8 @@ def test_defaults_are_valid() -> None:
     assert config.tasks == ["default"]
     assert (config.default_task, config.fallback_task) == (None, "default")
     assert config.task_descriptions is None
-    assert config.normalization == "soft_frobenius"
-    assert config.normalization_bound == 0.2
+    assert config.normalization == "soft_polar"
+    assert (config.normalization_bound, config.normalization_warmup) == (0.2, 20)
     assert config.peft_type == "HYPERADAPTER"
     assert HyperAdapterConfig().tasks is not config.tasks
 

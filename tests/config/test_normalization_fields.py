@@ -18,12 +18,12 @@ from hyperadapt.normalization.formulas import (
 from hyperadapt.normalization.methods import OPTIONS
 
 # Stated here once more, so that a changed default is noticed.
-BOUND = 0.2
+BOUND, WARMUP = 0.2, 20
 DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
-    "soft_frobenius": {"bound": BOUND},
-    "soft_polar": {"bound": BOUND},
-    "adaptive": {"bound": BOUND},
+    "soft_frobenius": {"bound": BOUND, "warmup": WARMUP},
+    "soft_polar": {"bound": BOUND, "warmup": WARMUP},
+    "adaptive": {"bound": BOUND, "warmup": WARMUP},
     "frobenius": {"bound": BOUND},
     "spectral": {"bound": BOUND},
     "whitening": {"ridge": 1e-5, "factors": "both", "bound": BOUND},
@@ -31,7 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sinkhorn": {"iterations": 20, "temperature": 1.0, "bound": BOUND},
 }
 # One legal value beside the default.
-OTHER_VALUES = {"bound": 0.125, "ridge": 1e-3, "factors": "A", "iterations": 7, "temperature": 0.5}
+OTHER_VALUES = {"bound": 0.125, "ridge": 1e-3, "factors": "A", "iterations": 7, "temperature": 0.5, "warmup": 5}
 BOUNDED = ("soft_frobenius", "soft_polar", "adaptive")
 UNIT = ("frobenius", "spectral", "whitening", "weight_norm", "sinkhorn")
 
