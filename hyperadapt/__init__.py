@@ -6,6 +6,7 @@ from hyperadapt.diagnosis import Diagnosis, diagnose
 from hyperadapt.hub.push import push
 from hyperadapt.loras.distillation import Distillation, distill
 from hyperadapt.loras.export import export_lora, export_loras, generate_lora
+from hyperadapt.loras.generator import LoraGenerator
 from hyperadapt.normalization.normalize import normalize
 from hyperadapt.plugin import register as _register
 from hyperadapt.tuner.active import use_tasks
@@ -17,6 +18,7 @@ __all__ = [
     "Distillation",
     "HyperAdapterConfig",
     "HyperAdapterModel",
+    "LoraGenerator",
     "diagnose",
     "distill",
     "export_lora",

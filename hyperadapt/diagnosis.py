@@ -118,7 +118,8 @@ def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
     through products of the size of the rank, never formed.
 
     Args:
-        model: A ``PeftModel`` with a hyperadapter, in any mode. If it is sharded over processes, all must call this.
+        model: A ``PeftModel`` with a hyperadapter, in any mode, or the ``network`` of a ``LoraGenerator``. If it is
+            sharded over processes, all must call this.
         tasks: Names of the tasks to compare; None for all.
 
     Returns:

@@ -26,6 +26,7 @@ from hyperadapt.cards.snippets import base_model_of, usage
 from hyperadapt.config.checks import shown
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.files import write_whole
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.saturation import Saturation
 from hyperadapt.tuner.active import first_network
 
@@ -86,13 +87,15 @@ class CardFacts:
     limits: Sequence[str] = ()
 
 
-def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite: bool = False, **facts: Any) -> None:  # noqa: DOC502
+def write_card(  # noqa: DOC502
+    model: PeftModel | HyperAdapterNetwork, directory: str | os.PathLike[str], *, overwrite: bool = False, **facts: Any
+) -> None:
     """Write the model card of the active adapter, README.md.
 
     A card that is there already keeps its text, and its metadata are only completed, unless `overwrite` is set.
 
     Args:
-        model: A ``PeftModel`` with a hyperadapter.
+        model: A ``PeftModel`` with a hyperadapter, or the ``network`` of a ``LoraGenerator``.
         directory: The adapter's folder, which exists.
         overwrite: Whether to replace a card.
         **facts: See ``CardFacts``.
@@ -104,7 +107,9 @@ def write_card(model: PeftModel, directory: str | os.PathLike[str], *, overwrite
     write_whole(Path(directory, CARD), card_text(model, directory, overwrite=overwrite, **facts))
 
 
-def card_text(model: PeftModel, directory: str | os.PathLike[str], *, overwrite: bool, **facts: Any) -> str:
+def card_text(
+    model: PeftModel | HyperAdapterNetwork, directory: str | os.PathLike[str], *, overwrite: bool, **facts: Any
+) -> str:
     """What ``write_card`` writes into a folder."""
     path, told = Path(directory, CARD), CardFacts(**facts)
     if path.exists() and not overwrite:
@@ -112,7 +117,7 @@ def card_text(model: PeftModel, directory: str | os.PathLike[str], *, overwrite:
     return str(_new_card(model, told, str(directory)))
 
 
-def _new_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
+def _new_card(model: PeftModel | HyperAdapterNetwork, facts: CardFacts, address: str) -> ModelCard:
     """A new card; the adapter is loaded from `address` if the facts name no repository."""
     config = first_network(model).config
     unknown = sorted(facts.results.keys() - set(config.tasks))
@@ -120,7 +125,7 @@ def _new_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
         raise ValueError(
             f"results names {shown(unknown)}, which are no tasks of the adapter. Its tasks: {shown(config.task_names)}."
         )
-    base = base_model_of(model, facts.base_model)
+    base = base_model_of(config, facts.base_model)
     address = facts.repo_id or address
     title = facts.title or f"{len(config.tasks)} tasks for {base.name} in one hyperadapter"
     positions = len(first_network(model).positions)
@@ -132,7 +137,7 @@ def _new_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
             f"One hypernetwork that generates LoRA adapters of rank {config.r} for {positions} modules of {base.link}, "
             f"one for each of {len(config.tasks)} tasks. Made with hyperadapt, a method of PEFT."
         ),
-        usage=f"```python\n{facts.usage.strip()}\n```" if facts.usage else usage(model, base, address),
+        usage=f"```python\n{facts.usage.strip()}\n```" if facts.usage else usage(config, base, address),
         tasks=task_table(config, facts.results),
         results_note=f"Measured on the {facts.split} split, one run." if facts.results else "",
         normalization=normalization_text(config),
@@ -147,7 +152,7 @@ def _new_card(model: PeftModel, facts: CardFacts, address: str) -> ModelCard:
     return card
 
 
-def _completed_card(model: PeftModel, path: Path, facts: CardFacts) -> ModelCard:
+def _completed_card(model: PeftModel | HyperAdapterNetwork, path: Path, facts: CardFacts) -> ModelCard:
     """A card with its own text and the metadata that it lacks; tags are united, anything else that it says stays."""
     card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
     new = _card_data(model, facts, facts.title or "hyperadapter")
@@ -179,10 +184,10 @@ def template(name: str) -> Path:
     return Path(__file__).parent / "templates" / name
 
 
-def _card_data(model: PeftModel, facts: CardFacts, title: str) -> ModelCardData:
-    config, base = first_network(model).config, base_model_of(model, facts.base_model)
-    pipeline = PIPELINES.get(config.task_type or "")
-    given = getattr(model.get_base_model(), "model_tags", None) or []
+def _card_data(model: PeftModel | HyperAdapterNetwork, facts: CardFacts, title: str) -> ModelCardData:
+    config = first_network(model).config
+    base, pipeline = base_model_of(config, facts.base_model), PIPELINES.get(config.task_type or "")
+    given = getattr(model.get_base_model(), "model_tags", None) or [] if isinstance(model, PeftModel) else []
     results = [
         EvalResult(
             task_type=pipeline or "other",

@@ -8,17 +8,16 @@ from importlib import metadata
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from torch import nn
 
 from hyperadapt.cards.card import CARD, MARKER, PIPELINES, template
 from hyperadapt.cards.sections import plain
 from hyperadapt.cards.snippets import base_model_of, lora_usage
+from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.files import write_whole
-from hyperadapt.tuner.active import first_network
 
 
 def write_lora_card(
-    model: nn.Module,
+    config: HyperAdapterConfig,
     task: str | None,
     description: str | Sequence[str] | None,
     directory: str | os.PathLike[str],
@@ -31,7 +30,7 @@ def write_lora_card(
     `task` is None for a LoRA that a description alone asked for, `address` where it is loaded from other than
     `directory`.
     """
-    base = base_model_of(model)
+    base = base_model_of(config)
     title = f"LoRA for {base.name}: {plain(task) if task else 'from a description'}"
     texts = [description] if isinstance(description, str) else list(description or ())
     kinds = {"mlx": "mlx", "diffusers": "diffusers"}
@@ -39,7 +38,7 @@ def write_lora_card(
         base_model=base.hub_id,
         base_model_relation="adapter" if base.hub_id else None,
         library_name=kinds.get(format, "peft"),
-        pipeline_tag=PIPELINES.get(first_network(model).config.task_type or ""),
+        pipeline_tag=PIPELINES.get(config.task_type or ""),
         tags=["hyperadapt", "lora"],
     )
     card = ModelCard.from_template(
@@ -48,7 +47,7 @@ def write_lora_card(
         marker=MARKER,
         title=title,
         summary=" ".join([f"A LoRA adapter for {base.link}.", *(plain(text) for text in texts)]),
-        usage=lora_usage(model, base, address or str(directory), format),
+        usage=lora_usage(config, base, address or str(directory), format),
         origin=(
             f"Exported from {'task `' + plain(task) + '` of ' if task else ''}a hyperadapter, a hypernetwork that "
             "generates LoRA adapters, with hyperadapt "

@@ -6,22 +6,11 @@ import json
 import os
 from dataclasses import dataclass
 
-import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from torch import nn
 
-from hyperadapt.tuner.active import find_tuner, first_network
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.tuner.empty_base import AUTO_CLASSES, CLASSIFIERS
 
 
 @dataclass(frozen=True)
@@ -44,9 +33,9 @@ class BaseModel:
         return f"[{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else f"`{self.name}`"
 
 
-def base_model_of(model: nn.Module, hub_id: str | None = None) -> BaseModel:
+def base_model_of(config: HyperAdapterConfig, hub_id: str | None = None) -> BaseModel:
     """The base model of a hyperadapter; `hub_id` names it where it was loaded from a folder."""
-    path = first_network(model).config.base_model_name_or_path
+    path = config.base_model_name_or_path
     return BaseModel(hub_id or path or None, hub_id or (path if is_on_the_hub(path) else None))
 
 
@@ -61,15 +50,13 @@ def is_on_the_hub(path: str | None) -> bool:
     return True
 
 
-def usage(model: nn.Module, base: BaseModel, address: str) -> str:
+def usage(config: HyperAdapterConfig, base: BaseModel, address: str) -> str:
     """Code in Markdown that loads a hyperadapter from a folder or the Hub and runs one of its tasks."""
-    task = first_network(model).config.fallback_task
-    return _snippet(
-        model, base, address, ["import hyperadapt  # registers the method with PEFT"], f", tasks={json.dumps(task)}"
-    )
+    routing = f", tasks={json.dumps(config.fallback_task)}"
+    return _snippet(config, base, address, ["import hyperadapt  # registers the method with PEFT"], routing)
 
 
-def lora_usage(model: nn.Module, base: BaseModel, address: str, format: str) -> str:
+def lora_usage(config: HyperAdapterConfig, base: BaseModel, address: str, format: str) -> str:
     """Markdown on how an exported LoRA is used."""
     path = base.path or "path/to/the/base/model"
     if format == "mlx":
@@ -78,26 +65,22 @@ def lora_usage(model: nn.Module, base: BaseModel, address: str, format: str) -> 
         return f"```text\npipeline.load_lora_weights({json.dumps(address)})\n```"
     if format == "gguf-ready":
         return f"llama.cpp converts it:\n\n```text\npython convert_lora_to_gguf.py --base {address} {address}\n```"
-    return _snippet(model, base, address, [], "")
+    return _snippet(config, base, address, [], "")
 
 
-def _snippet(model: nn.Module, base: BaseModel, address: str, imports: list[str], routing: str) -> str:
-    config, base_model = first_network(model).config, find_tuner(model).model
-    kind = type(base_model)
-    auto = _AUTO_CLASSES.get(config.task_type or "")
-    if base.path is None or not kind.__module__.startswith("transformers."):
+def _snippet(config: HyperAdapterConfig, base: BaseModel, address: str, imports: list[str], routing: str) -> str:
+    facts = config.base_facts
+    if base.path is None or facts.library != "transformers":
         # Only its maker knows how such a model is made.
         lines = ["```text", *imports, "from peft import PeftModel", "", "base_model = ...  # made as for training"]
         lines += [f"model = PeftModel.from_pretrained(base_model, {json.dumps(address)})", f"model(**batch{routing})"]
         return "\n".join([*lines, "```"])
-    loader = auto or kind.__name__
-    has_text = hasattr(base_model.config, "vocab_size")
+    loader, has_text = AUTO_CLASSES.get(config.task_type or "") or facts.kind, facts.has_text
     arguments = [json.dumps(base.path)]
-    if config.task_type in _CLASSIFIERS:
-        arguments.append(f"num_labels={base_model.config.num_labels}")
-    dtype = base_model.dtype
-    if dtype not in (torch.float32, None):
-        arguments.append(f'dtype="{str(dtype).removeprefix("torch.")}"')
+    if config.task_type in CLASSIFIERS:
+        arguments.append(f"num_labels={facts.num_labels}")
+    if facts.dtype not in ("float32", None):
+        arguments.append(f'dtype="{facts.dtype}"')
     lines = [*imports, "from peft import PeftModel"]
     lines += [f"from transformers import {', '.join(sorted({loader, 'AutoTokenizer'} if has_text else {loader}))}", ""]
     lines += [f"base_model = {loader}.from_pretrained({', '.join(arguments)})"]

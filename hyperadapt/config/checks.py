@@ -7,6 +7,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable
+from types import UnionType
 from typing import Any, TypeVar
 
 # Far above anything useful: they keep a number in a file from asking for any amount of memory or time.
@@ -70,7 +71,7 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}={shown(value)} is unknown. Choose one of {', '.join(map(repr, choices))}.")
 
 
-def check_type(name: str, value: Any, kind: type, description: str, *, optional: bool = True) -> None:
+def check_type(name: str, value: Any, kind: type | UnionType, description: str, *, optional: bool = True) -> None:
     """Check for a type, or None where that is allowed; the description is the type in words."""
     if not isinstance(value, kind) and not (optional and value is None):
         none = " or None" if optional else ""

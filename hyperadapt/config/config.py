@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor
 
+from hyperadapt.config.adapted_fields import AdaptedLayers, AdaptedModel, checked_adapted_layers
 from hyperadapt.config.checks import (
     MAX_DEPTH,
     check_choice,
@@ -109,6 +110,9 @@ class HyperAdapterConfig(PeftConfig):
         init_weights: True starts exactly at the base model in the way that suits the normalisation;
             ``"zero_head"`` (heads of B start at zero) and ``"zero_gain"`` (gains start at zero) name
             that way; False starts with a random update (for tests).
+        adapted_model: What exports and cards tell of the base model; filled in when the adapter is made.
+        adapted_modules: The modules that are adapted, by blocks of layers; filled in when the adapter is made, so that
+            ``LoraGenerator`` needs no base model.
         plugin: For readers of ``adapter_config.json``: what loading the adapter needs. Always the same text.
 
     Raises:
@@ -183,6 +187,11 @@ class HyperAdapterConfig(PeftConfig):
         metadata={"help": "True, 'zero_head' or 'zero_gain' (start at the base model) or False."},
     )
 
+    adapted_model: dict[str, Any] | None = field(default=None, metadata={"help": "Filled in: the base model."})
+    adapted_modules: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Filled in: the modules that are adapted."}
+    )
+
     # Not a field, so that it is never saved; set where a file is told from a call.
     is_from_file = False
     plugin: str = field(default=PLUGIN, metadata={"help": "What loading the adapter needs."})
@@ -235,6 +244,17 @@ class HyperAdapterConfig(PeftConfig):
         """Task of calls that name none: the default task, or else the first."""
         return self.default_task or self.task_names[0]
 
+    @property
+    def base_facts(self) -> AdaptedModel:
+        """What exports and cards tell of the base model; known of an adapter that was made."""
+        assert self.adapted_model is not None
+        return AdaptedModel.checked("adapted_model", self.adapted_model)
+
+    @property
+    def adapted_layers(self) -> list[AdaptedLayers]:
+        """The adapted modules, block by block; known of an adapter that was made."""
+        return checked_adapted_layers(self.adapted_modules)
+
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
         """Rank r, and the dimensionless factor ``lora_alpha / r``, at a module with this path in the base model."""
         r = value_at("rank_pattern", self.rank_pattern, name, self.r)
@@ -263,6 +283,10 @@ class HyperAdapterConfig(PeftConfig):
             check_type(name, getattr(self, name), str, "a string")
         check_type("auto_mapping", self.auto_mapping, dict, "a dict")
         check_type("inference_mode", self.inference_mode, bool, "True or False", optional=False)
+        if self.adapted_model is not None:
+            AdaptedModel.checked("adapted_model", self.adapted_model)
+        if self.adapted_modules is not None:
+            checked_adapted_layers(self.adapted_modules)
         check_type("plugin", self.plugin, str, "a string", optional=False)
         self.plugin = PLUGIN
 

@@ -103,6 +103,11 @@ class Factors(NamedTuple):
         return torch.baddbmm(onto, hidden, lora_B.mT)
 
 
+def without_column(columns: Tensor, index: int | None) -> Tensor:
+    """Zeros in a column of ``(rows, columns)``: an embedding's padding index, which keeps its embedding."""
+    return columns if index is None else columns.index_fill(1, torch.tensor(index, device=columns.device), 0)
+
+
 def times_core(x: Tensor, core: Tensor) -> Tensor:
     """x·S for x ``(..., n, r)`` or ``(r,)``, and S ``(..., r, r)`` or ``(..., 1, 1)``, in the dtype of x."""
     if core.shape[-1] > 1:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from hyperadapt.config.adapted_fields import AdaptedLayers, AdaptedModule
+from hyperadapt.config.config import HyperAdapterConfig
+
+_INDEX = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
 class Position:
     """One adapted module: its path as in ``named_modules()``, columns of A, rows of B, rank and scaling.
 
-    ``fan_in`` is how many inputs act on an output at once, for the initial variance of A; None for all of them.
+    Its kind, a convolution's kernel and an embedding's padding index are those of ``AdaptedModule``.
     """
 
     name: str
@@ -18,7 +26,14 @@ class Position:
     out_features: int
     r: int
     scaling: float = 1.0
-    fan_in: int | None = None
+    kind: str = "Linear"
+    kernel: tuple[int, ...] | None = None
+    padding_idx: int | None = None
+
+    @property
+    def fan_in(self) -> int | None:
+        """How many inputs act on an output at once, for the initial variance of A; None for all of them."""
+        return 1 if self.kind == "Embedding" else None
 
     @property
     def layer_index(self) -> int | None:
@@ -28,10 +43,64 @@ class Position:
     @property
     def module(self) -> str:
         """The path with the layer index as ``*``: the same for the same module of every layer."""
-        return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", self.name, count=1)
+        return _INDEX.sub("*", self.name, count=1)
+
+
+def saved_positions(positions: Sequence[Position]) -> list[dict[str, Any]]:
+    """The positions as the field `adapted_modules` keeps them, which tells what layers share once."""
+    blocks: list[AdaptedLayers] = []
+    for index, members in groupby(positions, _repeated_index):
+        block = AdaptedLayers(
+            tuple(_adapted(member, index) for member in members), None if index is None else (index, index)
+        )
+        last = blocks[-1] if blocks else None
+        if last and last.layers and block.layers and last.layers[1] + 1 == index and last.modules == block.modules:
+            blocks[-1] = AdaptedLayers(block.modules, (last.layers[0], index))
+        else:
+            blocks.append(block)
+    return [block.saved() for block in blocks]
+
+
+def position_count(config: HyperAdapterConfig) -> int:
+    """How many positions ``positions_of`` gives."""
+    return sum(len(block.indices) * len(block.modules) for block in config.adapted_layers)
+
+
+def positions_of(config: HyperAdapterConfig) -> list[Position]:
+    """The positions that a configuration tells of, in their order."""
+    positions = []
+    for block in config.adapted_layers:
+        for index in block.indices:
+            for module in block.modules:
+                name = module.name if index is None else _with_index(module.name, index)
+                r, scaling = config.rank_and_scaling(name)
+                sizes = module.in_features, module.out_features
+                positions.append(Position(name, *sizes, r, scaling, module.kind, module.kernel, module.padding_idx))
+    return positions
+
+
+def _repeated_index(position: Position) -> int | None:
+    """The layer index, where the path can be made of it and of the module's again."""
+    index = position.layer_index
+    return index if index is not None and _with_index(position.module, index) == position.name else None
+
+
+def _with_index(module: str, index: int) -> str:
+    return re.sub(r"(?:^|(?<=\.))\*(?=\.|$)", str(index), module, count=1)
+
+
+def _adapted(position: Position, index: int | None) -> AdaptedModule:
+    return AdaptedModule(
+        position.name if index is None else position.module,
+        position.in_features,
+        position.out_features,
+        position.kind,
+        position.kernel,
+        position.padding_idx,
+    )
 
 
 def layer_index(name: str) -> int | None:
     """As ``Position.layer_index``, of a path."""
-    match = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
-    return int(match.group(1)) if match else None
+    match = _INDEX.search(name)
+    return int(match[0]) if match else None

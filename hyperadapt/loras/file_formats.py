@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable
@@ -11,48 +10,45 @@ from pathlib import Path
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from hyperadapt.config.checks import shown
+from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.loras.lora import Lora
-from hyperadapt.tuner.layer import HyperAdapterLayer
-from hyperadapt.tuner.layer_types import HyperAdapterEmbedding, HyperAdapterLinear
 
 _PREFIX = "base_model.model."
 _DECODER_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.(?P<key>.+)")
 
 
+def peft_tensors(lora: Lora) -> dict[str, Tensor]:
+    """The tensors by their names in a file of PEFT."""
+    return lora.named_factors(_PREFIX) | dict(lora.saved)
+
+
 def _write_peft(lora: Lora, folder: Path) -> None:
     """What PEFT, vLLM, SGLang and other servers load."""
-    tensors = lora.named_factors(_PREFIX) | dict(lora.saved)
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(peft_tensors(lora), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     lora.config.save_pretrained(str(folder))
 
 
 def _write_gguf_ready(lora: Lora, folder: Path) -> None:
     """What llama.cpp's convert_lora_to_gguf.py reads, with the config.json that it reads of the base model."""
-    base_model = lora.base_model
-    if not isinstance(base_model, PreTrainedModel):
+    if lora.base.config is None:
         raise ValueError(
             f"format='gguf-ready' is for models of transformers, which llama.cpp can convert, but the base model is a "
-            f"{type(base_model).__name__}. Choose another format."
+            f"{lora.base.kind}. Choose another format."
         )
     _check_modules(lora, "gguf-ready", "linear layers (not Conv1D, which llama.cpp's converter transposes)", _is_linear)
     _write_peft(lora, folder)
-    config = copy.deepcopy(base_model.config)
-    config.architectures = config.architectures or [type(base_model).__name__]
-    # The converter refuses ways of quantisation that it cannot undo, even though it reads no weights of the base.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.save_pretrained(folder)
+    text = json.dumps(lora.base.config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _write_mlx(lora: Lora, folder: Path) -> None:
     """The adapter folder of mlx-lm, which numbers layers from the last one."""
     _check_modules(lora, "mlx", "linear layers in model.layers", _is_in_decoder_layer)
     matches = [match for match in map(_DECODER_LAYER.fullmatch, lora.factors) if match is not None]
-    layers = len(list(lora.base_model.get_submodule("model.layers").children()))
+    layers = max(lora.base.decoder_layers or 0, *(int(match["index"]) + 1 for match in matches))
     config = {
         "model": lora.config.base_model_name_or_path,
         "fine_tune_type": "lora",
@@ -77,14 +73,13 @@ def _write_mlx(lora: Lora, folder: Path) -> None:
 
 def _write_diffusers(lora: Lora, folder: Path) -> None:
     """The one file that a pipeline's load_lora_weights takes, its names starting with the pipeline's component."""
-    kind = type(lora.base_model)
-    if not any(one.__name__ == "ModelMixin" and one.__module__.startswith("diffusers.") for one in kind.__mro__):
+    if lora.base.library != "diffusers":
         raise ValueError(
-            f"format='diffusers' is for models of diffusers, but the base model is a {kind.__name__}. Choose another "
+            f"format='diffusers' is for models of diffusers, but the base model is a {lora.base.kind}. Choose another "
             "format."
         )
     _check_modules(lora, "diffusers", "linear layers and convolutions", _is_no_embedding)
-    component = "unet" if "UNet" in kind.__name__ else "transformer"
+    component = "unet" if "UNet" in lora.base.kind else "transformer"
     # diffusers hands all of these to LoraConfig, where an older PEFT refuses a field that it does not know.
     fields = {name: getattr(lora.config, name) for name in ("r", "lora_alpha", "bias", "target_modules")}
     metadata = {f"{component}.{name}": value for name, value in fields.items()}
@@ -104,14 +99,9 @@ FORMATS: dict[str, Callable[[Lora, Path], None]] = {
 }
 
 
-def _check_modules(lora: Lora, format: str, taken: str, takes: Callable[[str, HyperAdapterLayer], bool]) -> None:
+def _check_modules(lora: Lora, format: str, taken: str, takes: Callable[[Position], bool]) -> None:
     """Refuse modules that a format has no place for."""
-    others = []
-    for path in lora.factors:
-        layer = lora.base_model.get_submodule(path)
-        assert isinstance(layer, HyperAdapterLayer)
-        if not takes(path, layer):
-            others.append(path)
+    others = [path for path in lora.factors if not takes(lora.positions[path])]
     if others:
         raise ValueError(
             f"format={format!r} takes {taken}, but the adapter also adapts {shown(others)}. Export with "
@@ -127,13 +117,13 @@ def _check_modules(lora: Lora, format: str, taken: str, takes: Callable[[str, Hy
         )
 
 
-def _is_linear(_: str, layer: HyperAdapterLayer) -> bool:
-    return isinstance(layer, HyperAdapterLinear) and not isinstance(layer.get_base_layer(), Conv1D)
+def _is_linear(position: Position) -> bool:
+    return position.kind == "Linear"
 
 
-def _is_in_decoder_layer(path: str, layer: HyperAdapterLayer) -> bool:
-    return isinstance(layer, HyperAdapterLinear) and _DECODER_LAYER.fullmatch(path) is not None
+def _is_in_decoder_layer(position: Position) -> bool:
+    return position.kind in ("Linear", "Conv1D") and _DECODER_LAYER.fullmatch(position.name) is not None
 
 
-def _is_no_embedding(_: str, layer: HyperAdapterLayer) -> bool:
-    return not isinstance(layer, HyperAdapterEmbedding)
+def _is_no_embedding(position: Position) -> bool:
+    return position.kind != "Embedding"

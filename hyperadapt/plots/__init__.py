@@ -47,7 +47,7 @@ def plot(  # noqa: DOC503
     them pictures of an earlier call that this one does not draw, are left alone.
 
     Args:
-        model: A ``PeftModel`` with a hyperadapter, in any mode.
+        model: A ``PeftModel`` with a hyperadapter, in any mode, or the ``network`` of a ``LoraGenerator``.
         directory: Folder to write to; made if missing.
         tasks: As in ``draw``.
         log_history: As in ``draw``.
@@ -95,7 +95,7 @@ def draw(  # noqa: DOC502
     of, that all updates are zero or hardly depend on the task; here that is no warning.
 
     Args:
-        model: A ``PeftModel`` with a hyperadapter, in any mode.
+        model: A ``PeftModel`` with a hyperadapter, in any mode, or the ``network`` of a ``LoraGenerator``.
         tasks: Names of the tasks to show; None for all.
         log_history: What a trainer logged: ``trainer.state.log_history``.
 

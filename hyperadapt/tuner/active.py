@@ -60,12 +60,16 @@ def find_tuner(model: nn.Module) -> HyperAdapterModel:
 
 
 def active_network(model: nn.Module) -> tuple[str, HyperAdapterNetwork]:
-    """Name and network of the one active adapter of a model."""
+    """Name and network of the one active adapter of a model; a network without a model is its own."""
+    if isinstance(model, HyperAdapterNetwork):
+        return "default", model
     tuner = find_tuner(model)
     return tuner.router.only(tuner.active_adapters)
 
 
 def first_network(model: nn.Module) -> HyperAdapterNetwork:
-    """Network of the first active adapter, for what a card says of a model in which several may be active."""
+    """As ``active_network``, of the first active adapter where several are, for what a card says of a model."""
+    if isinstance(model, HyperAdapterNetwork):
+        return model
     tuner = find_tuner(model)
     return tuner.router.network(tuner.active_adapters[0])

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.hypernetwork.positions import saved_positions
 from hyperadapt.routing.router import Router
 from hyperadapt.tasks.encoders import with_text_vectors
+from hyperadapt.tuner.base_facts import base_facts
 from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in
 from hyperadapt.tuner.loading import check_saved_modules, check_size, other_names
 
@@ -79,7 +81,11 @@ def built_network(
     norms = torch.stack([base_norms.get(position.name, unread) for position in positions])
     check_saved_modules(base_model, adapter_name)
     config, text_vectors = with_text_vectors(config)
-    check_size(config, positions, base_model)
+    size = sum(parameter.numel() for parameter in base_model.parameters())
+    check_size(config, positions, size, "the base model")
+    config = config.replaced(
+        adapted_model=base_facts(base_model, positions).saved(), adapted_modules=saved_positions(positions)
+    )
     network = HyperAdapterNetwork(config, positions, norms)
     check_adapter_names(base_model, {**layers[0].hyperadapter_networks, adapter_name: network})
     # Offloaded weights show the meta device until they are needed.

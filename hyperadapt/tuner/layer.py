@@ -63,10 +63,9 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         assert out_features is not None
         return out_features
 
-    @property
-    def fan_in(self) -> int | None:
-        """How many inputs act on an output at once; None for all of them."""
-        return None
+    def position_at(self, name: str, r: int, scaling: float) -> Position:
+        """The layer's position in the base model, under a path, with a rank and a scaling."""
+        raise NotImplementedError
 
     @property
     def hyperadapter_networks(self) -> nn.ModuleDict:
@@ -185,10 +184,6 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
                 "Load the base model and the adapter again and merge before the first forward pass, or use the task "
                 "unmerged (set_task)."
             )
-
-    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
-        """One task's update as PEFT's LoRA layer of this type would save it, by the ends of the names; scaling 1."""
-        return {"lora_A.weight": factors.lora_A[0], "lora_B.weight": factors.outer()[0]}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's ``convert_to_lora`` can read the update; it takes linear layers."""

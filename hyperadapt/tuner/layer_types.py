@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.quantization_utils import (
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hyperadapt.config.config import HyperAdapterConfig
-from hyperadapt.hypernetwork.factors import Convolution, Factors
+from hyperadapt.hypernetwork.factors import Convolution, Factors, without_column
+from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.routing.router import Router
 from hyperadapt.tuner.layer import HyperAdapterLayer
 
@@ -27,6 +27,11 @@ class HyperAdapterLinear(HyperAdapterLayer):
 
     PEFT's ``"all-linear"`` finds layers that are already adapted by "Linear" in the name of their class.
     """
+
+    def position_at(self, name: str, r: int, scaling: float) -> Position:
+        """With ``Conv1D`` told apart, whose weight is transposed."""
+        kind = "Conv1D" if isinstance(self.get_base_layer(), Conv1D) else "Linear"
+        return Position(name, self.in_features, self.out_features, r, scaling, kind)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """As ``convert_to_lora`` asks."""
@@ -45,10 +50,10 @@ class HyperAdapterLinear(HyperAdapterLayer):
 class HyperAdapterEmbedding(HyperAdapterLayer):
     """Adapts ``nn.Embedding``; as with PEFT's LoRA, there is no dropout and a padding index keeps its embedding."""
 
-    @property
-    def fan_in(self) -> int:
-        """One: the input picks a column of A."""
-        return 1
+    def position_at(self, name: str, r: int, scaling: float) -> Position:
+        """With the padding index."""
+        sizes = self.in_features, self.out_features
+        return Position(name, *sizes, r, scaling, "Embedding", padding_idx=self.padding_idx)
 
     def _add_update(
         self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
@@ -59,13 +64,8 @@ class HyperAdapterEmbedding(HyperAdapterLayer):
         scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
         return result + (update if scale is None else update * scale.to(update.dtype))
 
-    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
-        """With zeros in A's column of the padding index."""
-        lora_A, lora_B = super().lora_tensors(factors).values()
-        return {"lora_embedding_A": self._without_padding(lora_A), "lora_embedding_B": lora_B}
-
     def _dense(self, factors: Factors) -> Tensor:
-        return self._without_padding(factors.delta_weight()[0]).T
+        return without_column(factors.delta_weight()[0], self.padding_idx).T
 
     @property
     def padding_idx(self) -> int | None:
@@ -73,12 +73,6 @@ class HyperAdapterEmbedding(HyperAdapterLayer):
         base_layer = self.get_base_layer()
         assert isinstance(base_layer, nn.Embedding)
         return base_layer.padding_idx
-
-    def _without_padding(self, columns: Tensor) -> Tensor:
-        """Zeros in the column of the padding index."""
-        if self.padding_idx is None:
-            return columns
-        return columns.index_fill(1, torch.tensor(self.padding_idx, device=columns.device), 0)
 
 
 class HyperAdapterConvolution(HyperAdapterLayer):
@@ -88,6 +82,11 @@ class HyperAdapterConvolution(HyperAdapterLayer):
     def in_features(self) -> int:
         """Entries of one output channel's kernel."""
         return math.prod(self.convolution.weight.shape[1:])
+
+    def position_at(self, name: str, r: int, scaling: float) -> Position:
+        """With the shape of the kernel."""
+        kernel = tuple(self.convolution.weight.shape[1:])
+        return Position(name, self.in_features, self.out_features, r, scaling, "Convolution", kernel)
 
     @property
     def convolution(self) -> Convolution:
@@ -100,15 +99,6 @@ class HyperAdapterConvolution(HyperAdapterLayer):
         self, result: Tensor, adapter_name: str, x: Tensor, factors: Factors, rows: Tensor | None
     ) -> Tensor:
         return result + factors.convolve(self._adapter_input(adapter_name, x, factors), rows, self.convolution)
-
-    def lora_tensors(self, factors: Factors) -> dict[str, Tensor]:
-        """A as a convolution with the base layer's kernel, B as one with a kernel of size 1."""
-        kernel = self.convolution.weight.shape[1:]
-        lora_A, lora_B = super().lora_tensors(factors).values()
-        return {
-            "lora_A.weight": lora_A.reshape(-1, *kernel),
-            "lora_B.weight": lora_B.reshape(*lora_B.shape, *(1 for _ in kernel[1:])),
-        }
 
     def _dense(self, factors: Factors) -> Tensor:
         return factors.delta_weight()[0].reshape(self.convolution.weight.shape)

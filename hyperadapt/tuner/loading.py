@@ -28,19 +28,19 @@ MAX_PARAMETERS = 2**30
 # A narrower float needs scales that the file does not hold.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SHOWN_PROBLEMS = 5
-_NETWORKS = "hyperadapter_networks."
+NETWORKS = "hyperadapter_networks."
 _RESIZED = "has shape"
 _TO_LEAVE_OUT = "_to_leave_out"
 
 
-def check_size(config: HyperAdapterConfig, positions: Sequence[Position], base_model: nn.Module) -> None:
-    """Refuse a network, or one task's adapters, out of all proportion to the base model, before memory is taken."""
-    limit = max(MAX_PARAMETERS, 4 * sum(parameter.numel() for parameter in base_model.parameters()))
+def check_size(config: HyperAdapterConfig, positions: Sequence[Position], size: int, measure: str) -> None:
+    """Refuse a network, or one task's adapters, far larger than a measure of some size, before memory is taken."""
+    limit = max(MAX_PARAMETERS, 4 * size)
     generated = sum(p.r * (p.in_features + p.out_features + p.r) for p in positions)
     if generated > limit:
         raise ValueError(
             f"One task's adapters would hold {generated:,} numbers, more than the limit of {limit:,} (2**30, or 4 "
-            "times the base model). Reduce r or rank_pattern, or leave modules out with exclude_modules."
+            f"times {measure}). Reduce r or rank_pattern, or leave modules out with exclude_modules."
         )
     with torch.device("meta"):
         network = HyperAdapterNetwork(config, positions, torch.empty(len(positions)))
@@ -62,7 +62,7 @@ def check_size(config: HyperAdapterConfig, positions: Sequence[Position], base_m
         [(part, size)] = sizes.most_common(1)
         raise ValueError(
             f"The network would have {sizes.total():,} parameters, more than the limit of {limit:,} (2**30, or 4 times "
-            f"the base model), {size:,} of them in {part}. Reduce {fields[part]}."
+            f"{measure}), {size:,} of them in {part}. Reduce {fields[part]}."
         )
 
 
@@ -92,23 +92,23 @@ def checked_state_dict(
     other sizes: PEFT leaves those out next if it is told to, and only then; ``check_left_out`` looks.
     """
     expected = model.state_dict()
-    marker = f"{_NETWORKS}{adapter_name}."
+    marker = f"{NETWORKS}{adapter_name}."
     own = [name for name in expected if marker in name]
     # Where only one process reads the file, the others pass nothing.
     if not own or not state_dict:
         return dict(renamed)
     # Renaming lets such a name through, to whichever adapter it names.
-    problems = [f"{shown(name)} is unexpected" for name in state_dict if _NETWORKS in name and name in expected]
+    problems = [f"{shown(name)} is unexpected" for name in state_dict if NETWORKS in name and name in expected]
     others = other_names(model, adapter_name)
     resized = {}
     for name, value in renamed.items():
         known = expected.get(name) if marker in name or name in others else None
-        problem = "is unexpected" if known is None else _mismatch(name, value, known)
+        problem = "is unexpected" if known is None else mismatch(name, value, known)
         if problem.startswith(_RESIZED) and name in others:
             resized[name] = problem
         elif problem:
-            problems.append(f"{shown(name.replace(marker, _NETWORKS))} {problem}")
-    problems += [f"{shown(name.replace(marker, _NETWORKS))} is missing" for name in own if name not in renamed]
+            problems.append(f"{shown(name.replace(marker, NETWORKS))} {problem}")
+    problems += [f"{shown(name.replace(marker, NETWORKS))} is missing" for name in own if name not in renamed]
     if problems:
         raise _unfitting(adapter_name, problems)
     tuner = next(one for one in model.modules() if isinstance(one, BaseTuner))
@@ -125,8 +125,13 @@ def check_left_out(tuner: nn.Module, state_dict: Mapping[str, Any]) -> None:
         raise _unfitting(adapter_name, problems)
 
 
-def _unfitting(adapter_name: str, problems: Sequence[str]) -> ValueError:
+def listed(problems: Sequence[str]) -> str:
+    """The first of some problems, and how many more there are."""
     rest = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+    return f"{'; '.join(problems[:_SHOWN_PROBLEMS])}{rest}"
+
+
+def _unfitting(adapter_name: str, problems: Sequence[str]) -> ValueError:
     remedy = "if it was, the file is damaged: get it again."
     if any(_RESIZED in problem for problem in problems):
         remedy += (
@@ -135,7 +140,7 @@ def _unfitting(adapter_name: str, problems: Sequence[str]) -> ValueError:
         )
     return ValueError(
         f"The weights for adapter {adapter_name!r} do not fit its configuration and this base model: "
-        f"{'; '.join(problems[:_SHOWN_PROBLEMS])}{rest}. Load the adapter with its own adapter_config.json on the base "
+        f"{listed(problems)}. Load the adapter with its own adapter_config.json on the base "
         f"model it was made for; {remedy}"
     )
 
@@ -159,7 +164,7 @@ def load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any,
         if adapter_name in model.peft_config:
             _check_tasks(model, model_id, adapter_name, kwargs)
         result = type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
-        missing = [name for name in result.missing_keys if f"{_NETWORKS}{adapter_name}." in name]
+        missing = [name for name in result.missing_keys if f"{NETWORKS}{adapter_name}." in name]
         if missing:
             raise ValueError(
                 f"The file of adapter {adapter_name!r} has no weights of a hyperadapter: {shown(missing)} are missing. "
@@ -212,7 +217,7 @@ def other_names(model: nn.Module, adapter_name: str) -> set[str]:
     return names
 
 
-def _mismatch(name: str, value: Any, expected: Tensor) -> str:
+def mismatch(name: str, value: Any, expected: Tensor) -> str:
     """What is wrong with a value for a tensor of the model; empty if nothing."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         return "is no ordinary tensor"
@@ -220,10 +225,10 @@ def _mismatch(name: str, value: Any, expected: Tensor) -> str:
         return f"{_RESIZED} {tuple(value.shape)} instead of {tuple(expected.shape)}"
     if value.dtype != expected.dtype and not (value.dtype in DTYPES and expected.is_floating_point()):
         return f"has dtype {value.dtype} instead of {expected.dtype}"
-    if _NETWORKS in name and name.endswith(".base_norms") and not ((value > 0) & value.isfinite()).all():
+    if NETWORKS in name and name.endswith(".base_norms") and not ((value > 0) & value.isfinite()).all():
         return "holds a norm that is not finite and above 0"
-    if _NETWORKS in name and name.endswith(".trained_steps") and value < 0:
+    if NETWORKS in name and name.endswith(".trained_steps") and value < 0:
         return "counts steps below 0"
-    if _NETWORKS in name and name.endswith(".text_vectors") and not value.isfinite().all():
+    if NETWORKS in name and name.endswith(".text_vectors") and not value.isfinite().all():
         return "holds a vector that is not finite"
     return ""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import check_description
-from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.sharding import make_whole, whole_network
 from hyperadapt.routing.checkpointing import factors_carried
 from hyperadapt.routing.forward_pass import call_of, main_input
@@ -326,7 +325,7 @@ class HyperAdapterModel(BaseTuner):
         else:
             layer = wrapped(target, parent, current_key, self.model, self.router)
         r, scaling = peft_config.rank_and_scaling(current_key)
-        position = Position(current_key, layer.in_features, layer.out_features, r, scaling, layer.fan_in)
+        position = layer.position_at(current_key, r, scaling)
         # Read here, so that an unusable weight is refused before PEFT goes on to wrap modules_to_save. Parameters that
         # come from a file bring the norms along.
         if not is_made_empty():

@@ -23,7 +23,7 @@ from tests.support.helpers import adapted_model
 def test_cards_of_exports(tmp_path: Path, format: str, library: str, text: str) -> None:
     model = adapted_model("llama", task_type="CAUSAL_LM")
     model.peft_config["default"].base_model_name_or_path = "org/base"
-    write_lora_card(model, "beta", ["Is it spam?"], tmp_path, format=format)
+    write_lora_card(model.peft_config["default"], "beta", ["Is it spam?"], tmp_path, format=format)
     card = ModelCard.load(tmp_path / "README.md")
     check_card(card)
     assert (card.data.library_name, card.data.base_model) == (library, "org/base")

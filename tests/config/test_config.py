@@ -48,6 +48,11 @@ FULL = {
     "normalization": "soft_polar",
     "normalization_bound": 0.125,
     "init_weights": "zero_head",
+    "adapted_model": {"kind": "BertModel", "library": "transformers", "dtype": "bfloat16", "num_labels": 2},
+    "adapted_modules": [
+        {"modules": [{"name": "words", "in_features": 9, "out_features": 4, "kind": "Embedding", "padding_idx": 0}]},
+        {"layers": [0, 2], "modules": [{"name": "layer.*.query", "in_features": 4, "out_features": 4}]},
+    ],
 }
 
 

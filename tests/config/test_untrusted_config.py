@@ -157,7 +157,7 @@ def test_the_limit_is_exact_and_grows_with_the_base_model(monkeypatch: pytest.Mo
 def test_measuring_a_network_leaves_the_random_numbers_alone() -> None:
     positions = [Position(f"layers.{index}.q", 8, 8, 4) for index in range(3)]
     state = torch.get_rng_state()
-    loading.check_size(adapter_config(head="row", normalization="sinkhorn"), positions, nn.Module())
+    loading.check_size(adapter_config(head="row", normalization="sinkhorn"), positions, 0, "the base model")
     assert torch.equal(torch.get_rng_state(), state)
 
 

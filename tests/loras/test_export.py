@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from hyperadapt import export_lora, export_loras, generate_lora
 from hyperadapt.config.checks import shown
-from hyperadapt.loras import export
 from hyperadapt.loras import file_formats as formats
+from hyperadapt.loras import folders
 from hyperadapt.loras.lora import Lora
 from hyperadapt.normalization import NORMALIZATIONS
 from tests.support.helpers import (
@@ -30,7 +30,7 @@ from tests.support.helpers import (
     snapshot,
     two_adapters,
 )
-from tests.support.tolerances import EXPORT_FLOAT32, FLOAT32_FORMULA
+from tests.support.tolerances import EXPORT_FLOAT32
 
 NAMES = ("bert", "gpt2", "llama", "t5")
 # Short names where they mean the adapted modules and no others.
@@ -211,7 +211,7 @@ def test_failures_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     elif case == "save fails":
         monkeypatch.setattr(formats, "save_file", fail)
     elif case == "card fails":
-        monkeypatch.setattr(export, "write_lora_card", fail)
+        monkeypatch.setattr(folders, "write_lora_card", fail)
         folder = tmp_path / "deeper" / "export"
     else:
         monkeypatch.setattr(LoraConfig, "save_pretrained", fail)
@@ -272,25 +272,22 @@ def test_every_module_gets_a_rank_that_servers_take(tmp_path: Path, ranks: tuple
 
 
 def test_all_tasks_are_exported_to_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"task {index}" for index in range(2 * export._TASKS_AT_ONCE + 3)]
+    names = [f"task {index}" for index in range(17)]
     model = adapted_model("llama", tasks=names, target_modules=["q_proj", "v_proj"])
     network = model.base_model.router.network("default")
     calls, forward = [], network.forward
     monkeypatch.setattr(network, "forward", lambda tasks: calls.append(len(tasks)) or forward(tasks))
     folders = export_loras(model, tmp_path / "all")
-    assert calls == [16, 16, 3]
+    # However many there are, memory holds one.
+    assert calls == [1] * 17
     assert folders == {name: tmp_path / "all" / name for name in names}
     assert set((tmp_path / "all").iterdir()) == set(folders.values())
     assert list(tmp_path.iterdir()) == [tmp_path / "all"]
     for name in (names[0], names[15], names[16], names[-1]):
         export_lora(model, name, tmp_path / "alone")
         assert {path.name for path in folders[name].iterdir()} == FILES
-        expected, actual = (
-            load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "alone", folders[name])
-        )
-        assert actual.keys() == expected.keys()
-        for key, value in expected.items():
-            assert_close(actual[key], value, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+        for file in FILES - {"README.md"}:
+            assert (folders[name] / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
 
 
 def test_some_tasks_are_exported_beside_what_is_there(tmp_path: Path) -> None:

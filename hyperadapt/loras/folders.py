@@ -1,0 +1,54 @@
+"""Folders of exported LoRAs: their names, and writing them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hyperadapt.cards.card import may_be_written_anew
+from hyperadapt.cards.lora_card import write_lora_card
+from hyperadapt.config.checks import check_choice, shown
+from hyperadapt.files import whole_folders
+from hyperadapt.loras.file_formats import FORMATS
+from hyperadapt.loras.lora import Lora
+
+# Folders of these names, also with an ending, cannot be made on Windows.
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{digit}" for name in ("com", "lpt") for digit in range(10))}
+
+
+def check_folder_names(names: Sequence[str]) -> None:
+    """Refuse what is no name of a folder on some file system, or means another folder."""
+    seen: dict[str, str] = {}
+    for name in names:
+        is_plain = re.fullmatch(r"[^\x00-\x1f<>:\"/\\|?*]+", name) and name == name.strip() == name.strip(".")
+        if not is_plain or len(name.encode()) > 255 or name.partition(".")[0].lower() in _RESERVED:
+            raise ValueError(
+                f"Task {shown(name)} cannot be the name of a folder: slashes and the like, control characters, spaces "
+                "or dots at an end, more than 255 bytes, and names that Windows reserves are refused. Call "
+                "rename_task, or export it with export_lora."
+            )
+        if name.casefold() in seen:
+            raise ValueError(
+                f"Tasks {shown(seen[name.casefold()])} and {shown(name)} would share a folder where case is ignored. "
+                "Name every task once, call rename_task, or export them one by one with export_lora."
+            )
+        seen[name.casefold()] = name
+
+
+def write_loras(loras: Iterable[Lora], folders: Sequence[Path], format: str) -> None:
+    """Write LoRAs with their cards to a folder each; all of them, or none."""
+    check_choice("format", format, tuple(FORMATS))
+    for folder in folders:
+        if folder.is_file():
+            raise ValueError(f"directory={str(folder)!r} is a file; pass a folder.")
+    with whole_folders(folders) as new:
+        for lora, place, folder in zip(loras, new, folders, strict=True):
+            write_lora(lora, place, folder, format)
+
+
+def write_lora(lora: Lora, place: Path, folder: Path, format: str) -> None:
+    """Write the files of a LoRA to a place from which they are moved into `folder`."""
+    FORMATS[format](lora, place)
+    if may_be_written_anew(folder):
+        write_lora_card(lora.adapter, lora.task, lora.descriptions, place, format=format, address=str(folder))
