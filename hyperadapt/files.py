@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = ".unfinished-"
 
@@ -24,6 +26,15 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can hold it: None in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -50,12 +61,20 @@ def whole_folders(folders: Sequence[str | os.PathLike[str]], *, seal: str = "") 
         for source in sources:
             source.mkdir()
         yield sources
-        moves: list[tuple[Path, Path]] = []
-        for source, target in zip(sources, targets, strict=True):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            moves += _moves(source, target)
-        moves.sort(key=lambda move: move[1].name == seal)
-        _replace(moves, Path(temporary, "old"), seal)
+        move_whole(sources, targets, Path(temporary, "old"), seal=seal)
+
+
+def move_whole(sources: Sequence[Path], targets: Sequence[Path], old: Path, *, seal: str = "") -> None:
+    """Move folders' files into others of the same file system together, as ``whole_folders`` does.
+
+    What they replace goes to the folder `old`, which is made for that.
+    """
+    moves: list[tuple[Path, Path]] = []
+    for source, target in zip(sources, targets, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        moves += _moves(source, target)
+    moves.sort(key=lambda move: move[1].name == seal)
+    _replace(moves, old, seal)
 
 
 def _moves(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
@@ -69,7 +88,8 @@ def _moves(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
 
 def _replace(moves: Sequence[tuple[Path, Path]], old: Path, seal: str) -> None:
     """Make the moves, all or none; at any time a file but the seal is the old or the new one."""
-    old.mkdir()
+    if any(os.path.lexists(target) for _, target in moves):
+        old.mkdir()
     with ExitStack() as undo:
         for index, (_, target) in enumerate(moves):
             if target.name == seal and target.exists():

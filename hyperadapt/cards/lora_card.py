@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+from jinja2 import Template
 
 from hyperadapt.cards.card import CARD, MARKER, PIPELINES, template
 from hyperadapt.cards.sections import plain
@@ -33,25 +35,41 @@ def write_lora_card(
     base = base_model_of(config)
     title = f"LoRA for {base.name}: {plain(task) if task else 'from a description'}"
     texts = [description] if isinstance(description, str) else list(description or ())
-    kinds = {"mlx": "mlx", "diffusers": "diffusers"}
-    data = ModelCardData(
-        base_model=base.hub_id,
-        base_model_relation="adapter" if base.hub_id else None,
-        library_name=kinds.get(format, "peft"),
-        pipeline_tag=PIPELINES.get(config.task_type or ""),
-        tags=["hyperadapt", "lora"],
-    )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(template("lora_template.md")),
+    libraries = {"mlx": "mlx", "diffusers": "diffusers"}
+    # Not ModelCard.from_template, which reads and parses everything anew for each card: there may be thousands.
+    card = _template().render(
+        card_data=_metadata(base.hub_id, libraries.get(format, "peft"), PIPELINES.get(config.task_type or "")),
         marker=MARKER,
         title=title,
         summary=" ".join([f"A LoRA adapter for {base.link}.", *(plain(text) for text in texts)]),
         usage=lora_usage(config, base, address or str(directory), format),
         origin=(
             f"Exported from {'task `' + plain(task) + '` of ' if task else ''}a hyperadapter, a hypernetwork that "
-            "generates LoRA adapters, with hyperadapt "
-            f"{metadata.version('hyperadapt')}. The export is exact, and needs no package beside the usual ones."
+            f"generates LoRA adapters, with hyperadapt {_version()}. The export is exact, and needs no package beside "
+            "the usual ones."
         ),
     )
-    write_whole(Path(directory, CARD), str(card))
+    write_whole(Path(directory, CARD), card)
+
+
+@cache
+def _template() -> Template:
+    made: Template = Template(template("lora_template.md").read_text(encoding="utf-8"))
+    return made
+
+
+@cache
+def _version() -> str:
+    return metadata.version("hyperadapt")
+
+
+@lru_cache
+def _metadata(base_model: str | None, library: str, pipeline: str | None) -> str:
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
+        library_name=library,
+        pipeline_tag=pipeline,
+        tags=["hyperadapt", "lora"],
+    )
+    return str(data.to_yaml())

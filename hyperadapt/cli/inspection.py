@@ -14,12 +14,12 @@ Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this task;
 
 
 def diagnose(adapter: Adapter, task: Tasks = None, revision: Revision = None, as_json: Json = False) -> None:
-    """Tell whether the tasks' adapters differ, or the hypernetwork ignores which task it is told."""
-    from hyperadapt.diagnosis import diagnose as diagnose_model
-    from hyperadapt.runs.run import load_model
+    """Tell whether the tasks' adapters differ, or the hypernetwork ignores its task; the base model is not loaded."""
+    from hyperadapt.diagnosis import diagnose as diagnose_network
+    from hyperadapt.loras.generator import LoraGenerator
 
     with quiet_output():
-        diagnosis = diagnose_model(load_model(adapter, revision=revision), task)
+        diagnosis = diagnose_network(LoraGenerator.from_pretrained(adapter, revision=revision).network, task)
     saturation = diagnosis.saturation
     result = {
         "tasks": list(diagnosis.tasks),
@@ -42,14 +42,20 @@ def plot(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the tasks' map, singular values, norms, cosines and the course of training, as PNG and SVG."""
-    from hyperadapt.plots import plot as plot_model
-    from hyperadapt.runs.run import load_model, load_record
+    """Draw the adapter, without loading the base model, as PNG and SVG.
+
+    Drawn are the tasks' map, singular values, norms, cosines and the course of training.
+    """
+    from hyperadapt.loras.generator import LoraGenerator
+    from hyperadapt.plots import plot as plot_network
+    from hyperadapt.runs.folder import find_folder
+    from hyperadapt.runs.record import RECORD, Record
 
     with quiet_output():
-        record = load_record(adapter, revision=revision)
-        history = record.log_history if record else None
-        paths = plot_model(load_model(adapter, revision=revision), output, tasks=task, log_history=history)
+        folder = find_folder(adapter, revision, None)
+        history = Record.load(folder).log_history if (folder / RECORD).exists() else None
+        network = LoraGenerator.from_pretrained(folder).network
+        paths = plot_network(network, output, tasks=task, log_history=history)
     show({"files": [str(path) for path in paths]}, "\n".join(map(str, paths)), as_json)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hyperadapt.runs.record import finite
+from hyperadapt.files import finite
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text, for machines.")]
 # What a user can mend. Anything else is a fault of the program and shows where it happened.

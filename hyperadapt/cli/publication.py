@@ -24,12 +24,15 @@ def generate(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Write the LoRA that a description asks for; the adapter was trained with descriptions."""
-    from hyperadapt.loras.export import generate_lora
-    from hyperadapt.runs.run import load_model
+    """Write the LoRA that a description asks for, without loading the base model.
+
+    The adapter was trained with descriptions.
+    """
+    from hyperadapt.loras.generator import LoraGenerator
 
     with quiet_output():
-        generate_lora(load_model(adapter, revision=revision), description, output, text_encoder=text_encoder)
+        generator = LoraGenerator.from_pretrained(adapter, revision=revision)
+        generator.from_description(description, text_encoder=text_encoder).save(output)
     show({"folder": str(output)}, f"LoRA saved to {output}", as_json)
 
 
@@ -42,19 +45,22 @@ def export(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Write tasks as ordinary LoRA folders: for plain PEFT and servers, llama.cpp's converter, MLX or diffusers."""
-    from hyperadapt.loras.export import export_lora, export_loras
-    from hyperadapt.runs.run import load_model
+    """Write tasks as ordinary LoRA folders, without loading the base model.
+
+    They are for plain PEFT and servers, llama.cpp's converter, MLX or diffusers. Of several tasks each folder is
+    complete or absent, and the same command goes on where it was stopped.
+    """
+    from hyperadapt.loras.generator import LoraGenerator
 
     if bool(task) == all_tasks:
         raise typer.BadParameter("Give the tasks with --task NAME, or all of them with --all.")
     with quiet_output():
-        model = load_model(adapter, revision=revision)
+        generator = LoraGenerator.from_pretrained(adapter, revision=revision)
         if task and len(task) == 1:
-            export_lora(model, task[0], output, format=format)
+            generator.save(task[0], output, format=format)
             folders = {task[0]: output}
         else:
-            folders = export_loras(model, output, task, format=format)
+            folders = generator.save_all(output, task, format=format)
     text = "\n".join(f"{name}: {folder}" for name, folder in folders.items())
     show({"format": format, "folders": {name: str(folder) for name, folder in folders.items()}}, text, as_json)
 
@@ -69,7 +75,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a folder on the Hub in one commit: weights, configuration and card, or nothing."""
+    """Publish a folder on the Hub in one commit: weights, configuration and card, or nothing. No model is loaded."""
     from hyperadapt.hub.push import push as push_folder
 
     with quiet_output():
@@ -90,10 +96,20 @@ def card(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.", exists=True, file_okay=False)],
     as_json: Json = False,
 ) -> None:
-    """Write the model card of an adapter anew, README.md, with its tasks, results and diagnostics."""
-    from hyperadapt.runs.run import load_run, save_report
+    """Write the model card of an adapter anew, README.md, without loading the base model.
+
+    It tells of the adapter's tasks, results and diagnostics.
+    """
+    from hyperadapt.diagnosis import measure
+    from hyperadapt.loras.generator import LoraGenerator
+    from hyperadapt.recipes import load_recipe
+    from hyperadapt.runs.folder import RECIPE
+    from hyperadapt.runs.record import Record
+    from hyperadapt.runs.report import write_report
 
     with quiet_output():
-        save_report(load_run(adapter), figures=True)
+        record, recipe = Record.load(adapter), load_recipe(adapter / RECIPE, to_train=False)
+        network = LoraGenerator.from_pretrained(adapter).network
+        write_report(network, recipe, record, adapter, measure(network), figures=True)
     path = adapter / "README.md"
     show({"card": str(path)}, f"card written to {path}", as_json)

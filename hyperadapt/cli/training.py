@@ -40,15 +40,17 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy and loss of every task. Results of all tasks go into the folder's record and card."""
+    from hyperadapt.diagnosis import measure
     from hyperadapt.runs import evaluate as evaluate_run
     from hyperadapt.runs import load_run, save_record
-    from hyperadapt.runs.run import save_report
+    from hyperadapt.runs.report import write_report
 
     with quiet_output():
         run = load_run(adapter, revision=revision)
         results = evaluate_run(run, split, task, batch_size)
         if not task and Path(adapter).is_dir():
-            save_report(save_record(run, results), figures=False)
+            run = save_record(run, results)
+            write_report(run.model, run.recipe, run.record, run.folder, measure(run.model), figures=False)
     show(results, _results_table(results), as_json)
 
 

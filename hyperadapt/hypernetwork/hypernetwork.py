@@ -138,8 +138,10 @@ class Hypernetwork(nn.Module):
                 group_hidden = group_hidden[:, :, :r]
             shape = (task_embeddings.shape[0], len(members), r, -1)
             lora_A, lora_B = (
-                self.heads[self._head_key(factor, members[0])](group_hidden).reshape(shape)
-                + self._shared(factor, members)
+                # Into what the head has emitted: of all that is computed here, memory takes longest.
+                self.heads[self._head_key(factor, members[0])](group_hidden)
+                .reshape(shape)
+                .add_(self._shared(factor, members))
                 for factor in "AB"
             )
             logits = None

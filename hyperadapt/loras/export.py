@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hyperadapt.config.checks import checked_names
 from hyperadapt.loras.folders import check_folder_names, write_loras
-from hyperadapt.loras.generator import LoraGenerator
+from hyperadapt.loras.generator import LoraGenerator, loras_of
 
 
 def export_lora(  # noqa: DOC502
@@ -70,7 +70,7 @@ def export_loras(  # noqa: DOC502
     """
     generator = LoraGenerator.from_model(model)
     names = generator.tasks if tasks is None else checked_names("tasks", tasks)
-    loras = generator.loras(names)
+    loras = loras_of(generator, names)
     check_folder_names(names)
     folders = {name: Path(directory, name) for name in names}
     write_loras(loras, list(folders.values()), format)

@@ -22,25 +22,25 @@ _DECODER_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.(?P<key>.+)")
 
 def peft_tensors(lora: Lora) -> dict[str, Tensor]:
     """The tensors by their names in a file of PEFT."""
-    return lora.named_factors(_PREFIX) | dict(lora.saved)
+    return lora.named_factors(_PREFIX) | dict(lora.family.saved)
 
 
 def _write_peft(lora: Lora, folder: Path) -> None:
     """What PEFT, vLLM, SGLang and other servers load."""
-    save_file(peft_tensors(lora), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    lora.config.save_pretrained(str(folder))
+    lora.family.files.write(peft_tensors(lora), folder / SAFETENSORS_WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_text(lora.family.config_file, encoding="utf-8")
 
 
 def _write_gguf_ready(lora: Lora, folder: Path) -> None:
     """What llama.cpp's convert_lora_to_gguf.py reads, with the config.json that it reads of the base model."""
-    if lora.base.config is None:
+    if lora.family.base.config is None:
         raise ValueError(
             f"format='gguf-ready' is for models of transformers, which llama.cpp can convert, but the base model is a "
-            f"{lora.base.kind}. Choose another format."
+            f"{lora.family.base.kind}. Choose another format."
         )
     _check_modules(lora, "gguf-ready", "linear layers (not Conv1D, which llama.cpp's converter transposes)", _is_linear)
     _write_peft(lora, folder)
-    text = json.dumps(lora.base.config, indent=2, sort_keys=True)
+    text = json.dumps(lora.family.base.config, indent=2, sort_keys=True)
     (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
@@ -48,13 +48,13 @@ def _write_mlx(lora: Lora, folder: Path) -> None:
     """The adapter folder of mlx-lm, which numbers layers from the last one."""
     _check_modules(lora, "mlx", "linear layers in model.layers", _is_in_decoder_layer)
     matches = [match for match in map(_DECODER_LAYER.fullmatch, lora.factors) if match is not None]
-    layers = max(lora.base.decoder_layers or 0, *(int(match["index"]) + 1 for match in matches))
+    layers = max(lora.family.base.decoder_layers or 0, *(int(match["index"]) + 1 for match in matches))
     config = {
-        "model": lora.config.base_model_name_or_path,
+        "model": lora.family.adapter.base_model_name_or_path,
         "fine_tune_type": "lora",
         "num_layers": layers - min(int(match["index"]) for match in matches),
         "lora_parameters": {
-            "rank": lora.config.r,
+            "rank": lora.family.r,
             "scale": 1.0,
             "dropout": 0.0,
             "keys": sorted({match["key"] for match in matches}),
@@ -73,20 +73,21 @@ def _write_mlx(lora: Lora, folder: Path) -> None:
 
 def _write_diffusers(lora: Lora, folder: Path) -> None:
     """The one file that a pipeline's load_lora_weights takes, its names starting with the pipeline's component."""
-    if lora.base.library != "diffusers":
+    if lora.family.base.library != "diffusers":
         raise ValueError(
-            f"format='diffusers' is for models of diffusers, but the base model is a {lora.base.kind}. Choose another "
-            "format."
+            "format='diffusers' is for models of diffusers, but the base model is a "
+            f"{lora.family.base.kind}. Choose another format."
         )
     _check_modules(lora, "diffusers", "linear layers and convolutions", _is_no_embedding)
-    component = "unet" if "UNet" in lora.base.kind else "transformer"
+    component = "unet" if "UNet" in lora.family.base.kind else "transformer"
     # diffusers hands all of these to LoraConfig, where an older PEFT refuses a field that it does not know.
-    fields = {name: getattr(lora.config, name) for name in ("r", "lora_alpha", "bias", "target_modules")}
+    config = lora.family.config()
+    fields = {name: getattr(config, name) for name in ("r", "lora_alpha", "bias", "target_modules")}
     metadata = {f"{component}.{name}": value for name, value in fields.items()}
     save_file(
         lora.named_factors(f"{component}."),
         folder / "pytorch_lora_weights.safetensors",
-        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, default=sorted)},
+        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2)},
     )
 
 
@@ -101,13 +102,13 @@ FORMATS: dict[str, Callable[[Lora, Path], None]] = {
 
 def _check_modules(lora: Lora, format: str, taken: str, takes: Callable[[Position], bool]) -> None:
     """Refuse modules that a format has no place for."""
-    others = [path for path in lora.factors if not takes(lora.positions[path])]
+    others = [path for path in lora.factors if not takes(lora.family.positions[path])]
     if others:
         raise ValueError(
             f"format={format!r} takes {taken}, but the adapter also adapts {shown(others)}. Export with "
             "format='peft', or train with these in exclude_modules."
         )
-    modules = {name.removeprefix(_PREFIX).rpartition(".")[0] for name in lora.saved}
+    modules = {name.removeprefix(_PREFIX).rpartition(".")[0] for name in lora.family.saved}
     # Beside them PEFT saves what an adapted embedding held before, which the base model has.
     trained = sorted(module for module in modules if not module.endswith(".base_layer"))
     if trained:

@@ -38,17 +38,22 @@ def check_folder_names(names: Sequence[str]) -> None:
 
 def write_loras(loras: Iterable[Lora], folders: Sequence[Path], format: str) -> None:
     """Write LoRAs with their cards to a folder each; all of them, or none."""
+    check_places(folders, format)
+    with whole_folders(folders) as new:
+        for lora, place, folder in zip(loras, new, folders, strict=True):
+            write_lora(lora, place, folder, format)
+
+
+def check_places(folders: Iterable[Path], format: str) -> None:
+    """Refuse an unknown format, and files in the place of folders."""
     check_choice("format", format, tuple(FORMATS))
     for folder in folders:
         if folder.is_file():
             raise ValueError(f"directory={str(folder)!r} is a file; pass a folder.")
-    with whole_folders(folders) as new:
-        for lora, place, folder in zip(loras, new, folders, strict=True):
-            write_lora(lora, place, folder, format)
 
 
 def write_lora(lora: Lora, place: Path, folder: Path, format: str) -> None:
     """Write the files of a LoRA to a place from which they are moved into `folder`."""
     FORMATS[format](lora, place)
     if may_be_written_anew(folder):
-        write_lora_card(lora.adapter, lora.task, lora.descriptions, place, format=format, address=str(folder))
+        write_lora_card(lora.family.adapter, lora.task, lora.descriptions, place, format=format, address=str(folder))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -12,14 +14,17 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from hyperadapt.config.checks import checked_names
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import descriptions_of
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.loras.file_formats import peft_tensors
-from hyperadapt.loras.folders import write_loras
-from hyperadapt.loras.lora import Lora, lora_tensors, uniform_rank
+from hyperadapt.loras.folders import check_folder_names, check_places, write_loras
+from hyperadapt.loras.library import unfinished_library
+from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tasks.table import TaskTable
 from hyperadapt.tuner.active import active_network
@@ -68,9 +73,7 @@ class LoraGenerator:
 
     def __init__(self, network: HyperAdapterNetwork, others: dict[str, Tensor]) -> None:
         self.network = network
-        self._others = others
-        self._positions = {position.name: position for position in network.positions}
-        self._base = network.config.base_facts
+        self._family = LoraFamily(network.config, {one.name: one for one in network.positions}, others)
 
     @classmethod
     def from_pretrained(  # noqa: DOC502
@@ -138,26 +141,12 @@ class LoraGenerator:
     @property
     def r(self) -> int:
         """Rank of the LoRAs, the same everywhere."""
-        return uniform_rank(position.r for position in self.network.positions)
+        return self._family.r
 
     @property
     def lora_config(self) -> LoraConfig:
         """The LoRAs' configuration: ``peft_config=`` of ``load_adapter``, with a ``state_dict``."""
-        names = list(self._positions)
-        endings = {name.rpartition(".")[2] for name in names}
-        return LoraConfig(
-            r=self.r,
-            # The scaling is in the factors.
-            lora_alpha=self.r,
-            # Servers expect the last components, if they mean nothing else.
-            target_modules=sorted(endings if self._base.has_own_endings else names),
-            fan_in_fan_out=any(position.kind == "Conv1D" for position in self.network.positions),
-            modules_to_save=self.config.modules_to_save,
-            task_type=self.config.task_type,
-            base_model_name_or_path=self.config.base_model_name_or_path,
-            revision=self.config.revision,
-            inference_mode=True,
-        )
+        return self._family.config()
 
     def state_dict(self, task: str) -> dict[str, Tensor]:  # noqa: DOC502
         """Make one task's LoRA in memory.
@@ -172,7 +161,7 @@ class LoraGenerator:
         Raises:
             ValueError: If the task is unknown.
         """
-        [lora] = self.loras([task])
+        [lora] = loras_of(self, [task])
         return peft_tensors(lora)
 
     def save(self, task: str, folder: str | os.PathLike[str], *, format: str = "peft") -> None:  # noqa: DOC502
@@ -187,7 +176,42 @@ class LoraGenerator:
             ValueError: If the task or the format is unknown, the format has no place for a module, or `folder` is a
                 file.
         """
-        write_loras(self.loras([task]), [Path(folder)], format)
+        write_loras(loras_of(self, [task]), [Path(folder)], format)
+
+    def save_all(  # noqa: DOC502
+        self, folder: str | os.PathLike[str], tasks: Sequence[str] | None = None, *, format: str = "peft"
+    ) -> dict[str, Path]:
+        """Write many tasks as LoRA folders, one after the other, of which memory holds one.
+
+        Each is complete or absent. What a call has done that failed or was killed stays, and the same call goes on from
+        there; a call that has ended begins anew. A bar on the standard error shows rate and size, unless transformers'
+        progress bars are off.
+
+        Args:
+            folder: Folder that gets a folder for each task, named after it; made if missing.
+            tasks: Names of the tasks; None for all.
+            format: As in ``export_lora``.
+
+        Returns:
+            The folders by task.
+
+        Raises:
+            TypeError: If `tasks` is no list of names.
+            ValueError: As in ``export_loras``.
+        """
+        names = self.tasks if tasks is None else checked_names("tasks", tasks)
+        resolve_task_ids(names, self.tasks)
+        check_folder_names(names)
+        folders = {name: Path(folder, name) for name in names}
+        check_places(folders.values(), format)
+        with unfinished_library(Path(folder), self._fingerprint(), format) as library:
+            missing = [name for name in names if not library.has(name)]
+            with logging.tqdm(total=len(names), initial=len(names) - len(missing), unit="LoRA") as bar:
+                for lora in loras_of(self, missing) if missing else ():
+                    library.add(lora)
+                    bar.set_postfix_str(library.progress, refresh=False)
+                    bar.update()
+        return folders
 
     def from_description(  # noqa: DOC502
         self, description: str | Sequence[str], *, text_encoder: str | Callable[[list[str]], Tensor] | None = None
@@ -208,11 +232,13 @@ class LoraGenerator:
         texts = [description] if isinstance(description, str) else list(description)
         return GeneratedLora(self._made(embedding[None], None, texts))
 
-    def loras(self, names: Sequence[str]) -> Iterator[Lora]:
-        """The LoRAs of tasks in their order, each made when it is asked for."""
-        ids = resolve_task_ids(list(names), self.tasks)
-        texts = [descriptions_of(self.config.task_descriptions, name) for name in names]
-        return map(self._made, ids[:, None], names, texts)
+    def _fingerprint(self) -> str:
+        """A text that is another one for another adapter."""
+        digest = sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in sorted({**self.network.state_dict(), **self._family.saved}.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @torch.no_grad()
     def _made(self, condition: Tensor, task: str | None, descriptions: Sequence[str]) -> Lora:
@@ -220,8 +246,15 @@ class LoraGenerator:
 
         One task at a time, since sums in a product of matrices may be rounded in another way where there are more.
         """
-        config = self.lora_config
+        family = self._family
         factors = {
-            name: lora_tensors(self._positions[name], one, config.r) for name, one in self.network(condition).items()
+            name: lora_tensors(family.positions[name], one, family.r) for name, one in self.network(condition).items()
         }
-        return Lora(self.config, self._base, config, self._positions, factors, self._others, task, descriptions)
+        return Lora(family, factors, task, descriptions)
+
+
+def loras_of(generator: LoraGenerator, tasks: Sequence[str]) -> Iterator[Lora]:
+    """The LoRAs of tasks in their order, each made when it is asked for."""
+    ids = resolve_task_ids(list(tasks), generator.tasks)
+    texts = [descriptions_of(generator.config.task_descriptions, task) for task in tasks]
+    return map(generator._made, ids[:, None], tasks, texts)

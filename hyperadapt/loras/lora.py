@@ -2,36 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from hyperadapt.config.adapted_fields import AdaptedModel
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors, without_column
 from hyperadapt.hypernetwork.positions import Position
+from hyperadapt.loras.tensor_files import TensorFiles
 
 # Servers make room for LoRAs of these ranks.
 RANKS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, eq=False)
+class LoraFamily:
+    """What the LoRAs of one hyperadapter share: its configuration, positions by path, and modules trained in full.
+
+    The latter are tensors by their names in a saved adapter.
+    """
+
+    adapter: HyperAdapterConfig
+    positions: Mapping[str, Position]
+    saved: Mapping[str, Tensor]
+
+    @cached_property
+    def base(self) -> AdaptedModel:
+        """What is known of the base model."""
+        return self.adapter.base_facts
+
+    @cached_property
+    def r(self) -> int:
+        """The rank that a LoRA gets everywhere: the smallest of ``RANKS`` that holds all, else the largest itself."""
+        largest = max(position.r for position in self.positions.values())
+        return next((rank for rank in RANKS if rank >= largest), largest)
+
+    def config(self) -> LoraConfig:
+        """The configuration; a new one, as PEFT may change it."""
+        endings = {name.rpartition(".")[2] for name in self.positions}
+        config = LoraConfig(
+            r=self.r,
+            # The scaling is in the factors.
+            lora_alpha=self.r,
+            fan_in_fan_out=any(position.kind == "Conv1D" for position in self.positions.values()),
+            modules_to_save=self.adapter.modules_to_save,
+            task_type=self.adapter.task_type,
+            base_model_name_or_path=self.adapter.base_model_name_or_path,
+            revision=self.adapter.revision,
+            inference_mode=True,
+        )
+        # Servers expect the last components, if they mean nothing else. Given above, it would become a set.
+        config.target_modules = sorted(endings if self.base.has_own_endings else self.positions)
+        return config
+
+    @cached_property
+    def files(self) -> TensorFiles:
+        """Writes their files as PEFT does."""
+        return TensorFiles({"format": "pt"})
+
+    @cached_property
+    def config_file(self) -> str:
+        """What PEFT writes of the configuration."""
+        with TemporaryDirectory() as folder:
+            self.config().save_pretrained(folder)
+            return Path(folder, CONFIG_NAME).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True, eq=False)
 class Lora:
     """The LoRA of one task, of one rank everywhere; its scaling is in the factors."""
 
-    # Of the hyperadapter, and what that knows of its base model.
-    adapter: HyperAdapterConfig
-    base: AdaptedModel
-    config: LoraConfig
-    positions: Mapping[str, Position]
+    family: LoraFamily
     # By module path the tensors by the ends of their names in a saved adapter: ``lora_A.weight`` (r, in_features) and
     # ``lora_B.weight`` (out_features, r).
     factors: Mapping[str, Mapping[str, Tensor]]
-    # Parameters of the modules trained in full, by name in a saved adapter.
-    saved: Mapping[str, Tensor]
     # None where a description alone asked for it.
     task: str | None
     descriptions: Sequence[str]
@@ -41,16 +93,10 @@ class Lora:
         return {f"{prefix}{path}.{end}": tensor for path, pair in self.factors.items() for end, tensor in pair.items()}
 
 
-def uniform_rank(ranks: Iterable[int]) -> int:
-    """The rank that a LoRA gets everywhere: the smallest of ``RANKS`` that holds all, else the largest rank itself."""
-    largest = max(ranks)
-    return next((rank for rank in RANKS if rank >= largest), largest)
-
-
 def lora_tensors(position: Position, factors: Factors, r: int) -> dict[str, Tensor]:
     """One task's update as PEFT's LoRA layer would save it, by the ends of the names; scaling 1, zeros up to rank r."""
     lora_A = _with_zeros(factors.lora_A[0].cpu(), r, 0)
-    lora_B = _with_zeros(factors.outer()[0].cpu(), r, 1)
+    lora_B = _with_zeros(_outer(factors).cpu(), r, 1)
     if position.kind == "Embedding":
         return {"lora_embedding_A": without_column(lora_A, position.padding_idx), "lora_embedding_B": lora_B}
     if position.kernel is not None:
@@ -58,6 +104,15 @@ def lora_tensors(position: Position, factors: Factors, r: int) -> dict[str, Tens
         lora_A = lora_A.reshape(-1, *position.kernel)
         lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in position.kernel[1:]))
     return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+
+def _outer(factors: Factors) -> Tensor:
+    """B·S of one task, (out_features, r), contiguous."""
+    lora_B, core = factors.lora_B[0], factors.core[0]
+    if core.shape[-1] > 1 or core.dtype != lora_B.dtype:
+        return factors.outer()[0].contiguous()
+    # B is a transposed view, and a product has the order of its factors in memory: this saves a copy.
+    return torch.mul(lora_B, core, out=torch.empty(lora_B.shape, dtype=lora_B.dtype, device=lora_B.device))
 
 
 def _with_zeros(tensor: Tensor, size: int, dim: int) -> Tensor:

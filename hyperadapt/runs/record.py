@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hyperadapt.files import write_whole
+from hyperadapt.files import finite, write_whole
 
 RECORD = "record.json"
 _PACKAGES = ("hyperadapt", "torch", "transformers", "peft")
@@ -64,15 +63,6 @@ class Record:
         """
         text = json.dumps(finite(vars(self)), indent=2, ensure_ascii=False, allow_nan=False)
         write_whole(Path(folder, RECORD), f"{text}\n")
-
-
-def finite(value: Any) -> Any:
-    """A value as JSON can hold it: None in place of numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def hardware(device: torch.device) -> str:

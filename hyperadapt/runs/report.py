@@ -7,9 +7,11 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from hyperadapt.cards.card import card_text, may_be_written_anew
+from hyperadapt.cards.card import CARD, card_text, may_be_written_anew
 from hyperadapt.cards.snippets import is_on_the_hub
 from hyperadapt.diagnosis import Diagnosis
+from hyperadapt.files import whole_folder
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.recipes.recipe import Recipe
 from hyperadapt.runs.record import Record
 
@@ -25,21 +27,35 @@ _MEASURED = ("accuracy", "loss")
 _KINDS = ("png", "svg")
 
 
-def make_report(
-    model: PeftModel,
+def write_report(
+    model: PeftModel | HyperAdapterNetwork,
     recipe: Recipe,
     record: Record,
-    diagnosis: Diagnosis,
     folder: Path,
-    new: Path,
+    diagnosis: Diagnosis,
     *,
     figures: bool,
-) -> str:
-    """Draw a run's pictures into the folder `new`, if matplotlib is installed, and compose the card for `folder`.
+) -> None:
+    """Write a run's card into its folder, with new pictures if matplotlib is installed.
 
-    A card in `folder` that does not say that it may be rewritten keeps its text, and gets the metadata that it lacks.
-    Without `figures`, the card shows the pictures that are there.
+    A card that does not say that it may be rewritten keeps its text, and gets the metadata that it lacks. Without
+    `figures`, the card shows the pictures that are there.
     """
+    with whole_folder(folder) as new:
+        card = _report(model, recipe, record, folder, diagnosis, new, figures)
+        (new / CARD).write_text(card, encoding="utf-8")
+
+
+def _report(
+    model: PeftModel | HyperAdapterNetwork,
+    recipe: Recipe,
+    record: Record,
+    folder: Path,
+    diagnosis: Diagnosis,
+    new: Path,
+    figures: bool,
+) -> str:
+    """Draw the pictures into the folder `new`, and compose the card for `folder`."""
     pictures = folder / "figures"
     if figures and importlib.util.find_spec("matplotlib") is not None:
         from hyperadapt.plots import make_figures, save_figures

@@ -13,14 +13,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hyperadapt.cards.card import CARD
-from hyperadapt.diagnosis import Diagnosis, measure
+from hyperadapt.diagnosis import measure
 from hyperadapt.files import whole_folder
 from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
 from hyperadapt.recipes.recipe import Recipe, load_recipe
 from hyperadapt.runs.folder import RECIPE, find_folder
 from hyperadapt.runs.record import RECORD, Record
-from hyperadapt.runs.report import make_report
+from hyperadapt.runs.report import write_report
 
 _AUTO_CLASSES = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM}
 
@@ -138,18 +137,7 @@ def save_run(run: Run, folder: str | os.PathLike[str], *, figures: bool = False)
         run.recipe.save(new / RECIPE, folder)
         run.record.save(new)
     # Apart, so that what goes wrong with a picture costs no training.
-    _write_report(replace(run, folder=folder), diagnosis, figures)
-
-
-def save_report(run: Run, *, figures: bool) -> None:
-    """Write the card of a run anew into its folder, with its pictures or with those that are there."""
-    _write_report(run, measure(run.model), figures)
-
-
-def _write_report(run: Run, diagnosis: Diagnosis, figures: bool) -> None:
-    with whole_folder(run.folder) as new:
-        card = make_report(run.model, run.recipe, run.record, diagnosis, run.folder, new, figures=figures)
-        (new / CARD).write_text(card, encoding="utf-8")
+    write_report(run.model, run.recipe, run.record, folder, diagnosis, figures=figures)
 
 
 def save_record(run: Run, results: dict[str, Any]) -> Run:

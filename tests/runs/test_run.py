@@ -242,7 +242,7 @@ def test_a_card_that_cannot_be_made_costs_no_training(
     def fail(*_: object, **__: object) -> str:
         raise OSError("no font")
 
-    monkeypatch.setattr(run_module, "make_report", fail)
+    monkeypatch.setattr(run_module, "write_report", fail)
     with pytest.raises(OSError, match="no font"):
         save_run(run, tmp_path / "other")
     monkeypatch.undo()

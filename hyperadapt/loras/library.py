@@ -1,0 +1,85 @@
+"""A folder of many LoRAs, written one after the other, so that a process that was killed can be followed by another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME
+
+from hyperadapt.files import UNFINISHED, move_whole
+from hyperadapt.loras.folders import write_lora
+from hyperadapt.loras.lora import Lora
+
+_WORK, _DONE = f"{UNFINISHED}loras", "done.jsonl"
+
+
+class UnfinishedLibrary:
+    """Writes LoRAs to folders of their tasks' names, each complete or absent, and keeps a list of those."""
+
+    def __init__(self, folder: Path, adapter: str, format: str) -> None:
+        self.folder, self.format = folder, format
+        self.work = folder / _WORK
+        head = json.dumps({"adapter": adapter, "format": format})
+        self.done = _tasks_done(self.work / _DONE, head)
+        # What else is there was not finished.
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        with (self.work / _DONE).open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in [head, *map(json.dumps, self.done)])
+        self._started, self._size = time.monotonic(), 0
+
+    def has(self, task: str) -> bool:
+        """Whether the task's LoRA was written."""
+        return task in self.done and (self.folder / task).is_dir()
+
+    def add(self, lora: Lora) -> None:
+        """Write the LoRA of a task."""
+        assert lora.task is not None
+        place, old, folder = self.work / "new", self.work / "old", self.folder / lora.task
+        place.mkdir()
+        write_lora(lora, place, folder, self.format)
+        self._size += sum(path.stat().st_size for path in place.iterdir())
+        move_whole([place], [folder], old, seal=CONFIG_NAME)
+        for rest in (place, old):
+            if rest.exists():
+                shutil.rmtree(rest)
+        with (self.work / _DONE).open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(lora.task)}\n")
+        self.done[lora.task] = None
+
+    @property
+    def progress(self) -> str:
+        """Size and rate of what was written now."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return f"{self._size / 1e6:,.1f} MB, {self._size / 1e6 / seconds:,.1f} MB/s"
+
+
+@contextmanager
+def unfinished_library(folder: Path, adapter: str, format: str) -> Iterator[UnfinishedLibrary]:
+    """A library to add to, which goes on where one of the same adapter and format stopped; finished in the end.
+
+    `adapter` is a text that is another one for another adapter. Where nothing was written, no trace is left.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    library = UnfinishedLibrary(folder, adapter, format)
+    try:
+        yield library
+    except BaseException:
+        if not library.done:
+            shutil.rmtree(library.work)
+            for one in missing:
+                one.rmdir()
+        raise
+    shutil.rmtree(library.work)
+
+
+def _tasks_done(path: Path, head: str) -> dict[str, None]:
+    """The tasks that a list with this head names, in their order; none if there is no such list."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    # The last line is empty, or was not finished.
+    return dict.fromkeys(json.loads(line) for line in lines[1:-1]) if lines[:1] == [head] else {}
