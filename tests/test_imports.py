@@ -28,6 +28,7 @@ ROOMS = [
     "cards",
     "loras",
     "hub",
+    "serving",
     "plugin",
     "trainer",
     "recipes",

@@ -204,7 +204,7 @@ class LoraGenerator:
         check_folder_names(names)
         folders = {name: Path(folder, name) for name in names}
         check_places(folders.values(), format)
-        with unfinished_library(Path(folder), self._fingerprint(), format) as library:
+        with unfinished_library(Path(folder), self.fingerprint(), format) as library:
             missing = [name for name in names if not library.has(name)]
             with logging.tqdm(total=len(names), initial=len(names) - len(missing), unit="LoRA") as bar:
                 for lora in loras_of(self, missing) if missing else ():
@@ -232,9 +232,10 @@ class LoraGenerator:
         texts = [description] if isinstance(description, str) else list(description)
         return GeneratedLora(self._made(embedding[None], None, texts))
 
-    def _fingerprint(self) -> str:
-        """A text that is another one for another adapter."""
-        digest = sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+    def fingerprint(self) -> str:
+        """A text that is the same for the same adapter, in every process, and another one for any other."""
+        # Sets have another order in every process.
+        digest = sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=sorted).encode())
         for name, tensor in sorted({**self.network.state_dict(), **self._family.saved}.items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

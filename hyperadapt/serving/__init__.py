@@ -1,0 +1,1 @@
+"""Tasks that a server asks for while it runs."""
