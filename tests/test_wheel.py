@@ -19,17 +19,19 @@ print(cards.template("template.md").read_text(), end="")
 """
 
 
-def test_the_templates_of_cards_are_in_the_wheel(tmp_path: Path) -> None:
+def test_templates_of_cards_and_plugins_are_in_the_wheel(tmp_path: Path) -> None:
     builders = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
     [wheel] = builders.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        [plugins] = [archive.read(name).decode() for name in names if name.endswith("/entry_points.txt")]
         archive.extractall(tmp_path / "installed")
     assert {
         "hyperadapt/cards/templates/template.md",
         "hyperadapt/cards/templates/lora_template.md",
         "hyperadapt/py.typed",
     } <= set(names)
+    assert "[vllm.general_plugins]\nhyperadapt = hyperadapt.serving.resolver:register\n" in plugins
     assert not any(name.startswith(("tests/", "examples/", "benchmarks/", "docs/", "model_cards/")) for name in names)
     command = [sys.executable, "-W", "ignore", "-c", CODE, str(tmp_path / "installed")]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
