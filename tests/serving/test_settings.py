@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub import cached_assets_path
 
 from hyperadapt.serving.settings import Settings
-from tests.support.served import PREFIX
+from tests.support.helpers import ROOT
+from tests.support.served import PREFIX, SETTINGS
 
 
 def read(**values: str) -> Settings | None:
@@ -66,3 +67,9 @@ def test_descriptions_that_cannot_be_read_are_refused(tmp_path: Path, text: str 
         path.write_text(text)
     with pytest.raises(ValueError, match=f"{PREFIX}DESCRIPTIONS='.*' is no JSON file .*{reason}"):
         read(ADAPTERS="user/a", DESCRIPTIONS=str(path))
+
+
+def test_every_setting_is_documented() -> None:
+    assert len(SETTINGS) == 5
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in SETTINGS)

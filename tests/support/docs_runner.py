@@ -27,14 +27,18 @@ from hyperadapt.trainer import concatenate_tasks
 from tests.support.docs_pages import ROOT, Block
 from tests.support.docs_standins import CAUSAL, ENCODER
 from tests.support.helpers import make_active
+from tests.support.served import SETTINGS
 
 _FILE = re.compile(r"# (\S+\.yaml)\n")
 _EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 # Programs that belong to others. What they do with our files is not run here.
 _FOREIGN = re.compile(
     r"hf auth login|git clone \S+|vllm serve .+|python -m sglang\.launch_server .+|python convert_lora_to_gguf\.py .+|"
-    r"llama-cli .+|mlx_lm\.generate .+|mkdocs (serve|build --strict)"
+    r"llama-cli .+|mlx_lm\.generate .+|curl .+|mkdocs (serve|build --strict)"
 )
+
+# A variable of the environment that is set for a command.
+_SETTING = re.compile(r"(?P<own>HYPERADAPT_\w+)?\w*=\S+\s+")
 
 
 def run(block: Block, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +77,9 @@ def _run_python(block: Block, namespace: dict[str, Any]) -> None:
 
 
 def _run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    while match := _SETTING.match(command):
+        assert match["own"] is None or match["own"] in SETTINGS, f"{match['own']} is no setting"
+        command = command[match.end() :]
     words = shlex.split(command)
     if words[:3] == ["python", "-m", "hyperadapt"]:
         words = words[2:]
