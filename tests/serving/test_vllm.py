@@ -19,7 +19,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import hyperadapt
 from tests.support.helpers import ROOT, TASKS, VOCABULARY, adapter_config, make_active
+from tests.support.hub_server import HubServer
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON", "")
 PROMPT = [5, 6, 7, 8, 9]
@@ -33,15 +35,16 @@ pytestmark = [
 ]
 
 
-def saved(folder: Path) -> PeftModel:
-    """A base model that vLLM takes in ``folder/base``, and the hyperadapter of it in ``folder/adapter``."""
+def pushed(folder: Path, hub: HubServer) -> PeftModel:
+    """The hyperadapter "user/two" of a base model that vLLM takes, "user/base"; both on the Hub."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     base = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=160, vocab_size=VOCABULARY, initializer_range=0.2))
     base.save_pretrained(folder / "base")
-    base.config.name_or_path = base.name_or_path = str(folder / "base")
+    hub.add_repo("user/base", {path.name: path for path in (folder / "base").iterdir()})
+    base = LlamaForCausalLM.from_pretrained("user/base")
     model = make_active(get_peft_model(base, adapter_config(target_modules="all-linear", normalization_bound=2.0)))
-    model.save_pretrained(folder / "adapter")
+    hyperadapt.push(model, "user/two")
     return model
 
 
@@ -59,21 +62,21 @@ def install(folder: Path) -> None:
 
 
 @contextmanager
-def server(folder: Path, *options: str) -> Iterator[int]:
-    """vLLM on a port, which is yielded; its log is ``folder/log``."""
+def server(folder: Path, hub: HubServer, *options: str) -> Iterator[int]:
+    """vLLM with both on a port, which is yielded; its log is ``folder/log``."""
     install(folder / "site")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
+    environment = hub.environment() | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder / "site")]),
-        "HYPERADAPT_LORA_RESOLVER_ADAPTERS": f"two={folder / 'adapter'}",
+        "HYPERADAPT_LORA_RESOLVER_ADAPTERS": "user/two",
         "HYPERADAPT_LORA_RESOLVER_CACHE_DIR": str(folder / "cache"),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    command = [Path(VLLM_PYTHON).with_name("vllm"), "serve", folder / "base", "--host", "127.0.0.1", "--port", port]
+    command = [Path(VLLM_PYTHON).with_name("vllm"), "serve", "user/base", "--host", "127.0.0.1", "--port", port]
     model = ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32", "--max-model-len", "64"]
     with (
         open(folder / "log", "w") as log,
@@ -117,36 +120,36 @@ def generated(model: PeftModel, **routing: Any) -> list[int]:
     return output[0, len(PROMPT) :].tolist()
 
 
-def test_vllm_answers_as_the_live_model_does(tmp_path: Path) -> None:
-    model = saved(tmp_path)
-    expected = {f"two/{task}": generated(model, tasks=task) for task in TASKS}
+def test_vllm_answers_as_the_live_model_does(tmp_path: Path, hub: HubServer) -> None:
+    model = pushed(tmp_path, hub)
+    expected = {f"user/two/{task}": generated(model, tasks=task) for task in TASKS}
     with model.disable_adapter():
-        expected[str(tmp_path / "base")] = generated(model)
+        expected["user/base"] = generated(model)
     assert len(set(map(tuple, expected.values()))) == 4
     # One LoRA in memory: each task is read from its folder again, the second time.
-    with server(tmp_path, "--max-loras", "1", "--max-cpu-loras", "1") as port:
+    with server(tmp_path, hub, "--max-loras", "1", "--max-cpu-loras", "1") as port:
         for name in [*expected, *expected]:
             assert tokens(port, name) == expected[name]
-        for name in ("two/delta", "two/../alpha", "two"):
+        for name in ("user/two/delta", "user/two/../alpha", "user/two"):
             assert tokens(port, name) == 404
     log = (tmp_path / "log").read_text()
-    assert "No LoRA for 'two/delta': The adapter 'two' has no task 'delta'" in log
-    assert log.count("LoRA for 'two/alpha': ") == 1
+    assert "No LoRA for 'user/two/delta': The adapter 'user/two' has no task 'delta'" in log
+    assert log.count("LoRA for 'user/two/alpha': ") == 1
 
 
-def test_vllm_ends_if_a_folder_is_gone(tmp_path: Path) -> None:
+def test_vllm_ends_if_a_folder_is_gone(tmp_path: Path, hub: HubServer) -> None:
     """Why folders that a server was given stay: the day this fails, the cache may take them away."""
-    saved(tmp_path)
-    with server(tmp_path, "--max-loras", "1", "--max-cpu-loras", "1") as port:
-        assert isinstance(tokens(port, "two/alpha"), list)
+    pushed(tmp_path, hub)
+    with server(tmp_path, hub, "--max-loras", "1", "--max-cpu-loras", "1") as port:
+        assert isinstance(tokens(port, "user/two/alpha"), list)
         [folder] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-        assert isinstance(tokens(port, "two/beta"), list)
+        assert isinstance(tokens(port, "user/two/beta"), list)
         shutil.rmtree(folder)
-        assert [tokens(port, name) for name in ("two/alpha", "two/beta")] == [500, 500]
+        assert [tokens(port, name) for name in ("user/two/alpha", "user/two/beta")] == [500, 500]
 
 
-def test_vllm_refuses_a_rank_that_it_has_no_room_for(tmp_path: Path) -> None:
-    saved(tmp_path)
-    with server(tmp_path, "--max-lora-rank", "1") as port:
-        assert tokens(port, "two/alpha") == 400
+def test_vllm_refuses_a_rank_that_it_has_no_room_for(tmp_path: Path, hub: HubServer) -> None:
+    pushed(tmp_path, hub)
+    with server(tmp_path, hub, "--max-lora-rank", "1") as port:
+        assert tokens(port, "user/two/alpha") == 400
     assert "LoRA rank 8 is greater than max_lora_rank 1." in (tmp_path / "log").read_text()
