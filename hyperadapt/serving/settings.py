@@ -45,7 +45,7 @@ class Settings:
             adapters,
             _descriptions(environment.get(DESCRIPTIONS)),
             environment.get(BASE_MODEL) or None,
-            Path(cache_dir).absolute() if cache_dir else cached_assets_path("hyperadapt", "loras"),
+            Path(cache_dir).expanduser().absolute() if cache_dir else cached_assets_path("hyperadapt", "loras"),
             _cache_bytes(environment.get(CACHE_GB) or _DEFAULT_CACHE_GB),
         )
 
@@ -63,7 +63,8 @@ def _adapters(value: str) -> dict[str, str]:
             )
         if name in adapters:
             raise ValueError(f"{ADAPTERS} names {shown(name)} more than once. Give every adapter its own name.")
-        adapters[name] = address
+        # Shells do so only after the first "=".
+        adapters[name] = os.path.expanduser(address)
     return adapters
 
 

@@ -40,6 +40,13 @@ def test_all_settings(tmp_path: Path) -> None:
     assert settings == Settings(adapters, descriptions, "Qwen/Qwen2.5-0.5B", tmp_path / "cache", 5 * 10**8)
 
 
+def test_folders_in_the_home_folder() -> None:
+    settings = read(ADAPTERS="a=~/a,b=~/b", CACHE_DIR="~/cache")
+    assert settings is not None
+    assert settings.adapters == {"a": str(Path.home() / "a"), "b": str(Path.home() / "b")}
+    assert settings.cache_dir == Path.home() / "cache"
+
+
 @pytest.mark.parametrize("entry", ["a=", "=user/a", "/data/a", "./a", "~/a", "a/=user/a"])
 def test_an_adapter_without_a_name_is_refused(entry: str) -> None:
     with pytest.raises(ValueError, match=f"{PREFIX}ADAPTERS holds '{entry}'.*name=folder"):
