@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from hyperadapt.config.adapted_fields import AdaptedLayers, AdaptedModule
+from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
 
 _INDEX = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
@@ -76,6 +78,9 @@ def positions_of(config: HyperAdapterConfig) -> list[Position]:
                 r, scaling = config.rank_and_scaling(name)
                 sizes = module.in_features, module.out_features
                 positions.append(Position(name, *sizes, r, scaling, module.kind, module.kernel, module.padding_idx))
+    [(name, count)] = Counter(position.name for position in positions).most_common(1) or [("", 0)]
+    if count > 1:
+        raise ValueError(f"adapted_modules names {shown(name)} more than once. The file is damaged: get it again.")
     return positions
 
 

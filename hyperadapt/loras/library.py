@@ -80,6 +80,6 @@ def unfinished_library(folder: Path, adapter: str, format: str) -> Iterator[Unfi
 
 def _tasks_done(path: Path, head: str) -> dict[str, None]:
     """The tasks that a list with this head names, in their order; none if there is no such list."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     # The last line is empty, or was not finished.
     return dict.fromkeys(json.loads(line) for line in lines[1:-1]) if lines[:1] == [head] else {}

@@ -51,6 +51,11 @@ def read_adapter(folder: Path) -> SavedAdapter:
         )
     if config.adapted_modules is None:
         config = made_for(config, others)
+    elif config.adapted_model is None:
+        raise ValueError(
+            f"{CONFIG_NAME} of {str(folder)!r} tells of the adapted modules, but not of the base model: it has no "
+            "adapted_model. Get it again."
+        )
     return SavedAdapter(_made_network(config, tensors, str(folder)), others)
 
 
@@ -81,7 +86,7 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _made_network(config: HyperAdapterConfig, tensors: Mapping[str, Tensor], folder: str) -> HyperAdapterNetwork:
     """The network with its weights, which are complete, fit, and are all that there is."""
     norms, count = tensors.get(f"{_NETWORK}base_norms"), position_count(config)
-    if norms is None or norms.shape != (count,):
+    if norms is None or norms.shape != (count,) or not count:
         found = "none" if norms is None else f"base_norms of shape {tuple(norms.shape)}"
         raise ValueError(
             f"{CONFIG_NAME} of {folder!r} tells of {count:,} adapted modules, but its file has the norms of as many "

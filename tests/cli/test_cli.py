@@ -5,17 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from examples import write_recipe
 from examples.support.text_tasks import encoder_path
-from hyperadapt import cli
+from hyperadapt import LoraGenerator, cli
 from hyperadapt.cards.card import MARKER
+from hyperadapt.loras.generator import loras_of
+from hyperadapt.loras.library import unfinished_library
 from hyperadapt.runs import load_run, train
 from tests.support import tiny_runs
 from tests.support.card_schema import check_card
@@ -160,6 +165,44 @@ def test_commands_print_for_machines(hyperadapt: CommandLine, adapter: Path, tmp
     assert all((Path(folder) / "adapter_model.safetensors").exists() for folder in folders.values())
     card = hyperadapt.json("card", adapter)["card"]
     check_card(ModelCard.load(card))
+
+
+def test_no_command_that_needs_no_base_model_loads_one(
+    hyperadapt: CommandLine, adapter: Path, tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for kind in (PreTrainedModel, PeftModel):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(kind, "__init__", lambda *_, **__: pytest.fail("a model was made"))
+    commands: dict[str, list[object]] = {
+        "export": ["--task", "mail"],
+        "diagnose": [],
+        "plot": [],
+        "card": [],
+        "push": [],
+        "generate": ["--description", "Find the tone."],
+    }
+    places = {"export": [tmp_path / "lora"], "plot": [tmp_path / "plots"], "push": ["user/adapter"]}
+    for name, options in commands.items():
+        place = places.get(name, [tmp_path / "generated"] if name == "generate" else [])
+        # The adapter knows no text, which is told without its base model.
+        hyperadapt(name, adapter, *place, *options, code=int(name == "generate"))
+        text = re.sub(r"\s*[│╭╮╰╯─]\s*|\s+", " ", hyperadapt(name, "--help"))
+        assert re.search(r"without loading the base model|base model is not loaded|No model is loaded", text), text
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    assert "README.md" in hub.files("user/adapter")
+
+
+def test_an_export_of_all_tasks_goes_on(hyperadapt: CommandLine, adapter: Path, tmp_path: Path) -> None:
+    generator = LoraGenerator.from_pretrained(adapter)
+    with suppress(KeyboardInterrupt), unfinished_library(tmp_path / "all", generator._fingerprint(), "peft") as library:
+        library.add(next(loras_of(generator, ["letters"])))
+        raise KeyboardInterrupt
+    before = (tmp_path / "all" / "letters" / "README.md").stat().st_ino
+    hyperadapt("export", adapter, tmp_path / "all", "--all")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"reviews", "letters", "mail"}
+    assert (tmp_path / "all" / "letters" / "README.md").stat().st_ino == before
+    assert "LoRA/s" in hyperadapt.stderr
 
 
 def test_a_description_becomes_a_lora_on_the_command_line(

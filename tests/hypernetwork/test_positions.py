@@ -1,8 +1,13 @@
-"""Tests of layer index and module, as read from module names of real architectures."""
+"""Tests of layer index and module, as read from module names of real architectures, and of positions in files."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from hyperadapt.hypernetwork.positions import Position
+from hyperadapt import HyperAdapterConfig
+from hyperadapt.hypernetwork.positions import Position, position_count, positions_of, saved_positions
 
 
 @pytest.mark.parametrize(
@@ -60,3 +65,44 @@ def test_layer_index_and_module(name: str, layer_index: int | None, module: str)
 def test_positions_are_equal_and_hashable_by_value() -> None:
     assert Position("a.0.b", 4, 3, 2) == Position("a.0.b", 4, 3, 2)
     assert len({Position("a.0.b", 4, 3, 2), Position("a.0.b", 4, 3, 2), Position("a.1.b", 4, 3, 2)}) == 2
+
+
+NAMES = [
+    *("embed", "layers.0.q", "layers.0.k", "layers.1.q", "layers.1.k", "layers.2.k", "layers.2.q", "head"),
+    # What would become another path, if its number were taken for a layer's.
+    *("blocks.01.q", "blocks.١.q", "*.3.q", "x.*", "0", "1", "2"),
+]
+
+
+def config_of(positions: Sequence[Position], **changes: Any) -> HyperAdapterConfig:
+    return HyperAdapterConfig(adapted_modules=json.loads(json.dumps(saved_positions(positions))), **changes)
+
+
+def test_positions_are_saved_in_their_order() -> None:
+    positions = [Position(name, 4, 3, 8) for name in NAMES]
+    positions += [Position("layers.3.q", 4, 4, 8), Position("layers.4.q", 4, 3, 8), Position("layers.6.q", 4, 3, 8)]
+    positions += [Position("words", 9, 4, 8, kind="Embedding", padding_idx=0), Position("c", 4, 3, 8, kind="Conv1D")]
+    positions += [Position("conv.0", 18, 3, 8, kind="Convolution", kernel=(2, 3, 3))]
+    config = config_of(positions)
+    assert positions_of(config) == positions
+    assert position_count(config) == len(positions)
+
+
+def test_ranks_and_scalings_follow_from_the_configuration() -> None:
+    config = config_of(
+        [Position(f"layers.{index}.{name}", 4, 3, 8) for index in range(2) for name in "qk"],
+        r=8,
+        rank_pattern={"layers.1.q": 2},
+        alpha_pattern={"k": 4},
+    )
+    assert [(one.r, one.scaling) for one in positions_of(config)] == [(8, 1.0), (8, 0.5), (2, 4.0), (8, 0.5)]
+
+
+def test_what_layers_share_is_saved_once() -> None:
+    modules = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "o_proj": 8, "up_proj": 16, "gate_proj": 16, "down_proj": 8}
+    positions = [
+        Position(f"model.layers.{index}.{name}", 8, size, 8) for index in range(80) for name, size in modules.items()
+    ]
+    [block] = saved_positions(positions)
+    assert block["layers"] == [0, 79]
+    assert len(json.dumps(block)) < 700

@@ -1,5 +1,6 @@
 """LoRAs made without the base model: bit for bit those of the live model, from files that are checked."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing import assert_close
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from hyperadapt import LoraGenerator, export_lora
+from hyperadapt import LoraGenerator, diagnose, export_lora, generate_lora, push
+from hyperadapt.cards import write_card
 from hyperadapt.loras.file_formats import FORMATS
-from tests.support.helpers import TASK_TYPES, TASKS, adapted_model, adapter_config, letters, make_active
+from hyperadapt.tuner.layer import HyperAdapterLayer
+from tests.support.helpers import (
+    TASK_TYPES,
+    TASKS,
+    adapted_model,
+    adapter_config,
+    base_model,
+    example_batch,
+    letters,
+    logits,
+    make_active,
+)
+from tests.support.hub_helpers import REPO, make_model
+from tests.support.hub_server import HubServer
+from tests.support.tolerances import EXPORT_FLOAT32
 
 
 class Net(nn.Module):
@@ -83,3 +101,122 @@ def test_a_lora_is_that_of_the_live_model(tmp_path: Path, case: str) -> None:
     assert state.keys() == made_state.keys()
     assert all(torch.equal(made_state[key], value) for key, value in state.items())
     assert generator.r == 16 if case == "patterns" else 8
+
+
+def test_a_description_gives_a_lora_in_memory(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"task_embedding": "text", "text_encoder": letters}
+    model = adapted_model("llama", tasks={"alpha": "find the topic", "beta": "is it spam"}, **settings)
+    generator = saved(model, tmp_path / "adapter")
+    lora = generator.from_description(["which language is it", "name it"], text_encoder=letters)
+    generate_lora(model, ["which language is it", "name it"], tmp_path / "live", text_encoder=letters)
+    lora.save(tmp_path / "made")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "made" / name).read_bytes() == (tmp_path / "live" / name).read_bytes()
+    state = load_file(tmp_path / "made" / "adapter_model.safetensors")
+    assert all(torch.equal(state[name], value) for name, value in lora.state_dict().items())
+    assert "which language is it" in (tmp_path / "made" / "README.md").read_text()
+    with pytest.raises(ValueError, match="encoded by the function 'tests"):
+        generator.from_description("which language is it")
+    with pytest.raises(ValueError, match="was trained without descriptions"):
+        saved(adapted_model("llama"), tmp_path / "learned").from_description("which language is it")
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "vit"])
+def test_a_card_is_that_of_the_live_model(tmp_path: Path, name: str) -> None:
+    model = adapted_model(name, task_type=TASK_TYPES[name])
+    generator = saved(model, tmp_path)
+    for config in (model.peft_config["default"], generator.config):
+        config.base_model_name_or_path = "org/base"
+    texts = []
+    for source in (model, generator.network):
+        write_card(source, tmp_path, overwrite=True, diagnosis=diagnose(source))
+        texts.append((tmp_path / "README.md").read_text())
+    assert texts[0] == texts[1]
+
+
+def test_a_network_is_diagnosed_and_drawn_like_a_model(tmp_path: Path) -> None:
+    model = adapted_model("llama")
+    network = saved(model, tmp_path).network
+    expected, found = diagnose(model), diagnose(network)
+    assert str(found) == str(expected)
+    assert torch.equal(found.cosines, expected.cosines)
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from hyperadapt.plots import plot
+
+    pictures = [plot(source, tmp_path / str(index), formats=["png"]) for index, source in enumerate((model, network))]
+    assert len(pictures[0]) == 4
+    assert [path.read_bytes() for path in pictures[1]] == [path.read_bytes() for path in pictures[0]]
+
+
+def test_an_unknown_task(tmp_path: Path) -> None:
+    generator = saved(adapted_model("llama"), tmp_path / "adapter")
+    message = re.escape(f"Unknown task 'delta'. Known tasks: {TASKS}.")
+    with pytest.raises(ValueError, match=message):
+        generator.state_dict("delta")
+    with pytest.raises(ValueError, match=message):
+        generator.save("delta", tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        generator.save_all(tmp_path / "out", ["alpha", "delta"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    model = make_model(hub, tmp_path, "llama")
+    model.push_to_hub(REPO)
+    push(model, REPO, subfolder="adapters/first", revision="other")
+    expected = LoraGenerator.from_model(model).state_dict("beta")
+    for generator in (
+        LoraGenerator.from_pretrained(REPO),
+        LoraGenerator.from_pretrained(REPO, subfolder="adapters/first", revision="other"),
+    ):
+        state = generator.state_dict("beta")
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+        assert generator.config.base_model_name_or_path == model.peft_config["default"].base_model_name_or_path
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+        LoraGenerator.from_pretrained(REPO, subfolder="adapters/second")
+
+
+def test_fifty_tasks_take_turns_on_one_plain_base(tmp_path: Path) -> None:
+    tasks = [f"task {index}" for index in range(50)]
+    model = adapted_model("llama", tasks=tasks, task_type="CAUSAL_LM", r=3)
+    batch = example_batch("llama", rows=2, labels=False)
+    expected = [logits(model, batch, tasks=task) for task in tasks]
+    assert (expected[0] - expected[1]).abs().max() > 0.01
+    generator = saved(model, tmp_path)
+    # transformers' own loading, and PEFT's.
+    plain, peft = base_model("llama"), get_peft_model(base_model("llama"), generator.lora_config)
+    for place, task in enumerate(tasks):
+        state = generator.state_dict(task)
+        plain.load_adapter(
+            adapter_name="task", peft_config=generator.lora_config, adapter_state_dict=state, hotswap=place > 0
+        )
+        result = set_peft_model_state_dict(peft, state)
+        assert not result.unexpected_keys
+        for one in (plain, peft):
+            assert_close(logits(one, batch), expected[place], rtol=EXPORT_FLOAT32, atol=EXPORT_FLOAT32)
+    assert not any(isinstance(module, HyperAdapterLayer) for one in (plain, peft) for module in one.modules())
+
+
+# The kernels take sizes that are multiples of 64.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_a_quantised_base(tmp_path: Path, package: str) -> None:
+    pytest.importorskip(package, reason="tests.versions leaves quantisation out")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=100, pad_token_id=0)).save_pretrained(tmp_path / "base")
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        quantization: Any = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    model = make_active(get_peft_model(base, adapter_config(target_modules="all-linear")))
+    generator = saved(model, tmp_path / "adapter")
+    generator.save("beta", tmp_path / "made", format="gguf-ready")
+    export_lora(model, "beta", tmp_path / "live", format="gguf-ready")
+    names = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+    assert all((tmp_path / "made" / name).read_bytes() == (tmp_path / "live" / name).read_bytes() for name in names)
+    assert "quantization_config" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
