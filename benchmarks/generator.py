@@ -1,0 +1,250 @@
+"""Tasks as LoRAs without their base model: `python -m benchmarks.generator`.
+
+Hyperadapters with the shapes of well-known models and random weights, rank 16, all linear layers, 16 tasks. On the CPU:
+
+- cold: a whole process that exports one task, imports included, in turns with `python -c "import peft"`; seconds and
+  peak memory. For MiniLM's shapes also as it was done before: with the base model, random weights in float32;
+- warm: one more task in memory, in a process that runs;
+- many: 1,000 tasks of MiniLM's shapes to the disk, in turns of 100 with safetensors, which writes the same tensors to a
+  folder for each; and the peak memory of a process that writes 10,000, beside one that writes 100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModel, BertConfig, LlamaConfig, PretrainedConfig
+from transformers.utils import logging
+
+from benchmarks.rows import Row, save_rows
+from benchmarks.scaling import CONFIGS
+from hyperadapt import HyperAdapterConfig, LoraGenerator
+from hyperadapt.hypernetwork.network import HyperAdapterNetwork
+from hyperadapt.tuner.active import find_tuner
+
+RANK = 16
+MB = 1e6
+# Of all shapes that are made; the last is the fast form's.
+SHAPES: dict[str, PretrainedConfig] = {
+    "MiniLM": BertConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12, vocab_size=30522
+    ),
+    "Llama-3-8B": CONFIGS["Llama-3-8B"],
+    "Llama-3-70B": CONFIGS["Llama-3-70B"],
+    "tiny": LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    ),
+}
+WITH_BASE = """
+import sys
+import hyperadapt
+from peft import PeftModel
+from transformers import AutoModel
+base = AutoModel.from_pretrained(sys.argv[1] + "/base")
+hyperadapt.export_lora(PeftModel.from_pretrained(base, sys.argv[1]), "task 0", sys.argv[2])
+"""
+MANY = """
+import sys
+from hyperadapt import LoraGenerator
+generator = LoraGenerator.from_pretrained(sys.argv[1])
+generator.save_all(sys.argv[2], generator.tasks[:int(sys.argv[3])])
+"""
+
+
+def save_adapter(name: str, folder: Path, tasks: int) -> None:
+    """Write an adapter with a model's shapes and random weights; no memory is taken for the model.
+
+    Args:
+        name: One of ``SHAPES``.
+        folder: Folder to write to; made if missing.
+        tasks: Number of tasks.
+    """
+    config = HyperAdapterConfig(
+        r=RANK, target_modules="all-linear", tasks=[f"task {index}" for index in range(tasks)], init_weights=False
+    )
+    with torch.device("meta"):
+        base = AutoModel.from_config(SHAPES[name])
+        made = find_tuner(get_peft_model(base, config, low_cpu_mem_usage=True)).router.network("default")
+    torch.manual_seed(0)
+    network = HyperAdapterNetwork(made.config, made.positions, torch.ones(len(made.positions)))
+    folder.mkdir(parents=True, exist_ok=True)
+    made.config.save_pretrained(str(folder))
+    tensors = {f"base_model.hyperadapter_networks.{key}": value for key, value in network.state_dict().items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def process(command: Sequence[str]) -> tuple[float, float]:
+    """Run a Python process.
+
+    Args:
+        command: Its arguments.
+
+    Returns:
+        Seconds from its start to its end, and its peak memory in MB; 0 where Linux does not tell it.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    started, peak = time.perf_counter(), 0.0
+    running = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None:
+        # Not its resource usage, which begins with that of this process. While it ends, there is no such line.
+        with suppress(OSError):
+            status = Path(f"/proc/{running.pid}/status").read_text(encoding="utf-8")
+            peak = max([peak, *(int(size) * 1024 / MB for size in re.findall(r"VmHWM:\s+(\d+) kB", status))])
+        time.sleep(0.01)
+    if running.returncode:
+        raise RuntimeError(f"python {' '.join(command)} ended with {running.returncode}.")
+    return time.perf_counter() - started, peak
+
+
+def cold(names: Sequence[str], root: Path, turns: int) -> list[Row]:
+    """Whole processes that export a task, and one that imports PEFT alone, taking turns.
+
+    Args:
+        names: Of ``SHAPES``; their adapters are in folders of these names.
+        root: Folder of those.
+        turns: Number of turns.
+
+    Returns:
+        A row for each process: the median of its seconds, the largest of its peaks.
+    """
+    commands = {("", "import peft"): ["-c", "import peft"]}
+    for name in names:
+        folder, out = str(root / name), str(root / f"{name}-out")
+        commands[name, "export"] = ["-m", "hyperadapt", "export", folder, out, "--task", "task 0"]
+        if (root / name / "base").exists():
+            commands[name, "export with the base model"] = ["-c", WITH_BASE, folder, out]
+    runs = [{key: process(command) for key, command in commands.items()} for _ in range(turns)]
+    return [
+        {
+            "measure": "cold",
+            "shapes": name,
+            "process": what,
+            "seconds": statistics.median(run[name, what][0] for run in runs),
+            "peak_mb": max(run[name, what][1] for run in runs),
+        }
+        for name, what in commands
+    ]
+
+
+def warm(name: str, root: Path, repeats: int) -> Row:
+    """One more task in memory.
+
+    Args:
+        name: Of ``SHAPES``.
+        root: Folder of its adapter's folder.
+        repeats: Number of tasks that are made.
+
+    Returns:
+        A row with the median and the least of the seconds, and the LoRA's size.
+    """
+    generator = LoraGenerator.from_pretrained(root / name)
+    seconds, size = [], 0.0
+    for index in range(repeats + 1):
+        started = time.perf_counter()
+        state = generator.state_dict(f"task {index % len(generator.tasks)}")
+        seconds.append(time.perf_counter() - started)
+        size = sum(tensor.nbytes for tensor in state.values()) / MB
+    # The first call makes what the others find made.
+    rest = seconds[1:]
+    row = {"measure": "warm", "shapes": name, "seconds": statistics.median(rest)}
+    return row | {"least_seconds": min(rest), "size_mb": size}
+
+
+def many(name: str, root: Path, tasks: int, turn: int) -> Row:
+    """Many tasks to the disk, in turns with safetensors alone.
+
+    Args:
+        name: Of ``SHAPES``.
+        root: Folder of its adapter's folder.
+        tasks: Number of tasks.
+        turn: Number of tasks of a turn.
+
+    Returns:
+        A row with both rates in tasks per second, and their ratio.
+    """
+    generator = LoraGenerator.from_pretrained(root / name)
+    seconds = {"save_all": 0.0, "safetensors": 0.0}
+    for first in range(0, tasks, turn):
+        names = generator.tasks[first : first + turn]
+        states = {task: generator.state_dict(task) for task in names}
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            started = time.perf_counter()
+            for task, state in states.items():
+                place = Path(folder, "safetensors", task)
+                place.mkdir(parents=True)
+                save_file(state, place / "adapter_model.safetensors", metadata={"format": "pt"})
+            seconds["safetensors"] += time.perf_counter() - started
+            started = time.perf_counter()
+            generator.save_all(Path(folder, "all"), names)
+            seconds["save_all"] += time.perf_counter() - started
+    rates = {f"{what}_per_second": tasks / value for what, value in seconds.items()}
+    ratio = seconds["safetensors"] / seconds["save_all"]
+    return {"measure": "many", "shapes": name, "tasks": tasks, **rates, "ratio": ratio}
+
+
+def memory(name: str, root: Path, counts: Sequence[int]) -> list[Row]:
+    """Peak memory and rate of processes that write many tasks.
+
+    Args:
+        name: Of ``SHAPES``.
+        root: Folder of its adapter's folder.
+        counts: How many tasks each of them writes.
+
+    Returns:
+        A row for each.
+    """
+    rows = []
+    for count in counts:
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            seconds, peak = process(["-c", MANY, str(root / name), folder, str(count)])
+        rows.append({"measure": "memory", "shapes": name, "tasks": count, "seconds": seconds, "peak_mb": peak})
+    return rows
+
+
+def main() -> None:
+    """Measure, print a line for each row, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="tiny shapes and few tasks, to see that it runs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    logging.disable_progress_bar()
+    small, others = ("tiny", []) if options.fast else ("MiniLM", ["Llama-3-8B", "Llama-3-70B"])
+    tasks, turn, counts = (6, 3, [6]) if options.fast else (1000, 100, [100, 10_000])
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        save_adapter(small, root / small, max(counts))
+        torch.manual_seed(0)
+        nn.Module.float(AutoModel.from_config(SHAPES[small])).save_pretrained(root / small / "base")
+        for name in others:
+            save_adapter(name, root / name, 16)
+        rows = cold([small, *others], root, 1 if options.fast else options.turns)
+        rows += [warm(name, root, 2 if options.fast else 8) for name in [small, *others[:1]]]
+        rows += [many(small, root, tasks, turn), *memory(small, root, counts)]
+    for row in rows:
+        print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}))
+    save_rows(options.output / "generator.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()
