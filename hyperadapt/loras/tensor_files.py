@@ -6,12 +6,23 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 _LENGTH = 8
+# Of small tensors each would be a call of the operating system.
+_BUFFER = 2**22
+
+
+class _Layout(NamedTuple):
+    """Names, shapes and dtypes of tensors, the header of their file, and their names in the order of their bytes."""
+
+    kind: list[tuple[str, torch.Size, torch.dtype]]
+    header: bytes
+    order: list[str]
 
 
 class TensorFiles:
@@ -19,19 +30,20 @@ class TensorFiles:
 
     def __init__(self, metadata: dict[str, str]) -> None:
         self.metadata = metadata
-        self._kind: list[tuple[str, torch.Size, torch.dtype]] = []
-        self._header, self._order = b"", [""]
+        self._last: _Layout | None = None
 
     def write(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Write a file; tensors are contiguous, on the CPU, and share no memory."""
         kind = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-        if kind != self._kind or sys.byteorder != "little":
+        # Read once, as other threads may write files, too.
+        last = self._last
+        if last is None or kind != last.kind or sys.byteorder != "little":
             save_file(dict(tensors), path, metadata=self.metadata)
-            self._kind = kind
-            self._header, self._order = _read_header(path)
+            self._last = _Layout(kind, *_read_header(path))
             return
-        parts = [tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in self._order]
-        path.write_bytes(b"".join([self._header, *parts]))
+        parts = [tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in last.order]
+        with path.open("wb", buffering=_BUFFER) as file:
+            file.writelines([last.header, *parts])
 
 
 def _read_header(path: Path) -> tuple[bytes, list[str]]:
