@@ -30,7 +30,7 @@ class BoundWarmup(nn.Module):
         _watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A copy counts its own steps.
         _watch(self)
 
