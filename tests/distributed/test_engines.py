@@ -21,6 +21,8 @@ from tests.distributed.worker import (
     ENGINES,
     METHODS,
     PROCESSES,
+    STEPS,
+    counted_steps,
     main,
     make_model,
     optimizer_of,
@@ -58,7 +60,7 @@ def launch(engine: str, folder: Path) -> list[list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[tuple[dict[str, Tensor], Any]]:
+def expected() -> list[tuple[dict[str, Tensor], Any, int | None]]:
     """The weights that one process reaches with all rows, and what the monitor sees on the way."""
     results = []
     for case in CASES:
@@ -66,13 +68,15 @@ def expected() -> list[tuple[dict[str, Tensor], Any]]:
         monitor = PositionMonitor(model.base_model.router.network("default"))
         train(model, slice(None), torch_step(optimizer_of(model)))
         weights = {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
-        results.append((weights, watched(monitor)))
+        results.append((weights, watched(monitor), counted_steps(model)))
     return results
 
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_equal_one(engine: str, expected: list[tuple[dict[str, Tensor], Any]], tmp_path: Path) -> None:
+def test_two_processes_equal_one(
+    engine: str, expected: list[tuple[dict[str, Tensor], Any, int | None]], tmp_path: Path
+) -> None:
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
         if shutil.which("g++") is None:
@@ -80,11 +84,13 @@ def test_two_processes_equal_one(engine: str, expected: list[tuple[dict[str, Ten
     if engine.startswith("fsdp2") and Version(torch.__version__) < Version("2.13"):
         # Seen with torch 2.8, and there with a single linear layer, too.
         pytest.skip("FSDP2 of an older torch adds up gradients on CPUs, where it should average them")
+    assert {counted for *_, counted in expected} == {STEPS, None}
     ranks = launch(engine, tmp_path)
-    for case, (single, seen), *results in zip(CASES, expected, *ranks, strict=True):
+    for case, (single, seen, counted), *results in zip(CASES, expected, *ranks, strict=True):
         for result in results:
             assert result["world"] == PROCESSES
             assert result["kind"] == engine.removesuffix("_network_apart")
+            assert result["counted"] == counted
             assert result["weights"].keys() == single.keys()
             for name, value in single.items():
                 assert torch.equal(result["weights"][name], results[0]["weights"][name]), (case, name)

@@ -29,9 +29,9 @@ BATCH = example_batch("llama")
 CHECKPOINTING = {"none": None, "non_reentrant": False, "reentrant": True}
 # Heads, gains and learned bounds each take part in other ways.
 METHODS: dict[str, dict[str, Any]] = {
-    "soft_frobenius": {},
+    "soft_frobenius": {"normalization": "soft_frobenius"},
     "spectral, rows": {"normalization": "spectral", "head": "row"},
-    "soft_polar": {"normalization": "soft_polar"},
+    "soft_polar": {},
     "adaptive": {"normalization": "adaptive"},
     "sinkhorn": {"normalization": "sinkhorn"},
     "text, gated": {
@@ -136,7 +136,7 @@ def run(rank: int, engine: str, cases: list[tuple[str, str]], port: int, folder:
         with gathered(engine, model):
             weights = {name: whole(parameter) for name, parameter in adapter_parameters(model).items()}
         result = {"sizes": sizes, "weights": weights, "kind": kind_of(wrapped), "world": dist.get_world_size()}
-        results.append(result | {"watched": watched(monitor)})
+        results.append(result | {"watched": watched(monitor), "counted": counted_steps(model)})
     if engine == "zero3":
         partitioned = "is partitioned by DeepSpeed's ZeRO-3, so this process has none of its entries"
         with pytest.raises(ValueError, match=partitioned):
@@ -153,6 +153,12 @@ def run(rank: int, engine: str, cases: list[tuple[str, str]], port: int, folder:
         export_lora(model, "beta", folder / f"lora-{rank}")
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
+
+
+def counted_steps(model: PeftModel) -> int | None:
+    """The optimizer steps that the bound's warm-up has seen; None without one."""
+    warmup = model.base_model.router.network("default").warmup
+    return None if warmup is None else int(warmup.trained_steps)
 
 
 def watched(monitor: PositionMonitor) -> tuple[dict[str, float], dict[str, float]]:
