@@ -105,16 +105,19 @@ def file_bytes(tensors: dict[str, Tensor]) -> int:
     """Size of a safetensors file.
 
     Args:
-        tensors: What it holds, all float32.
+        tensors: What it holds, float32 or int64.
 
     Returns:
         Bytes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in sorted(tensors):
-        start, end = end, end + BYTES * tensors[name].numel()
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    # Wide numbers come first.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        dtype = "F32" if tensor.is_floating_point() else "I64"
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":")))
     # The length itself takes 8 bytes, and the header ends at a multiple of 8.
     return 8 + -(-length // 8) * 8 + end

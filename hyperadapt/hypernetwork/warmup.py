@@ -38,6 +38,11 @@ class BoundWarmup(nn.Module):
         """Share of the bound, shape (), in (0, 1]."""
         return ((self.trained_steps + 1).to(dtype) / self.steps).clamp(max=1)
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the whole bound from now on."""
+        self.trained_steps.fill_(self.steps)
+
     def expect_step(self) -> None:
         """Count the next step of any optimizer: of those after a forward pass, however many its gradients took."""
         self._is_due = True

@@ -137,6 +137,9 @@ def distill(  # noqa: DOC503
             )
     problem = _Problem(network, task_ids, groups, squared_norms)
     with _trainable(network):
+        if network.warmup is not None:
+            # Its reason, the noise of the first batches, is not there where the goal is known.
+            network.warmup.finish()
         losses = _fit(problem, steps, learning_rate, tasks_per_step or len(loras), seed)
         errors = _errors(problem, tasks_per_step or len(loras))
     saved = list(network.state_dict().values())

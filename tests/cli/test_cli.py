@@ -195,7 +195,7 @@ def test_no_command_that_needs_no_base_model_loads_one(
 
 def test_an_export_of_all_tasks_goes_on(hyperadapt: CommandLine, adapter: Path, tmp_path: Path) -> None:
     generator = LoraGenerator.from_pretrained(adapter)
-    with suppress(KeyboardInterrupt), unfinished_library(tmp_path / "all", generator._fingerprint(), "peft") as library:
+    with suppress(KeyboardInterrupt), unfinished_library(tmp_path / "all", generator.fingerprint(), "peft") as library:
         library.add(next(loras_of(generator, ["letters"])))
         raise KeyboardInterrupt
     before = (tmp_path / "all" / "letters" / "README.md").stat().st_ino

@@ -45,8 +45,9 @@ FULL = {
     "hypernetwork_dim": 9,
     "hypernetwork_depth": 1,
     "head": "pair",
-    "normalization": "soft_polar",
+    "normalization": "soft_frobenius",
     "normalization_bound": 0.125,
+    "normalization_warmup": 7,
     "init_weights": "zero_head",
     "adapted_model": {"kind": "BertModel", "library": "transformers", "dtype": "bfloat16", "num_labels": 2},
     "adapted_modules": [

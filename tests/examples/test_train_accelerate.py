@@ -127,7 +127,7 @@ def test_trackers_and_mixed_precision(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = Path("runs/accelerate/hyperadapter")
     check_example_card(folder, "train_accelerate")
     saved = load_file(folder / "adapter_model.safetensors")
-    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

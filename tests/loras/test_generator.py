@@ -76,7 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "patches": ("vit", {"target_modules": ["projection", "query"]}),
     "sinkhorn": ("llama", {"normalization": "sinkhorn", "head": "row"}),
-    "polar": ("gpt2", {"normalization": "polar", "head": "pair"}),
+    "whitening": ("gpt2", {"normalization": "whitening", "head": "pair"}),
     "adaptive": ("bert", {"normalization": "adaptive"}),
     "text": ("llama", {"tasks": dict.fromkeys(TASKS, "some text"), "task_embedding": "both", "text_encoder": letters}),
 }

@@ -31,6 +31,7 @@ from transformers import (
 from examples.support.text_tasks import encoder_path
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors
+from hyperadapt.normalization.formulas import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -145,6 +146,9 @@ def adapter_config(**changes: Any) -> HyperAdapterConfig:
     if "normalization" not in changes:
         # More than the default, so that the tasks of tiny models differ clearly.
         settings["normalization_bound"] = 0.5
+    if METHODS[changes.get("normalization", HyperAdapterConfig.normalization)].is_bounded:
+        # Tests set updates that no training has led to.
+        settings["normalization_warmup"] = 1
     return HyperAdapterConfig(**settings | changes)
 
 
