@@ -2,8 +2,10 @@
 
 Hyperadapters with the shapes of well-known models and random weights, rank 16, all linear layers, 16 tasks. On the CPU:
 
-- cold: a whole process that exports one task, imports included, in turns with `python -c "import peft"`; seconds and
-  peak memory. For MiniLM's shapes also as it was done before: with the base model, random weights in float32;
+Seconds are those of the clock, and those of the processor, which tell more where a machine has other work.
+
+- cold: a whole process that exports one task, imports included, in turns with `python -c "import peft"`, and its peak
+  memory. For MiniLM's shapes also as it was done before: with the base model, random weights in float32;
 - warm: one more task in memory, in a process that runs;
 - many: 1,000 tasks of MiniLM's shapes to the disk, in turns of 100 with safetensors, which writes the same tensors to a
   folder for each; and the peak memory of a process that writes 10,000, beside one that writes 100.
@@ -23,6 +25,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -88,29 +91,57 @@ def save_adapter(name: str, folder: Path, tasks: int) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def process(command: Sequence[str]) -> tuple[float, float]:
+class Usage(NamedTuple):
+    """What a process took; its peak memory is 0 where Linux does not tell it."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+
+
+def process(command: Sequence[str]) -> Usage:
     """Run a Python process.
 
     Args:
         command: Its arguments.
 
     Returns:
-        Seconds from its start to its end, and its peak memory in MB; 0 where Linux does not tell it.
+        What it took from its start to its end.
 
     Raises:
         RuntimeError: If it fails.
     """
     started, peak = time.perf_counter(), 0.0
     running = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None:
-        # Not its resource usage, which begins with that of this process. While it ends, there is no such line.
+    while True:
+        # Not the peak of its resource usage, which begins with that of this process. While it ends, there is no such
+        # line.
         with suppress(OSError):
-            status = Path(f"/proc/{running.pid}/status").read_text(encoding="utf-8")
-            peak = max([peak, *(int(size) * 1024 / MB for size in re.findall(r"VmHWM:\s+(\d+) kB", status))])
+            lines = Path(f"/proc/{running.pid}/status").read_text(encoding="utf-8")
+            peak = max([peak, *(int(size) * 1024 / MB for size in re.findall(r"VmHWM:\s+(\d+) kB", lines))])
+        ended, status, usage = os.wait4(running.pid, os.WNOHANG)
+        if ended:
+            break
         time.sleep(0.01)
+    running.returncode = os.waitstatus_to_exitcode(status)
     if running.returncode:
         raise RuntimeError(f"python {' '.join(command)} ended with {running.returncode}.")
-    return time.perf_counter() - started, peak
+    return Usage(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak)
+
+
+class Clock:
+    """Seconds since it was made, of the clock and of this process's threads on the processor."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Read it.
+
+        Returns:
+            Seconds, and CPU seconds.
+        """
+        return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
 
 
 def cold(names: Sequence[str], root: Path, turns: int) -> list[Row]:
@@ -122,7 +153,7 @@ def cold(names: Sequence[str], root: Path, turns: int) -> list[Row]:
         turns: Number of turns.
 
     Returns:
-        A row for each process: the median of its seconds, the largest of its peaks.
+        A row for each process: the medians of its seconds, the largest of its peaks.
     """
     commands = {("", "import peft"): ["-c", "import peft"]}
     for name in names:
@@ -136,8 +167,9 @@ def cold(names: Sequence[str], root: Path, turns: int) -> list[Row]:
             "measure": "cold",
             "shapes": name,
             "process": what,
-            "seconds": statistics.median(run[name, what][0] for run in runs),
-            "peak_mb": max(run[name, what][1] for run in runs),
+            "seconds": statistics.median(run[name, what].seconds for run in runs),
+            "cpu_seconds": statistics.median(run[name, what].cpu_seconds for run in runs),
+            "peak_mb": max(run[name, what].peak_mb for run in runs),
         }
         for name, what in commands
     ]
@@ -152,19 +184,20 @@ def warm(name: str, root: Path, repeats: int) -> Row:
         repeats: Number of tasks that are made.
 
     Returns:
-        A row with the median and the least of the seconds, and the LoRA's size.
+        A row with medians of the seconds, the least, and the LoRA's size.
     """
     generator = LoraGenerator.from_pretrained(root / name)
-    seconds, size = [], 0.0
+    seconds: list[tuple[float, float]] = []
+    size = 0.0
     for index in range(repeats + 1):
-        started = time.perf_counter()
+        clock = Clock()
         state = generator.state_dict(f"task {index % len(generator.tasks)}")
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock.read())
         size = sum(tensor.nbytes for tensor in state.values()) / MB
     # The first call makes what the others find made.
-    rest = seconds[1:]
-    row = {"measure": "warm", "shapes": name, "seconds": statistics.median(rest)}
-    return row | {"least_seconds": min(rest), "size_mb": size}
+    clocks, processors = zip(*seconds[1:], strict=True)
+    row = {"measure": "warm", "shapes": name, "seconds": statistics.median(clocks), "least_seconds": min(clocks)}
+    return row | {"cpu_seconds": statistics.median(processors), "size_mb": size}
 
 
 def many(name: str, root: Path, tasks: int, turn: int) -> Row:
@@ -177,26 +210,27 @@ def many(name: str, root: Path, tasks: int, turn: int) -> Row:
         turn: Number of tasks of a turn.
 
     Returns:
-        A row with both rates in tasks per second, and their ratio.
+        A row with both rates in tasks per second, and their ratios, by the clock and by the processor.
     """
     generator = LoraGenerator.from_pretrained(root / name)
-    seconds = {"save_all": 0.0, "safetensors": 0.0}
+    seconds: dict[str, list[tuple[float, float]]] = {"save_all": [], "safetensors": []}
     for first in range(0, tasks, turn):
         names = generator.tasks[first : first + turn]
         states = {task: generator.state_dict(task) for task in names}
         with tempfile.TemporaryDirectory(dir=root) as folder:
-            started = time.perf_counter()
+            clock = Clock()
             for task, state in states.items():
                 place = Path(folder, "safetensors", task)
                 place.mkdir(parents=True)
                 save_file(state, place / "adapter_model.safetensors", metadata={"format": "pt"})
-            seconds["safetensors"] += time.perf_counter() - started
-            started = time.perf_counter()
+            seconds["safetensors"].append(clock.read())
+            clock = Clock()
             generator.save_all(Path(folder, "all"), names)
-            seconds["save_all"] += time.perf_counter() - started
-    rates = {f"{what}_per_second": tasks / value for what, value in seconds.items()}
-    ratio = seconds["safetensors"] / seconds["save_all"]
-    return {"measure": "many", "shapes": name, "tasks": tasks, **rates, "ratio": ratio}
+            seconds["save_all"].append(clock.read())
+    totals = {what: [sum(one) for one in zip(*turns, strict=True)] for what, turns in seconds.items()}
+    rates = {f"{what}_per_second": tasks / total[0] for what, total in totals.items()}
+    ratio, cpu_ratio = (theirs / ours for theirs, ours in zip(totals["safetensors"], totals["save_all"], strict=True))
+    return {"measure": "many", "shapes": name, "tasks": tasks, **rates, "ratio": ratio, "cpu_ratio": cpu_ratio}
 
 
 def memory(name: str, root: Path, counts: Sequence[int]) -> list[Row]:
@@ -213,8 +247,8 @@ def memory(name: str, root: Path, counts: Sequence[int]) -> list[Row]:
     rows = []
     for count in counts:
         with tempfile.TemporaryDirectory(dir=root) as folder:
-            seconds, peak = process(["-c", MANY, str(root / name), folder, str(count)])
-        rows.append({"measure": "memory", "shapes": name, "tasks": count, "seconds": seconds, "peak_mb": peak})
+            usage = process(["-c", MANY, str(root / name), folder, str(count)])
+        rows.append({"measure": "memory", "shapes": name, "tasks": count, **usage._asdict()})
     return rows
 
 
