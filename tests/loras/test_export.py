@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from hyperadapt import export_lora, export_loras, generate_lora
 from hyperadapt.config.checks import shown
 from hyperadapt.loras import file_formats as formats
-from hyperadapt.loras import folders
+from hyperadapt.loras import folders, tensor_files
 from hyperadapt.loras.lora import Lora
 from hyperadapt.normalization import NORMALIZATIONS
 from tests.support.helpers import (
@@ -209,7 +209,7 @@ def test_failures_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         model.base_model.set_adapter(["default", "second"])
         error, message = ValueError, "One adapter must be active, but ['default', 'second'] are."
     elif case == "save fails":
-        monkeypatch.setattr(formats, "save_file", fail)
+        monkeypatch.setattr(tensor_files, "save_file", fail)
     elif case == "card fails":
         monkeypatch.setattr(folders, "write_lora_card", fail)
         folder = tmp_path / "deeper" / "export"
