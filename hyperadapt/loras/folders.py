@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hyperadapt.cards.card import may_be_written_anew
-from hyperadapt.cards.lora_card import write_lora_card
+from hyperadapt.cards.card import CARD, may_be_written_anew
+from hyperadapt.cards.lora_card import lora_card
 from hyperadapt.config.checks import check_choice, shown
 from hyperadapt.files import whole_folders
 from hyperadapt.loras.file_formats import FORMATS
@@ -56,4 +56,5 @@ def write_lora(lora: Lora, place: Path, folder: Path, format: str) -> None:
     """Write the files of a LoRA to a place from which they are moved into `folder`."""
     FORMATS[format](lora, place)
     if may_be_written_anew(folder):
-        write_lora_card(lora.family.adapter, lora.task, lora.descriptions, place, format=format, address=str(folder))
+        card = lora_card(lora.family.adapter, lora.task, lora.descriptions, str(folder), format)
+        (place / CARD).write_text(card, encoding="utf-8")

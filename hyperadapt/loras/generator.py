@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -181,7 +182,7 @@ class LoraGenerator:
     def save_all(  # noqa: DOC502
         self, folder: str | os.PathLike[str], tasks: Sequence[str] | None = None, *, format: str = "peft"
     ) -> dict[str, Path]:
-        """Write many tasks as LoRA folders, one after the other, of which memory holds one.
+        """Write many tasks as LoRA folders, one after the other, of which memory holds two.
 
         Each is complete or absent. What a call has done that failed or was killed stays, and the same call goes on from
         there; a call that has ended begins anew. A bar on the standard error shows rate and size, unless transformers'
@@ -206,8 +207,15 @@ class LoraGenerator:
         check_places(folders.values(), format)
         with unfinished_library(Path(folder), self.fingerprint(), format) as library:
             missing = [name for name in names if not library.has(name)]
-            with logging.tqdm(total=len(names), initial=len(names) - len(missing), unit="LoRA") as bar:
-                for lora in loras_of(self, missing) if missing else ():
+            with (
+                logging.tqdm(total=len(names), initial=len(names) - len(missing), unit="LoRA") as bar,
+                ThreadPoolExecutor(1) as maker,
+            ):
+                loras = loras_of(self, missing) if missing else iter(())
+                coming = maker.submit(_next, loras)
+                while (lora := coming.result()) is not None:
+                    # The next one is made while this one is written.
+                    coming = maker.submit(_next, loras)
                     library.add(lora)
                     bar.set_postfix_str(library.progress, refresh=False)
                     bar.update()
@@ -252,6 +260,12 @@ class LoraGenerator:
             name: lora_tensors(family.positions[name], one, family.r) for name, one in self.network(condition).items()
         }
         return Lora(family, factors, task, descriptions)
+
+
+@torch.inference_mode()
+def _next(loras: Iterator[Lora]) -> Lora | None:
+    """The next LoRA, to be written and forgotten; in this mode it is made faster than without gradients."""
+    return next(loras, None)
 
 
 def loras_of(generator: LoraGenerator, tasks: Sequence[str]) -> Iterator[Lora]:

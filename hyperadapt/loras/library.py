@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
@@ -29,8 +29,8 @@ class UnfinishedLibrary:
         # What else is there was not finished.
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
-        with (self.work / _DONE).open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in [head, *map(json.dumps, self.done)])
+        self._list = (self.work / _DONE).open("w", encoding="utf-8", buffering=1)
+        self._list.writelines(f"{line}\n" for line in [head, *map(json.dumps, self.done)])
         self._started, self._size = time.monotonic(), 0
 
     def has(self, task: str) -> bool:
@@ -48,9 +48,12 @@ class UnfinishedLibrary:
         for rest in (place, old):
             if rest.exists():
                 shutil.rmtree(rest)
-        with (self.work / _DONE).open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(lora.task)}\n")
+        self._list.write(f"{json.dumps(lora.task)}\n")
         self.done[lora.task] = None
+
+    def close(self) -> None:
+        """Close the list."""
+        self._list.close()
 
     @property
     def progress(self) -> str:
@@ -68,7 +71,8 @@ def unfinished_library(folder: Path, adapter: str, format: str) -> Iterator[Unfi
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     library = UnfinishedLibrary(folder, adapter, format)
     try:
-        yield library
+        with closing(library):
+            yield library
     except BaseException:
         if not library.done:
             shutil.rmtree(library.work)

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from hyperadapt import HyperAdapterConfig, diagnose, export_lora
 from hyperadapt.cards.card import addressed, write_card
-from hyperadapt.cards.lora_card import write_lora_card
 from tests.support.card_schema import check_card, python_code
 from tests.support.helpers import (
     TASK_TYPES,
@@ -112,7 +111,6 @@ def test_the_code_of_a_card_runs_as_written(tmp_path: Path) -> None:
         model.save_pretrained(adapter)
         write_card(model, adapter, overwrite=True)
         export_lora(model, "beta", lora)
-        write_lora_card(model.peft_config["default"], "beta", "Is it spam?", lora)
         for codes, folder, method in ((plain, lora, "LORA"), (native, adapter, "HYPERADAPTER")):
             [code] = python_code((folder / "README.md").read_text())
             codes.append(f"{code}\nassert model.peft_config['default'].peft_type.value == {method!r}\n")

@@ -211,7 +211,7 @@ def test_failures_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     elif case == "save fails":
         monkeypatch.setattr(tensor_files, "save_file", fail)
     elif case == "card fails":
-        monkeypatch.setattr(folders, "write_lora_card", fail)
+        monkeypatch.setattr(folders, "lora_card", fail)
         folder = tmp_path / "deeper" / "export"
     else:
         monkeypatch.setattr(LoraConfig, "save_pretrained", fail)
