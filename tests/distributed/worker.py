@@ -27,12 +27,12 @@ LEARNING_RATE = 0.02
 IDS = torch.tensor([0, 1, 2, 2])
 BATCH = example_batch("llama")
 CHECKPOINTING = {"none": None, "non_reentrant": False, "reentrant": True}
-# Heads, gains and learned bounds each take part in other ways.
+# Heads, gains, learned bounds and those that grow each take part in other ways.
 METHODS: dict[str, dict[str, Any]] = {
-    "soft_frobenius": {"normalization": "soft_frobenius"},
+    "soft_frobenius": {"normalization": "soft_frobenius", "normalization_warmup": STEPS},
     "spectral, rows": {"normalization": "spectral", "head": "row"},
-    "soft_polar": {},
-    "adaptive": {"normalization": "adaptive"},
+    "soft_polar": {"normalization_warmup": STEPS},
+    "adaptive": {"normalization": "adaptive", "normalization_warmup": STEPS},
     "sinkhorn": {"normalization": "sinkhorn"},
     "text, gated": {
         "tasks": {"alpha": "find the topic", "beta": "is it spam", "gamma": "who wrote it"},
@@ -45,8 +45,7 @@ ENGINES = ("ddp", "fsdp2", "fsdp2_network_apart", "zero2", "zero3")
 
 
 def make_model(method: str, checkpointing: str) -> PeftModel:
-    # The default steps of the warm-up, which tests leave out elsewhere.
-    model = adapted_model("llama", **{"normalization_warmup": None} | METHODS[method]).train()
+    model = adapted_model("llama", **METHODS[method]).train()
     use_reentrant = CHECKPOINTING[checkpointing]
     if use_reentrant is not None:
         model.config.use_cache = False
