@@ -29,10 +29,10 @@ BATCH = example_batch("llama")
 CHECKPOINTING = {"none": None, "non_reentrant": False, "reentrant": True}
 # Heads, gains, learned bounds and those that grow each take part in other ways.
 METHODS: dict[str, dict[str, Any]] = {
-    "soft_frobenius": {"normalization": "soft_frobenius", "normalization_warmup": STEPS},
+    "soft_frobenius": {"normalization": "soft_frobenius", "normalization_bound": 0.5},
     "spectral, rows": {"normalization": "spectral", "head": "row"},
     "soft_polar": {"normalization_warmup": STEPS},
-    "adaptive": {"normalization": "adaptive", "normalization_warmup": STEPS},
+    "adaptive": {"normalization": "adaptive"},
     "sinkhorn": {"normalization": "sinkhorn"},
     "text, gated": {
         "tasks": {"alpha": "find the topic", "beta": "is it spam", "gamma": "who wrote it"},
