@@ -30,7 +30,7 @@ from tests.distributed.worker import (
     train,
     watched,
 )
-from tests.support.helpers import adapted_model, adapter_parameters, base_model
+from tests.support.helpers import adapter_parameters, base_model
 from tests.support.tolerances import TWO_PROCESSES
 
 CASES = [
@@ -116,7 +116,7 @@ def check_watched(single: Any, ranks: list[Any]) -> None:
 
 def check_files(weights: dict[str, Tensor], folder: Path) -> None:
     """What was saved from the last case's sharded model, against a model that was never sharded."""
-    model = adapted_model("llama")
+    model = make_model(*CASES[-1]).eval()
     for name, parameter in adapter_parameters(model).items():
         parameter.data = weights[name]
     for path in (folder / name for name in ("adapter", "given") if (folder / name).exists()):
