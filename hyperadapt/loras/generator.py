@@ -242,14 +242,10 @@ class LoraGenerator:
 
     def fingerprint(self) -> str:
         """A text that is the same for the same adapter, in every process, and another one for any other."""
-        # Sets have another order in every process.
-        digest = sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=sorted).encode())
-
-    def _fingerprint(self) -> str:
-        """A text that is another one for another adapter."""
         # Not its to_dict, which copies every name; and of an encoder the vectors count, which the network has.
         fields = {**vars(self.config), "text_encoder": None}
-        digest = sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+        # Sets have another order in every process.
+        digest = sha256(json.dumps(fields, sort_keys=True, default=sorted).encode())
         for name, tensor in sorted({**self.network.state_dict(), **self._family.saved}.items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
