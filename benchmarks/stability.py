@@ -6,8 +6,8 @@ batches of a seed, and AdamW's rate rises over the first 5% of the steps and the
 
 ``--stage choose`` runs every candidate of every arm (a weight decay, a bound) on seeds 0 to 4 and validation rows.
 ``--stage decide`` writes down the choices, from the setting "today". ``--stage blind`` runs what was chosen on seeds 10
-to 14 and test rows, and is refused before that. ``--stage report`` prints the tables of both stages, and writes the
-blind rows and their plot. Without --stage, all four in order.
+to 14 and test rows, and is refused before that. ``--stage report`` prints the tables and writes the
+rows of both stages, and draws the blind ones. Without --stage, all four in order.
 
 Each run is a row, appended to a file of its setting when it is done. Runs with a row are skipped, so a study can be
 stopped at any time, by --minutes cleanly, and goes on where it was; several processes may share the seeds. A run

@@ -83,10 +83,10 @@ ARMS: dict[str, dict[str, Arm]] = {
     "none": {ONLY: NONE},
     "none + clipping": {ONLY: replace(NONE, clip=True)},
     "hyperformer, plain": {ONLY: replace(NONE, change=plain)},
-    "soft_frobenius": _bounded("soft_frobenius", (0.2, 1), (0.2, 20)),
+    "soft_frobenius": _bounded("soft_frobenius", (0.2, 1), (0.2, 20), (0.2, 30)),
     "soft_polar": _bounded("soft_polar", (0.2, 1), (0.2, 10), (0.2, 20), (0.2, 30), (0.3, 20)),
-    "soft_polar + clipping": _bounded("soft_polar", (0.2, 1), (0.2, 20), clip=True),
-    "adaptive": _bounded("adaptive", (0.2, 20)),
+    "soft_polar + clipping": _bounded("soft_polar", (0.2, 1), (0.2, 20), (0.2, 30), clip=True),
+    "adaptive": _bounded("adaptive", (0.2, 20), (0.2, 30)),
     "whitening": {ONLY: Arm({"normalization": "whitening"})},
 }
 """Arm -> candidate -> what is trained. The stage "choose" runs all candidates, the stage "blind" the chosen ones."""

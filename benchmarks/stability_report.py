@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 def report(study: Study, folder: Path) -> None:
-    """Print the tables of both stages, and write the blind rows and their plot; the folder is made."""
+    """Print the tables of both stages, and write the rows and the plot of the blind ones; the folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {(stage, name): complete_rows(study, name, stage) for stage in STAGES for name in study.settings}
     if not any(rows.values()):
@@ -48,9 +48,8 @@ def report(study: Study, folder: Path) -> None:
     for (stage, name), members in rows.items():
         if members:
             _print_tables(name, study.settings[name], stage, by_arm(members))
-            if stage == "blind":
-                own = [row for row in members if row["setting"] == name]
-                write_rows(folder / f"stability_{name}.jsonl", own)
+            own = [row for row in members if row["setting"] == name]
+            write_rows(folder / f"stability_{name}{'' if stage == 'blind' else '_choose'}.jsonl", own)
     if blind := rows["blind", HOME]:
         choices = read_rows(study.choices_path)
         write_rows(folder / "stability_choices.jsonl", choices)

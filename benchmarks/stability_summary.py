@@ -15,6 +15,7 @@ from benchmarks.transfer_report import interval
 Row = dict[str, Any]
 
 POINT = 0.01
+WIDER = 2 * POINT
 OURS = "is_ours"
 
 
@@ -127,6 +128,7 @@ def summarize_arms(arms: Mapping[str, Cells]) -> list[Row]:
                 "least_rate": least,
                 "range": good,
                 "decades": decades(good),
+                "wider_decades": decades(good_range(cells, best_of_all - WIDER)),
                 "diverged": sum(cell.diverged for cell in cells.values()),
                 "runs": len(members),
                 "cpu_seconds": median(row["cpu_seconds"] for row in members),
@@ -138,24 +140,25 @@ def summarize_arms(arms: Mapping[str, Cells]) -> list[Row]:
 def choose(rows: Sequence[Row]) -> list[Row]:
     """The best candidate of each arm, and which arm with a normalisation is called ours.
 
-    Best is what stays within a point of the best of all arms over the most decades, and then what is most accurate at
-    its best rate.
+    Best is what stays within a point of the best of all arms over the most decades, then within two points, and then
+    what is most accurate at its best rate.
     """
     cells = by_arm(rows)
     summaries = {row["arm"]: row for row in summarize_arms(cells)}
 
-    def merit(choice: Row) -> tuple[float, float]:
-        return -1.0 if choice["decades"] is None else choice["decades"], choice["accuracy"]
+    def merit(choice: Row) -> tuple[float, ...]:
+        widths = (choice["decades"], choice["wider_decades"])
+        return *(-1.0 if width is None else width for width in widths), choice["accuracy"]
 
     def candidate_row(arm: str, candidate: str) -> Row:
         summary = summaries[label(arm, candidate)]
-        width = summary["decades"]
+        widths = {name: summary[name] for name in ("decades", "wider_decades")}
         return {
             "arm": arm,
             "candidate": candidate,
             "best_rate": summary["best_rate"],
             "accuracy": round(summary["accuracy"], 5),
-            "decades": None if math.isnan(width) else width,
+            **{name: None if math.isnan(width) else width for name, width in widths.items()},
         }
 
     choices = []

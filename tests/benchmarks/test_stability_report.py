@@ -112,8 +112,15 @@ def test_choices_are_the_widest_range_near_the_best_of_all_arms_and_then_the_bes
     }
     assert chosen["lora + weight decay"]["decades"] is None
     assert chosen["soft_frobenius"]["decades"] == chosen["soft_polar"]["decades"] == 1
-    # As wide and better at its best rate; without a normalisation an arm is not ours, however good.
+    # As wide, also within two points, and better at its best rate; no arm without a normalisation is ours, however good.
     assert [arm for arm, row in chosen.items() if row[OURS]] == ["soft_frobenius"]
+
+
+def test_a_choice_that_is_as_wide_within_a_point_is_made_by_two() -> None:
+    rows = rows_of("lora", (0.70, 0.80, 0.50, 0.50))
+    rows += rows_of("soft_polar", (0.5, 0.80, 0.77, 0.5), "bound 0.2, warm-up 1")
+    rows += rows_of("soft_polar", (0.5, 0.79, 0.785, 0.5), "bound 0.2, warm-up 20")
+    assert choose(rows)[-1]["candidate"] == "bound 0.2, warm-up 20"
 
 
 def test_report_takes_whole_arms_alone_and_other_methods_from_todays_setting(
@@ -147,13 +154,15 @@ def test_a_study_without_a_normalised_arm_has_a_picture_too(tmp_path: Path) -> N
     assert "hyperadapt" not in (tmp_path / "results" / "stability.svg").read_text()
 
 
-def test_rows_of_the_choosing_stage_are_neither_kept_nor_drawn(
+def test_rows_of_the_choosing_stage_are_kept_apart_and_not_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = study_of(tmp_path, rows_of("lora", (0.70, 0.80, 0.50, 0.50), seed=0, stage="choose"), {})
-    report(study, tmp_path / "results")
+    rows = rows_of("lora", (0.70, 0.80, 0.50, 0.50), seed=0, stage="choose")
+    report(study_of(tmp_path, rows, {}), tmp_path / "results")
     assert "today, stage choose (seeds 0; validation rows)" in capsys.readouterr().out
-    assert not list((tmp_path / "results").iterdir())
+    [file] = (tmp_path / "results").iterdir()
+    assert file.name == "stability_today_choose.jsonl"
+    assert read_rows(file) == rows
 
 
 def test_blind_rows_of_another_choice_are_refused(tmp_path: Path) -> None:
@@ -167,7 +176,7 @@ def test_hypernetworks_alone_are_run_where_nothing_else_differs(tmp_path: Path) 
     study = study_of(tmp_path, [], {"lora": "", "none": "", "soft_frobenius": CHOSEN})
     assert {run.arm for run in study.runs("wide", "blind")} == {"none", "soft_frobenius"}
     assert len(study.runs("wide", "blind")) == 2 * len(RATES)
-    assert len(study.runs(HOME, "choose")) == (1 + 1 + 2) * len(RATES)
+    assert len(study.runs(HOME, "choose")) == (1 + 1 + 3) * len(RATES)
 
 
 def test_a_run_made_twice_counts_once(tmp_path: Path) -> None:
