@@ -112,7 +112,7 @@ def test_choices_are_the_widest_range_near_the_best_of_all_arms_and_then_the_bes
     }
     assert chosen["lora + weight decay"]["decades"] is None
     assert chosen["soft_frobenius"]["decades"] == chosen["soft_polar"]["decades"] == 1
-    # As wide, also within two points, and better at its best rate; no arm without a normalisation is ours, however good.
+    # As wide, within two points as well, and better at its best rate; no arm without a normalisation is ours.
     assert [arm for arm, row in chosen.items() if row[OURS]] == ["soft_frobenius"]
 
 
