@@ -76,7 +76,7 @@ def test_a_complete_card(tmp_path: Path) -> None:
     }
     for text in (
         "| `beta` | Is it spam? | 0.750 | 0.500 |",
-        "`soft_polar` (bound 0.5, warmup 20)",
+        "`soft_polar` (bound 0.5, warmup 1)",
         "- learning rate: 0.005",
         "- versions: torch 2.13",
         "![Cosines of the updates](figures/cosines.png)",

@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from examples import write_recipe
 from examples.support.text_tasks import encoder_path
@@ -58,6 +59,8 @@ class CommandLine:
 
 @pytest.fixture
 def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    # As in a fresh process; other tests turn them off.
+    logging.enable_progress_bar()
     return CommandLine(monkeypatch, capsys)
 
 
