@@ -11,7 +11,7 @@ from torch import Tensor
 # Default bound; a smaller one trains at higher learning rates, a larger one leaves more room (DECISIONS.md).
 BOUND = 0.2
 # Default number of optimizer steps over which a bound grows, where B starts at zero (DECISIONS.md).
-WARMUP = 20
+WARMUP = 30
 
 
 @dataclass(frozen=True)

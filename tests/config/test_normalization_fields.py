@@ -18,7 +18,7 @@ from hyperadapt.normalization.formulas import (
 from hyperadapt.normalization.methods import OPTIONS
 
 # Stated here once more, so that a changed default is noticed.
-BOUND, WARMUP = 0.2, 20
+BOUND, WARMUP = 0.2, 30
 DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
     "soft_frobenius": {"bound": BOUND, "warmup": WARMUP},
