@@ -26,7 +26,8 @@ class BoundWarmup(nn.Module):
         super().__init__()
         self.steps = steps
         self.register_buffer("trained_steps", torch.zeros((), dtype=torch.int64))
-        self._is_due = False
+        # Holds True while a step is expected; a set, which the replicas of DataParallel share.
+        self._expected: set[bool] = set()
         _watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -45,13 +46,13 @@ class BoundWarmup(nn.Module):
 
     def expect_step(self) -> None:
         """Count the next step of any optimizer: of those after a forward pass, however many its gradients took."""
-        self._is_due = True
+        self._expected.add(True)
 
     @torch.no_grad()
     def count_step(self) -> None:
         """Count a step, if one is expected."""
-        if self._is_due:
-            self._is_due = False
+        if self._expected:
+            self._expected.clear()
             self.trained_steps += 1
 
 

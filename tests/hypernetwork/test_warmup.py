@@ -121,6 +121,17 @@ def test_a_copy_counts_its_own_steps(duplicate: Any) -> None:
     assert (warmup_of(network).trained_steps, warmup_of(twin).trained_steps) == (1, 3)
 
 
+def test_passes_of_replicas_count_for_the_network() -> None:
+    network = warmed()
+    for _ in range(2):
+        # What DataParallel calls on each module, for each device.
+        warmup_of(network)._replicate_for_data_parallel().expect_step()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    optimizer.step()
+    optimizer.step()
+    assert warmup_of(network).trained_steps == 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [
