@@ -29,9 +29,7 @@ from tests.support.helpers import (
 from tests.support.tolerances import FLOAT64_MODEL
 
 pytestmark = [
-    # Dynamo instantiates autograd functions while it traces them, and asks every tensor for its gradient; torch itself
-    # warns of both.
-    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning"),
+    # Dynamo asks every tensor for its gradient, and torch itself warns of that.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
 
@@ -88,6 +86,26 @@ def test_training_is_one_graph_for_any_mix(name: str, normalization: str, num_ta
         assert_close(actual.logits, expected.logits, **CLOSE)
         assert_close(gradients(model), expected_gradients, **CLOSE)
     assert counter.frame_count == 1
+
+
+def test_the_bound_grows_in_a_graph_as_without_one() -> None:
+    losses: dict[str, list[float]] = {}
+    for name in ("graph", "plain"):
+        model = adapted_model("llama", active=False, normalization_warmup=3).double().train()
+        batch, ids = double(example_batch("llama")), torch.tensor(MIXES[0])
+        # Where rows lie is learned in a first call, outside of the graph.
+        model(**batch, tasks=ids)
+        called, _ = compiled(model) if name == "graph" else (model, None)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+        losses[name] = []
+        for _ in range(4):
+            loss = called(**batch, tasks=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(float(loss.detach()))
+        assert model.base_model.router.network("default").warmup.trained_steps == 4
+    assert losses["graph"] == pytest.approx(losses["plain"])
 
 
 def test_descriptions_are_part_of_the_graph() -> None:
