@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert path.suffix == ".svg", f"{page.name}:{link.line} links to {link.target}, outside of the site"
 
 
+def files(navigation: list[Any]) -> Iterator[str]:
+    for entry in navigation:
+        for target in entry.values():
+            yield from files(target) if isinstance(target, list) else [target]
+
+
 def test_every_page_is_in_the_navigation() -> None:
     # Python tags aside, which only MkDocs reads.
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert sorted(name for entry in navigation for name in entry.values()) == sorted(
-        path.name for path in DOCS.glob("*.md")
-    )
+    assert sorted(files(navigation)) == sorted(path.name for path in DOCS.glob("*.md"))
 
 
 def directives() -> list[str]:
