@@ -158,6 +158,7 @@ WRONG = {
     ("bash", "pip install -r nothing.txt"): "nothing.txt does not exist",
     ("bash", "python -m examples.nothing"): "No module|no module",
     ("bash", "python -m examples.quickstart --nothing 1"): "examples.quickstart has no option --nothing",
+    ("bash", "python examples/nothing.py"): "No module|no module",
     ("bash", "accelerate launch --config_file nothing.yaml -m examples.quickstart"): "nothing.yaml",
     ("bash", "hyperadapt train nothing.yaml"): "'hyperadapt train nothing.yaml' exited with 2",
     ("yaml", "a: 1"): "the first line names the file",

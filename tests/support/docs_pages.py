@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/ as their readers see them: blocks of code, headings and links."""
+"""README.md, the pages of docs/ and those of examples as their readers see them: blocks of code, headings and links."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 _SETUP = re.compile(r"<!-- setup: (\w+) -->\n*")
 _PARSER = MarkdownIt("commonmark").enable("table")
 

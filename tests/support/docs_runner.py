@@ -34,7 +34,7 @@ _EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Programs that belong to others. What they do with our files is not run here.
 _FOREIGN = re.compile(
     r"hf auth login|git clone \S+|vllm serve .+|python -m sglang\.launch_server .+|python convert_lora_to_gguf\.py .+|"
-    r"llama-cli .+|mlx_lm\.generate .+|curl .+|mkdocs (serve|build --strict)"
+    r"llama-cli .+|mlx_lm\.generate .+|curl .+|mkdocs (serve|build --strict)|python -c .+ experiments/hyperadapter/\S+"
 )
 
 # A variable of the environment that is set for a command.
@@ -108,6 +108,8 @@ def _check_own_command(words: list[str]) -> None:
             _check_module([module])
         case ["python", "-m", *module]:
             _check_module(module)
+        case ["python", script, *options] if script.startswith("examples/"):
+            _check_module([script.removesuffix(".py").replace("/", "."), *options])
         case _:
             raise ValueError(f"the command {shlex.join(words)!r} is neither run nor on the list of those that are not")
 
