@@ -1,5 +1,8 @@
 """hyperadapt: a hypernetwork that generates matrix-normalised LoRA adapters, as a PEFT method."""
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from hyperadapt import nn
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis, diagnose
@@ -31,3 +34,11 @@ __all__ = [
 ]
 
 _register()
+# They take time or optional packages to import.
+_LAZY = ("cards", "plots", "recipes", "runs", "serving", "trainer")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LAZY:
+        return _import_module(f"hyperadapt.{name}")
+    raise AttributeError(f"module 'hyperadapt' has no attribute {name!r}")

@@ -24,7 +24,7 @@ _SHOWN_TASKS = 20
 _SHOWN_POSITIONS = 3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
     """How the updates ΔW of an adapter's tasks differ; all tensors are float64, on the CPU.
 
@@ -94,6 +94,9 @@ class Diagnosis:
         if self.saturation and not self.is_zero:
             lines.append(f"{self.saturation}{f'. {REMEDY}' if self.saturation.is_high else ''}")
         return "\n".join(line.rstrip() for line in lines)
+
+    # In a notebook or a console, the table and not all of its tensors.
+    __repr__ = __str__
 
     def nearest(self, index: int) -> str:
         """The task whose update points in the most similar direction.

@@ -191,6 +191,7 @@ def test_text_shows_each_task_and_the_positions_that_differ_least() -> None:
     assert f"{float(result.task_norms[0]):.2e}" in lines[2]
     assert lines[2].split()[3] == ("beta" if result.cosines[0, 1] > result.cosines[0, 2] else "gamma")
     assert lines[6].strip().startswith(result.positions[int(result.position_shares.argmin())])
+    assert repr(result) == str(result)
     names = [f"task{index}" for index in range(25)]
     assert "and 5 more tasks" in str(diagnose(adapted_model("llama", tasks=names)))
 

@@ -110,6 +110,9 @@ model = peft.get_peft_model(
 )
 assert type(model.base_model) is hyperadapt.HyperAdapterModel
 model(torch.ones(2, 4), tasks="default").sum().backward()
+assert "matplotlib" not in sys.modules
+assert callable(hyperadapt.plots.plot)
+assert callable(hyperadapt.trainer.HyperAdapterTrainer)
 """
 
 

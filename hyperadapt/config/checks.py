@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ MAX_DEPTH = 256
 MAX_ITERATIONS = 1000
 # The square of a larger one could overflow, which Python raises as an OverflowError.
 MAX_NUMBER = 1e30
+
+# What users of other libraries call these fields.
+OTHER_NAMES = {"lora_r": "r", "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 
 Class = TypeVar("Class", bound=type)
 
@@ -88,6 +92,12 @@ def checked_names(name: str, value: Any) -> list[str]:
     return list(value)
 
 
+def suggestion(name: str, known: Iterable[str], synonyms: Mapping[str, str] = OTHER_NAMES) -> str:
+    """What may have been meant by an unknown name: a question with a space before it, or nothing."""
+    close = [synonyms[name]] if name in synonyms else difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def refuses_unknown_fields(config_class: Class) -> Class:
     """Have a subclass of ``PeftConfig`` refuse the unknown fields of a file, which PEFT would drop with a warning.
 
@@ -102,8 +112,13 @@ def refuses_unknown_fields(config_class: Class) -> Class:
         # It comes along where the attributes of one object make another.
         kwargs.pop("is_from_file", None)
         unknown = [name for name in kwargs if name not in known]
-        # A file names its method. Without that it is a call, and the usual TypeError tells best.
-        if unknown and "peft_type" in kwargs:
+        # A file names its method. Without that it is a call.
+        if unknown and "peft_type" not in kwargs:
+            raise TypeError(
+                f"{config_class.__name__} got an unexpected keyword argument {unknown[0]!r}."
+                f"{suggestion(unknown[0], known)}"
+            )
+        if unknown:
             raise ValueError(
                 f"{config_class.__name__} has no field {', '.join(map(shown, unknown[:8]))}. The file was saved by a "
                 "newer hyperadapt or peft: upgrade them, or remove the field from adapter_config.json."

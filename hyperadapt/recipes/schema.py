@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Collection, Mapping
@@ -17,7 +16,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import TrainingArguments
 
-from hyperadapt.config.checks import check_choice, check_integer, check_number, check_type, shown
+from hyperadapt.config.checks import (
+    OTHER_NAMES,
+    check_choice,
+    check_integer,
+    check_number,
+    check_type,
+    shown,
+    suggestion,
+)
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.recipes.yaml_lines import Check, Keys, YamlFile, check_text, checked_texts, dotted
 
@@ -49,8 +56,7 @@ class Section(NamedTuple):
 
     def suggestion(self, name: str) -> str:
         """What may have been meant by an unknown name: a question with a space before it, or nothing."""
-        close = [self.synonyms[name]] if name in self.synonyms else difflib.get_close_matches(name, self.checks, 1)
-        return f" Did you mean {close[0]!r}?" if close else ""
+        return suggestion(name, self.checks, self.synonyms)
 
     def checked(self, file: YamlFile, keys: Keys, value: Any) -> dict[str, Any]:
         """The fields of a section of a file that are given, not null and right; the file gets the other problems."""
@@ -109,7 +115,7 @@ def recipe_sections(folder: Path, to_train: bool) -> dict[str, Section]:
                 "text_encoder": partial(_checked_source, folder, to_train),
             },
             required=["task_type"],
-            synonyms={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+            synonyms=OTHER_NAMES,
         ),
         "max_rows": Section("max_rows", dict.fromkeys(SPLITS, _COUNT)),
         "trainer": Section(

@@ -17,6 +17,10 @@ from hyperadapt.routing.requests import Request
 
 # What the PeftModel takes and its base model does not.
 ROUTING_ARGUMENTS = ("tasks", "task_embeddings", "task_rows")
+MISSPELLED = dict.fromkeys(("task", "task_id", "task_ids", "task_name", "task_names"), "tasks") | {
+    "task_embedding": "task_embeddings",
+    "task_row": "task_rows",
+}
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,13 @@ _SAME_ROWS = {"input_ids": ("inputs_embeds",)}
 def _spelled(part: nn.Module, name: str) -> str:
     """Name of an input that may be given by place."""
     return list(inspect.signature(part.forward).parameters)[int(name)] if name.isdigit() else name
+
+
+def check_spelling(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what was meant as an argument of ours, and which a model with ``**kwargs`` would ignore."""
+    for name in MISSPELLED.keys() & kwargs.keys():
+        if name not in inspect.signature(model.forward).parameters:
+            raise TypeError(f"{name}={kwargs[name]!r} is no argument of the model. Did you mean {MISSPELLED[name]}=?")
 
 
 def call_of(

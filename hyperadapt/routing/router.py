@@ -253,6 +253,11 @@ class Router:
             return self.pinned[adapter_name]
         return self.last_pin if self.last_pin in self.network(adapter_name).config.task_names else None
 
+    def described(self, adapter_name: str) -> str:
+        """An adapter's number of tasks, and which one is pinned."""
+        count, pinned = len(self.network(adapter_name).config.task_names), self.pinned_task(adapter_name)
+        return f"{adapter_name}: {count} task{'s' * (count > 1)}{f', {pinned!r} pinned' * bool(pinned)}"
+
     def pin(self, adapter_name: str, task: str | None) -> None:
         """Pin a task, or unpin with None. Unpinning, or pinning a task again, drops all factors that were kept."""
         self.last_pin = task

@@ -16,9 +16,8 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import check_description
 from hyperadapt.hypernetwork.sharding import make_whole, whole_network
 from hyperadapt.routing.checkpointing import factors_carried
-from hyperadapt.routing.forward_pass import call_of, main_input
+from hyperadapt.routing.forward_pass import call_of, check_spelling, main_input
 from hyperadapt.routing.requests import Request, Tasks
-from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tasks.table import TaskRow, TaskTable
 from hyperadapt.tuner.base_norms import base_norm, is_made_empty
 from hyperadapt.tuner.building import built_network, check_in_use, router_of, take_out
@@ -26,7 +25,7 @@ from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in, names_in
 from hyperadapt.tuner.layer_types import choose_all_linear, wrapped
 from hyperadapt.tuner.loading import check_left_out, checked_state_dict, weights_follow
 from hyperadapt.tuner.lora_only import LORA_ONLY
-from hyperadapt.tuner.merging import check_merge
+from hyperadapt.tuner.merging import check_merge, check_pin, check_removal
 from hyperadapt.tuner.model_state import unchanged_on_error
 
 if TYPE_CHECKING:
@@ -113,7 +112,22 @@ class HyperAdapterModel(BaseTuner):
         self.router.stop_observing()
         return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
 
-    def set_task(self, task: str | None) -> None:
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the active adapter's tasks, in the order of their ids."""
+        return self.router.only(self.active_adapters)[1].config.task_names
+
+    @property
+    def active_task(self) -> str:
+        """The task of calls that name none: the pinned one, or else the default task."""
+        name, network = self.router.only(self.active_adapters)
+        return self.router.pinned_task(name) or network.config.fallback_task
+
+    def extra_repr(self) -> str:
+        """The tasks of each adapter, and which one is pinned."""
+        return "\n".join(map(self.router.described, self.hyperadapter_networks))
+
+    def set_task(self, task: str | None) -> None:  # noqa: DOC502
         """Pin a task: calls that name no task use it, until changed.
 
         The factors of the eight tasks used last are kept while no parameter changes, gradients are off and no parameter
@@ -131,17 +145,7 @@ class HyperAdapterModel(BaseTuner):
             TypeError: If `task` is not a name.
             ValueError: If the task is unknown, or another one is merged.
         """
-        if task is not None and not isinstance(task, str):
-            raise TypeError(f"set_task got {task!r} ({type(task).__name__}); pass one task name, or None to unpin.")
-        for name in self.active_adapters:
-            config = self.router.network(name).config
-            if task is not None:
-                resolve_task_ids(task, config.task_names)
-            if name in self.router.merged and self.router.merged[name] != (task or config.fallback_task):
-                raise ValueError(
-                    f"Task {self.router.merged[name]!r} of adapter {name!r} is merged into the base weights, so "
-                    f"{task!r} cannot be pinned. Call unmerge_adapter() first."
-                )
+        check_pin(self.router, self.active_adapters, task)
         for name in self.active_adapters:
             self.router.pin(name, task)
 
@@ -206,7 +210,7 @@ class HyperAdapterModel(BaseTuner):
             row = TaskRow(name, "text", description, text_vectors=table.vectors_of(description, text_encoder))
         self._set_table(table.appended(row))
 
-    def remove_task(self, name: str) -> None:
+    def remove_task(self, name: str) -> None:  # noqa: DOC502
         """Remove a task; the ids of those after it become smaller by one.
 
         Args:
@@ -217,12 +221,7 @@ class HyperAdapterModel(BaseTuner):
         """
         adapter_name, _ = self.router.only(self.active_adapters)
         table = self._table().without(name)
-        if self.router.pinned_task(adapter_name) == name:
-            raise ValueError(f"Task {name!r} cannot be removed: it is pinned; call set_task(None).")
-        if self.router.merged.get(adapter_name) == name:
-            raise ValueError(
-                f"Task {name!r} cannot be removed: it is merged into the base weights; call unmerge_adapter()."
-            )
+        check_removal(self.router, adapter_name, name)
         self._set_table(table)
 
     def rename_task(self, name: str, new_name: str) -> None:  # noqa: DOC502
@@ -360,6 +359,7 @@ class HyperAdapterModel(BaseTuner):
                 "Name the task of each row with tasks= instead."
             )
         check_in_use(self.model, self.router)
+        check_spelling(self.model, kwargs)
         _, model_input = main_input(self.model, args, kwargs)
         request = Request(tasks, task_embeddings, task_rows)
         options = {"default_generation_config": getattr(self.model, "generation_config", None), **kwargs}

@@ -205,6 +205,16 @@ BAD = [
         TypeError,
         "task_descriptions=['A.'] must be a dict from task name to description, not list.",
     ),
+    (
+        {"lora_r": 8},
+        TypeError,
+        "HyperAdapterConfig got an unexpected keyword argument 'lora_r'. Did you mean 'r'?",
+    ),
+    (
+        {"target_module": ["q"]},
+        TypeError,
+        "HyperAdapterConfig got an unexpected keyword argument 'target_module'. Did you mean 'target_modules'?",
+    ),
     ({"tasks": {"a": ""}}, ValueError, "The description of task 'a' is ''; write a non-empty text, or a list"),
     ({"tasks": {"a": None}}, ValueError, "The description of task 'a' is None; write a non-empty text"),
     (

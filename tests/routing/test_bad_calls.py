@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 
 from hyperadapt import export_lora, use_tasks
-from tests.support.helpers import MIXED, ROWS, TASKS, adapted_model, example_batch, logits
+from tests.support.helpers import MIXED, ROWS, TASKS, adapted_model, adapter_config, example_batch, logits
 from tests.support.tolerances import FLOAT32_FORWARD
 
 BATCH = example_batch("llama", labels=False)
@@ -158,3 +158,27 @@ def test_the_merged_task_may_be_asked_for(shared: PeftModel) -> None:
         assert_close(logits(model, BATCH, tasks=tasks), expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
     with pytest.raises(ValueError, match="Got tasks for 3 rows, but the batch has 4"):
         model(**BATCH, tasks=["beta"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("task", "tasks"), ("task_ids", "tasks"), ("task_embedding", "task_embeddings")]
+)
+def test_a_misspelled_argument_is_not_ignored(shared: PeftModel, name: str, meant: str) -> None:
+    for call in (shared, shared.generate):
+        with pytest.raises(TypeError, match=f"{name}='beta' is no argument of the model. Did you mean {meant}=?"):
+            call(**BATCH, **{name: "beta"})
+
+
+def test_an_argument_of_the_base_model_keeps_its_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, task: float = 0.0) -> torch.Tensor:
+            out: torch.Tensor = self.linear(x) + task
+            return out
+
+    model = get_peft_model(Named(), adapter_config(target_modules=["linear"]))
+    x = torch.ones(2, 4)
+    assert_close(model(x, task=1.0, tasks="beta"), model(x, tasks="beta") + 1)

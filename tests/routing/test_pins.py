@@ -190,3 +190,16 @@ def test_preference_training_starts_at_its_reference(tmp_path: Path, pinned_afte
     first = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert float(first["rewards/chosen"]) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_model_tells_its_tasks_and_the_one_in_force() -> None:
+    model = adapted_model("llama", default_task="beta")
+    assert model.tasks == TASKS
+    assert model.active_task == "beta"
+    assert "default: 3 tasks\n" in repr(model)
+    model.set_task("gamma")
+    assert model.active_task == "gamma"
+    assert "default: 3 tasks, 'gamma' pinned\n" in repr(model)
+    model.set_task(None)
+    model.rename_task("beta", "delta")
+    assert (model.tasks, model.active_task) == (["alpha", "delta", "gamma"], "delta")
