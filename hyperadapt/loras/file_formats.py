@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hyperadapt.config.checks import shown
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.loras.lora import Lora
+from hyperadapt.loras.tensor_files import write_tensors
 
 _PREFIX = "base_model.model."
 _DECODER_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.(?P<key>.+)")
@@ -67,7 +67,7 @@ def _write_mlx(lora: Lora, folder: Path) -> None:
         for path, pair in lora.factors.items()
         for end, tensor in pair.items()
     }
-    save_file(tensors, folder / "adapters.safetensors", metadata={"format": "mlx"})
+    write_tensors(tensors, folder / "adapters.safetensors", {"format": "mlx"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
@@ -84,10 +84,10 @@ def _write_diffusers(lora: Lora, folder: Path) -> None:
     config = lora.family.config()
     fields = {name: getattr(config, name) for name in ("r", "lora_alpha", "bias", "target_modules")}
     metadata = {f"{component}.{name}": value for name, value in fields.items()}
-    save_file(
+    write_tensors(
         lora.named_factors(f"{component}."),
         folder / "pytorch_lora_weights.safetensors",
-        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2)},
+        {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2)},
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,12 +30,14 @@ def check_folder_names(names: Sequence[str]) -> None:
                 "or dots at an end, more than 255 bytes, and names that Windows reserves are refused. Call "
                 "rename_task, or export it with export_lora."
             )
-        if name.casefold() in seen:
+        # macOS takes an é for an e with an accent, too.
+        folder = unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+        if folder in seen:
             raise ValueError(
-                f"Tasks {shown(seen[name.casefold()])} and {shown(name)} would share a folder where case is ignored. "
+                f"Tasks {shown(seen[folder])} and {shown(name)} would share a folder where case is ignored. "
                 "Name every task once, call rename_task, or export them one by one with export_lora."
             )
-        seen[name.casefold()] = name
+        seen[folder] = name
 
 
 def write_loras(loras: Iterable[Lora], folders: Sequence[Path], format: str) -> None:
@@ -45,11 +49,11 @@ def write_loras(loras: Iterable[Lora], folders: Sequence[Path], format: str) -> 
 
 
 def check_places(folders: Iterable[Path], format: str) -> None:
-    """Refuse an unknown format, and files in the place of folders."""
+    """Refuse an unknown format, and what is no folder in the place of one."""
     check_choice("format", format, tuple(FORMATS))
-    for folder in folders:
-        if folder.is_file():
-            raise ValueError(f"directory={str(folder)!r} is a file; pass a folder.")
+    for place in {folder: None for path in folders for folder in (path, *path.parents)}:
+        if os.path.lexists(place) and not place.is_dir():
+            raise ValueError(f"directory={str(place)!r} is a file; pass a folder.")
 
 
 def write_lora(lora: Lora, place: Path, folder: Path, format: str) -> None:

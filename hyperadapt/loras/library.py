@@ -6,16 +6,18 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from peft.utils import CONFIG_NAME
 
-from hyperadapt.files import UNFINISHED, move_whole
+from hyperadapt.files import UNFINISHED, move_whole, write_whole
 from hyperadapt.loras.folders import write_lora
 from hyperadapt.loras.lora import Lora
 
 _WORK, _DONE = f"{UNFINISHED}loras", "done.jsonl"
+_LOCK = f"{_WORK}.lock"
 
 
 class UnfinishedLibrary:
@@ -26,11 +28,12 @@ class UnfinishedLibrary:
         self.work = folder / _WORK
         head = json.dumps({"adapter": adapter, "format": format})
         self.done = _tasks_done(self.work / _DONE, head)
+        self.work.mkdir(exist_ok=True)
+        write_whole(self.work / _DONE, "".join(f"{line}\n" for line in [head, *map(json.dumps, self.done)]))
         # What else is there was not finished.
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
-        self._list = (self.work / _DONE).open("w", encoding="utf-8", buffering=1)
-        self._list.writelines(f"{line}\n" for line in [head, *map(json.dumps, self.done)])
+        for rest in ("new", "old"):
+            shutil.rmtree(self.work / rest, ignore_errors=True)
+        self._list = (self.work / _DONE).open("a", encoding="utf-8", buffering=1)
         self._started, self._size = time.monotonic(), 0
 
     def has(self, task: str) -> bool:
@@ -69,21 +72,54 @@ def unfinished_library(folder: Path, adapter: str, format: str) -> Iterator[Unfi
     `adapter` is a text that is another one for another adapter. Where nothing was written, no trace is left.
     """
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    library = UnfinishedLibrary(folder, adapter, format)
     try:
-        with closing(library):
-            yield library
-    except BaseException:
-        if not library.done:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            try:
+                with closing(UnfinishedLibrary(folder, adapter, format)) as library:
+                    yield library
+            except BaseException:
+                if len(_lines(folder / _WORK / _DONE)) < 3:
+                    shutil.rmtree(folder / _WORK, ignore_errors=True)
+                raise
             shutil.rmtree(library.work)
+    except BaseException:
+        # Only those that are empty can be removed.
+        with suppress(OSError):
             for one in missing:
                 one.rmdir()
         raise
-    shutil.rmtree(library.work)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep others from writing a library to a folder, until this process does so no more, or dies."""
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(
+            f"LoRAs are being written to {str(folder)!r} by another call of save_all or hyperadapt export. Wait for "
+            "its end, or name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / _LOCK).unlink()
+        lock.release()
 
 
 def _tasks_done(path: Path, head: str) -> dict[str, None]:
     """The tasks that a list with this head names, in their order; none if there is no such list."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    # The last line is empty, or was not finished.
-    return dict.fromkeys(json.loads(line) for line in lines[1:-1]) if lines[:1] == [head] else {}
+    lines, done = _lines(path), {}
+    if lines[0] == head:
+        # A machine that lost its power may have left anything.
+        with suppress(ValueError, TypeError):
+            for line in lines[1:-1]:
+                done[json.loads(line)] = None
+    return done
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a list; the last one is empty, or was not finished."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [""]

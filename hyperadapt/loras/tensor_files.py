@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,12 +41,28 @@ class TensorFiles:
         # Read once, as other threads may write files, too.
         last = self._last
         if last is None or kind != last.kind or sys.byteorder != "little":
-            save_file(dict(tensors), path, metadata=self.metadata)
+            write_tensors(tensors, path, self.metadata)
             self._last = _Layout(kind, *_read_header(path))
             return
-        parts = [tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in last.order]
+        parts = [_content(tensors[name]) for name in last.order]
         with path.open("wb", buffering=_BUFFER) as file:
             file.writelines([last.header, *parts])
+
+
+def _content(tensor: Tensor) -> Any:
+    """What a file takes the bytes of; NumPy does not know all dtypes."""
+    return (tensor if tensor.dtype == torch.float32 else tensor.reshape(-1).view(torch.uint8)).numpy()
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """``save_file``, whose errors of the disk are those of Python."""
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _read_header(path: Path) -> tuple[bytes, list[str]]:

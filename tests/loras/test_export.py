@@ -322,6 +322,7 @@ def test_a_task_that_cannot_name_a_folder_is_refused(tmp_path: Path) -> None:
     [
         (["Beta", "beta"], ValueError, "Tasks 'Beta' and 'beta' would share a folder where case is ignored."),
         (["beta", "beta"], ValueError, "Tasks 'beta' and 'beta' would share a folder"),
+        (["caf\u00e9", "cafe\u0301"], ValueError, "would share a folder where case is ignored."),
         (["beta", "delta"], ValueError, "Unknown task 'delta'."),
         ([], ValueError, "tasks is empty"),
         ("beta", TypeError, "tasks='beta' must be a list of names, not str."),
@@ -329,7 +330,7 @@ def test_a_task_that_cannot_name_a_folder_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_tasks_are_checked_before_anything_is_written(tmp_path: Path, tasks: Any, error: Any, message: str) -> None:
-    model = adapted_model("llama", tasks=["alpha", "beta", "Beta"])
+    model = adapted_model("llama", tasks=["alpha", "beta", "Beta", "caf\u00e9", "cafe\u0301"])
     with pytest.raises(error, match=re.escape(message)):
         export_loras(model, tmp_path / "all", tasks)
     assert list(tmp_path.iterdir()) == []

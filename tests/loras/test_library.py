@@ -1,21 +1,25 @@
 """Many LoRAs, streamed: each folder is complete or absent, and a call goes on where another was killed."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from hyperadapt import LoraGenerator, export_loras
-from hyperadapt.loras import folders, library
+from hyperadapt.loras import folders, library, tensor_files
 from tests.support.helpers import ROOT, TASKS, adapted_model
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -165,11 +169,12 @@ def test_another_adapter_begins_anew(
     assert tasks == generator.tasks
 
 
-@pytest.mark.parametrize("listing", ["", "{}", "[]\n", "\xff"])
+@pytest.mark.parametrize("listing", ["", "{}", "[]\n", "\xff", "HEAD\n\0\0\n", "HEAD\n[1]\n", "HEAD\n5\n"])
 def test_a_list_of_something_else(tmp_path: Path, generator: LoraGenerator, listing: str) -> None:
     path = tmp_path / "all" / ".unfinished-loras" / "done.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text(listing, encoding="latin-1")
+    head = json.dumps({"adapter": generator.fingerprint(), "format": "peft"})
+    path.write_text(listing.replace("HEAD", head), encoding="latin-1")
     generator.save_all(tmp_path / "all")
     assert_complete(tmp_path / "all", generator.tasks)
 
@@ -195,6 +200,80 @@ def test_an_error_at_the_first_leaves_no_trace(tmp_path: Path, generator: LoraGe
         with pytest.raises(ValueError, match=re.escape(message)):
             generator.save_all(tmp_path / "new" / "all", **options)
         assert not (tmp_path / "new").exists()
+
+
+def test_one_call_at_a_time_writes_to_a_folder(
+    tmp_path: Path, generator: LoraGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, refused = threading.Event(), threading.Event()
+
+    def write(lora: Any, *arguments: Any) -> None:
+        begun.set()
+        assert refused.wait(60)
+        folders.write_lora(lora, *arguments)
+
+    monkeypatch.setattr(library, "write_lora", write)
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(generator.save_all, tmp_path / "all", ["task 1", "task 2"])
+        assert begun.wait(60)
+        message = (
+            f"LoRAs are being written to {str(tmp_path / 'all')!r} by another call of save_all or hyperadapt export."
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generator.save_all(tmp_path / "all", ["task 3"])
+        refused.set()
+        assert list(first.result()) == ["task 1", "task 2"]
+    assert_complete(tmp_path / "all", ["task 1", "task 2"])
+    generator.save_all(tmp_path / "all", ["task 3"])
+    assert_complete(tmp_path / "all", ["task 1", "task 2", "task 3"])
+
+
+def test_a_list_outlives_a_start_that_fails(
+    tmp_path: Path, generator: LoraGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, "task 3")
+    with pytest.raises(Stopped):
+        generator.save_all(tmp_path / "all")
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            generator.save_all(tmp_path / "all")
+    tasks = written(monkeypatch)
+    generator.save_all(tmp_path / "all")
+    assert tasks == generator.tasks[3:]
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("at", ["list", "tensors"])
+def test_a_full_disk_leaves_no_trace(
+    tmp_path: Path, generator: LoraGenerator, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    if at == "list":
+        monkeypatch.setattr(os, "replace", no_space)
+    else:
+        # As safetensors says it.
+        error = SafetensorError("I/O error: No space left on device (os error 28)")
+        monkeypatch.setattr(tensor_files, "save_file", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        generator.save_all(tmp_path / "new" / "all")
+    assert caught.value.errno == errno.ENOSPC
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path, generator: LoraGenerator) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "task 1").symlink_to(tmp_path / "nowhere")
+    for folder, named in (("file", "file"), ("file/all", "file"), ("all", "all/task 1")):
+        message = f"directory={str(tmp_path / named)!r} is a file; pass a folder."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generator.save_all(tmp_path / folder)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generator.save("task 1", tmp_path / folder / "task 1")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_names_do_not_leave_the_folder(tmp_path: Path) -> None:
