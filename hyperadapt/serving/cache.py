@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
 from hyperadapt.files import UNFINISHED
 
 # What a killed process left unfinished may be taken away after so many seconds.
@@ -34,17 +36,34 @@ class LoraCache:
 
     def folder(self, key: str, save: Callable[[Path], None]) -> Path:
         """The folder of a key, which `save` writes, whole or not at all, if it is not there."""
-        folder = self._root / key
         # Adapters with several names share keys.
         with self._making.setdefault(key, threading.Lock()):
-            self._hold(key)
-            is_new = not folder.is_dir()
-            if is_new:
+            try:
+                return self._folder(key, save)
+            except OSError as error:
+                if error.errno is None:
+                    # Not one of the operating system, but of a download, say.
+                    raise
+                raise ValueError(
+                    f"The cache {str(self._root)!r} cannot be written ({error}). Make room there, or set "
+                    "HYPERADAPT_LORA_RESOLVER_CACHE_DIR to a folder of the server's own."
+                ) from error
+
+    def _folder(self, key: str, save: Callable[[Path], None]) -> Path:
+        folder = self._root / key
+        self._hold(key)
+        is_new = not _is_whole(folder)
+        if is_new:
+            try:
                 save(folder)
-            # When it was last used.
-            os.utime(folder)
-            if is_new:
-                self._make_room(folder)
+            except OSError:
+                # Another process may have been faster.
+                if not _is_whole(folder):
+                    raise
+        # When it was last used.
+        os.utime(folder)
+        if is_new:
+            self._make_room(folder)
         return folder
 
     def _hold(self, key: str) -> None:
@@ -59,7 +78,7 @@ class LoraCache:
     def _make_room(self, new: Path) -> None:
         """Take away folders until the bound is met; the new one, with an error, if all others are held."""
         with self._lock:
-            folders = sorted((folder for folder in self._root.iterdir() if folder.is_dir()), key=_last_use)
+            folders = sorted(filter(self._is_own, self._root.iterdir()), key=_last_use)
             sizes = {folder: _size(folder) for folder in folders}
             excess = sum(sizes.values()) - self._max_bytes
             for folder in folders:
@@ -75,6 +94,11 @@ class LoraCache:
             f"The cache {str(self._root)!r} has no room for {sizes[new]:,} bytes: running servers may read all other "
             f"LoRAs in it again, and its bound is {self._max_bytes:,} bytes. Raise HYPERADAPT_LORA_RESOLVER_CACHE_GB."
         )
+
+    def _is_own(self, folder: Path) -> bool:
+        """Whether a cache has made it; whatever else may lie there is nobody's to take away."""
+        is_own = folder.name.startswith(UNFINISHED) or self._lock_file(folder.name).exists()
+        return is_own and folder.is_dir() and not folder.is_symlink()
 
     def _remove(self, folder: Path) -> bool:
         """Take a folder away that no process holds; whether that was done."""
@@ -99,7 +123,15 @@ class LoraCache:
 
     def _open(self, key: str) -> int:
         """The file whose lock says that a folder is held; never taken away, or there could be two of one key."""
-        return os.open(self._root / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        return os.open(self._lock_file(key), os.O_RDWR | os.O_CREAT, 0o600)
+
+    def _lock_file(self, key: str) -> Path:
+        return self._root / f"{key}.lock"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder is there, and no cleaner of temporary files has been in it."""
+    return all((folder / name).is_file() for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
 
 
 def _last_use(folder: Path) -> float:

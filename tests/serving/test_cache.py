@@ -1,5 +1,6 @@
 """The cache of LoRA folders: made once, whole or absent, bounded, and never taken from a running process."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def writer(text: str = "x", size: int = SIZE) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         with whole_folder(folder) as new:
             (new / "adapter_model.safetensors").write_text(text * size)
+            (new / "adapter_config.json").touch()
 
     return save
 
@@ -95,11 +97,14 @@ def test_what_fails_leaves_nothing_and_is_tried_again(tmp_path: Path) -> None:
     assert cache.folder("a", writer()).is_dir()
 
 
-def test_a_folder_that_somebody_deleted_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["all", "weights"])
+def test_a_folder_that_somebody_deleted_is_made_again(tmp_path: Path, what: str) -> None:
     cache = LoraCache(tmp_path, SIZE)
     folder = cache.folder("a", writer())
     (folder / "adapter_model.safetensors").unlink()
-    folder.rmdir()
+    if what == "all":
+        (folder / "adapter_config.json").unlink()
+        folder.rmdir()
     assert (cache.folder("a", writer("b")) / "adapter_model.safetensors").read_text() == "b" * SIZE
 
 
@@ -151,6 +156,43 @@ def test_what_killed_processes_left_unfinished_goes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no room"):
         LoraCache(tmp_path, SIZE).folder("b", writer())
     assert folders(tmp_path) == [".unfinished-new"]
+
+
+def test_what_others_keep_in_the_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").write_text("x" * 10 * SIZE)
+    os.utime(tmp_path / "models", (1, 1))
+    end(filled(tmp_path, "a", SIZE))
+    LoraCache(tmp_path, SIZE).folder("b", writer())
+    assert folders(tmp_path) == ["b", "models"]
+    assert (tmp_path / "models" / "mine").exists()
+
+
+def test_two_servers_that_make_a_folder_at_once_both_get_it(tmp_path: Path) -> None:
+    first, second = LoraCache(tmp_path, SIZE), LoraCache(tmp_path, SIZE)
+
+    def late(folder: Path) -> None:
+        # After the other has looked, and before this one moves its own.
+        first.folder("a", writer("a"))
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    folder = second.folder("a", late)
+    assert (folder / "adapter_model.safetensors").read_text() == "a" * SIZE
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def save(_: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    message = f"^The cache {str(tmp_path)!r} cannot be written .*{os.strerror(number)}.*_CACHE_DIR to a folder"
+    with pytest.raises(ValueError, match=message):
+        LoraCache(tmp_path, SIZE).folder("a", save)
+    with pytest.raises(OSError, match="no such host"):
+        LoraCache(tmp_path, SIZE).folder("a", lambda _: (_ for _ in ()).throw(OSError("no such host")))
+    monkeypatch.setattr(os, "open", lambda *_: save(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        LoraCache(tmp_path, SIZE).folder("a", fails)
 
 
 def test_many_threads_keep_the_bound(tmp_path: Path) -> None:
