@@ -6,7 +6,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
-from hyperadapt.config.checks import check_choice, check_integer, check_type, shown
+from hyperadapt.config.checks import check_choice, check_integer, check_type, checked_names, shown
 
 KINDS = ("Linear", "Conv1D", "Embedding", "Convolution")
 LIBRARIES = ("transformers", "diffusers")
@@ -33,7 +33,7 @@ class _Saved:
     def saved(self) -> dict[str, Any]:
         """What ``checked`` makes it of again."""
         return {
-            one.name: value
+            one.name: list(value) if isinstance(value, tuple) else value
             for one, value in zip(fields(self), asdict(self).values(), strict=True)  # type: ignore[arg-type,call-overload]
             if value != one.default
         }
@@ -45,8 +45,9 @@ class AdaptedModel(_Saved):
 
     ``kind`` is the name of its class, ``library`` where that is from (None for any but two), ``config`` what its
     config.json holds (None if it is no model of transformers), ``decoder_layers`` the number of modules in
-    ``model.layers``; and ``has_own_endings`` tells whether the last components of the adapted modules' names are those
-    of no other module.
+    ``model.layers``; ``has_own_endings`` tells whether the last components of the adapted modules' names are those
+    of no other module; ``trained_modules`` are the paths of modules that are trained in full, and ``embeddings`` those
+    that PEFT may save along.
     """
 
     kind: str
@@ -57,6 +58,8 @@ class AdaptedModel(_Saved):
     num_labels: int | None = None
     decoder_layers: int | None = None
     has_own_endings: bool = False
+    trained_modules: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Both become part of code that a card shows.
@@ -72,6 +75,8 @@ class AdaptedModel(_Saved):
         for name in ("num_labels", "decoder_layers"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), _MAX_FEATURES)
+        for name in ("trained_modules", "embeddings"):
+            object.__setattr__(self, name, tuple(checked_names(name, getattr(self, name))))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from hyperadapt.config.adapted_fields import AdaptedModel
 from hyperadapt.hypernetwork.positions import Position
 
 
-def base_facts(base_model: nn.Module, positions: Sequence[Position]) -> AdaptedModel:
+def base_facts(
+    base_model: nn.Module, positions: Sequence[Position], modules_to_save: Sequence[str] = ()
+) -> AdaptedModel:
     """The facts of a base model that is adapted at these positions."""
     kind = type(base_model)
     config, dtype = getattr(base_model, "config", None), getattr(base_model, "dtype", None)
@@ -27,6 +30,8 @@ def base_facts(base_model: nn.Module, positions: Sequence[Position]) -> AdaptedM
         num_labels=getattr(config, "num_labels", None),
         decoder_layers=_decoder_layers(base_model),
         has_own_endings=_has_own_endings(base_model, {position.name for position in positions}),
+        trained_modules=_trained_modules(base_model, modules_to_save),
+        embeddings=_embeddings(base_model),
     )
 
 
@@ -54,6 +59,26 @@ def _decoder_layers(base_model: nn.Module) -> int | None:
         return len(list(base_model.get_submodule("model.layers").children())) or None
     except AttributeError:
         return None
+
+
+def _trained_modules(base_model: nn.Module, endings: Sequence[str]) -> tuple[str, ...]:
+    """The modules that PEFT trains in full: it compares endings, and takes no part of what it has taken."""
+    found: list[str] = []
+    for path, module in base_model.named_modules():
+        if path.endswith(tuple(endings)) and not path.startswith(tuple(f"{one}." for one in found)):
+            found += [path] * bool(module.state_dict())
+    return tuple(found)
+
+
+def _embeddings(base_model: nn.Module) -> tuple[str, ...]:
+    """The modules that PEFT saves along with some adapters."""
+    found = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        # Models without embeddings, such as vision models, may say so by an error.
+        with suppress(AttributeError, NotImplementedError):
+            found.add(id(getattr(base_model, getter)()))
+    named = base_model.named_modules(remove_duplicate=False)
+    return tuple(path for path, module in named if id(module) in found)
 
 
 def _has_own_endings(base_model: nn.Module, names: set[str]) -> bool:

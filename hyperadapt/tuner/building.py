@@ -84,7 +84,8 @@ def built_network(
     size = sum(parameter.numel() for parameter in base_model.parameters())
     check_size(config, positions, size, "the base model")
     config = config.replaced(
-        adapted_model=base_facts(base_model, positions).saved(), adapted_modules=saved_positions(positions)
+        adapted_model=base_facts(base_model, positions, config.modules_to_save or ()).saved(),
+        adapted_modules=saved_positions(positions),
     )
     network = HyperAdapterNetwork(config, positions, norms)
     check_adapter_names(base_model, {**layers[0].hyperadapter_networks, adapter_name: network})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
-from peft.utils.integrations import init_empty_weights
 from torch import Tensor
 
 from hyperadapt.config.config import HyperAdapterConfig
@@ -42,7 +42,8 @@ def made_for(config: HyperAdapterConfig, others: Mapping[str, Tensor]) -> HyperA
         options["num_labels"] = rows[-1]
     base_config = transformers.AutoConfig.from_pretrained(path, **safely, **options)
     dtype = {} if base_config.dtype is None else {"dtype": base_config.dtype}
-    with init_empty_weights():
+    # Not init_empty_weights, which would take the weights of models that other threads are making, too.
+    with torch.device("meta"):
         base_model = getattr(transformers, kind).from_config(base_config, **safely, **dtype)
         tuner = HyperAdapterModel(base_model, config, "default")
     made: Any = tuner.peft_config["default"]

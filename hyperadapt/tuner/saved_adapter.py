@@ -44,11 +44,6 @@ def read_adapter(folder: Path) -> SavedAdapter:
     config = _read_config(folder)
     tensors = dict(_read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
     others = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OTHERS) and ".lora_" not in name}
-    if config.modules_to_save and not any(f"{end}." in name for end in config.modules_to_save for name in others):
-        raise ValueError(
-            f"The file of {str(folder)!r} has none of modules_to_save={shown(config.modules_to_save)}. The file is "
-            "damaged: get it again."
-        )
     if config.adapted_modules is None:
         config = made_for(config, others)
     elif config.adapted_model is None:
@@ -56,13 +51,33 @@ def read_adapter(folder: Path) -> SavedAdapter:
             f"{CONFIG_NAME} of {str(folder)!r} tells of the adapted modules, but not of the base model: it has no "
             "adapted_model. Get it again."
         )
+    _check_others(config, others, str(folder))
     return SavedAdapter(_made_network(config, tensors, str(folder)), others)
+
+
+def _check_others(config: HyperAdapterConfig, others: Mapping[str, Tensor], folder: str) -> None:
+    """Refuse tensors that a model would refuse: others would go on into LoRAs, and from there into base models."""
+    trained, embeddings = config.base_facts.trained_modules, config.base_facts.embeddings
+    names = [name.removeprefix(_OTHERS) for name in others]
+    missing = [module for module in trained if not any(name.startswith(f"{module}.") for name in names)]
+    if missing:
+        raise ValueError(
+            f"The file of {folder!r} lacks {shown(missing)}, part of modules_to_save={shown(config.modules_to_save)}. "
+            "The file is damaged: get it again."
+        )
+    known = tuple(f"{_OTHERS}{module}." for module in (*trained, *embeddings))
+    texts = [f"{shown(name)} is unexpected" for name in others if not name.startswith(known)]
+    if texts:
+        raise ValueError(f"The weights of {folder!r} do not fit its {CONFIG_NAME}: {listed(texts)}. Get both again.")
 
 
 def _read_config(folder: Path) -> HyperAdapterConfig:
     where = f"{CONFIG_NAME} of {str(folder)!r}"
     try:
-        kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["peft_type"]
+        fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        kind = fields["peft_type"]
+        # JSON can hold half a character, which no file could that is made of it.
+        json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{where} is no configuration of PEFT ({error!r}). Get it again.") from error
     if kind != HyperAdapterType.HYPERADAPTER.value:

@@ -2,12 +2,13 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hyperadapt.tuner.saved_adapter import read_adapter
 from tests.support.helpers import TASK_TYPES, adapted_model, base_model, snapshot
@@ -50,6 +51,21 @@ def test_a_base_that_is_not_known(tmp_path: Path, changes: dict[str, Any], messa
     older(tmp_path, "llama", **changes)
     with pytest.raises(ValueError, match=re.escape(message.replace("BASE", str(tmp_path / "base")))):
         read_adapter(tmp_path)
+
+
+def test_other_threads_get_weights_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older(tmp_path, "llama")
+    layers, from_config = [], LlamaForCausalLM._from_config
+
+    def making(*args: Any, **kwargs: Any) -> Any:
+        thread = threading.Thread(target=lambda: layers.append(torch.nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        return from_config(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "_from_config", making)
+    read_adapter(tmp_path)
+    assert [layer.weight.device.type for layer in layers] == ["cpu"]
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

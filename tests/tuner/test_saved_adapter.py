@@ -27,6 +27,7 @@ from tests.support.helpers import (
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NETWORK = "base_model.hyperadapter_networks."
 EMBEDDING, NORMS = f"{NETWORK}task_embedding.weight", f"{NETWORK}base_norms"
+BASE = "base_model.model.model."
 SETTINGS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
 
 
@@ -107,8 +108,22 @@ def put(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], Any]:
 
 
 BAD_WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "empty": (lambda weights: weights.clear(), "has none of modules_to_save=['lm_head']. The file is damaged"),
-    "no head": (lambda weights: weights.pop("base_model.model.lm_head.weight"), "has none of modules_to_save="),
+    "empty": (
+        lambda weights: weights.clear(),
+        "lacks ['lm_head'], part of modules_to_save=['lm_head']. The file is damaged",
+    ),
+    "no head": (
+        lambda weights: weights.pop("base_model.model.lm_head.weight"),
+        "lacks ['lm_head'], part of modules_to",
+    ),
+    "another module": (
+        put(f"{BASE}layers.0.mlp.up_proj.weight", torch.ones(2)),
+        "up_proj.weight' is unexpected. Get b",
+    ),
+    "a longer name": (
+        put("base_model.model.lm_head2.weight", torch.ones(2)),
+        "'base_model.model.lm_head2.weight' is un",
+    ),
     "no norms": (
         lambda weights: weights.pop(NORMS),
         "tells of 4 adapted modules, but its file has the norms of as many",
@@ -195,6 +210,11 @@ BAD_CONFIGS: dict[str, tuple[Mapping[str, Any], type[Exception], str]] = {
     ),
     "more code": ({"adapted_model": {"kind": "A", "dtype": 'x", y='}}, ValueError, "of adapted_model is no name in Py"),
     "no kind": ({"adapted_model": {}}, ValueError, "An entry of adapted_model is {}, but must have the fields kind"),
+    "modules": (
+        {"adapted_model": {"kind": "A", "trained_modules": "x"}},
+        TypeError,
+        "trained_modules='x' must be a list",
+    ),
     "labels": ({"adapted_model": {"kind": "A", "num_labels": "2"}}, TypeError, "num_labels='2' must be an integer"),
     "config": ({"adapted_model": {"kind": "A", "config": "x"}}, TypeError, "config='x' must be a dict or None"),
     "modules alone": ({"adapted_model": None}, ValueError, "tells of the adapted modules, but not of the base model"),
@@ -229,7 +249,7 @@ def test_a_file_is_missing(folder: Path, name: str) -> None:
         read_adapter(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", "[" * 10**5])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", "[" * 10**5, '{"peft_type": "HYPERADAPTER", "tasks": ["\\ud800"]}'])
 def test_a_configuration_that_is_none(folder: Path, text: str) -> None:
     (folder / CONFIG).write_text(text)
     with pytest.raises(ValueError, match="is no configuration of PEFT"):
@@ -240,6 +260,20 @@ def test_a_truncated_file(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"is damaged \(.*\)\. Get it again\."):
         read_adapter(folder)
+
+
+def test_every_module_that_was_trained_in_full_is_needed(tmp_path: Path) -> None:
+    # PEFT adds two names for classifiers, of which this one has the second.
+    adapted_model("bert", task_type="SEQ_CLS", modules_to_save=["pooler"]).save_pretrained(str(tmp_path))
+    weights = load_file(tmp_path / WEIGHTS)
+    read_adapter(tmp_path)
+    for name in [name for name in weights if ".pooler." in name]:
+        del weights[name]
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(
+        ValueError, match=r"lacks \['bert\.pooler'\], part of modules_to_save=\['pooler', 'classifier',"
+    ):
+        read_adapter(tmp_path)
 
 
 def test_nothing_is_made_of_many_positions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
