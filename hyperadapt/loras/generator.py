@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hyperadapt.config.checks import checked_names
+from hyperadapt.config.checks import checked_names, shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import descriptions_of
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
@@ -70,14 +72,18 @@ class LoraGenerator:
         network: The adapter's hypernetwork. ``diagnose``, ``hyperadapt.plots`` and ``hyperadapt.cards`` take it as they
             take a model.
         others: Modules that are trained in full and saved with the adapter, by the names of their tensors in a file.
+
+    Raises:
+        ValueError: If the network holds numbers that are not finite.
     """
 
-    def __init__(self, network: HyperAdapterNetwork, others: dict[str, Tensor]) -> None:
+    def __init__(self, network: HyperAdapterNetwork, others: dict[str, Tensor]) -> None:  # noqa: DOC502
         self.network = network
+        _check_finite(network)
         self._family = LoraFamily(network.config, {one.name: one for one in network.positions}, others)
 
     @classmethod
-    def from_pretrained(  # noqa: DOC502
+    def from_pretrained(  # noqa: DOC503
         cls,
         source: str | os.PathLike[str],
         *,
@@ -105,7 +111,12 @@ class LoraGenerator:
         """
         if not Path(source).is_dir():
             files = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
-            source = snapshot_download(os.fspath(source), revision=revision, token=token, allow_patterns=files)
+            try:
+                source = snapshot_download(os.fspath(source), revision=revision, token=token, allow_patterns=files)
+            except HFValidationError as error:
+                raise FileNotFoundError(
+                    f"{os.fspath(source)!r} is neither a folder nor a name on the Hub. Name the folder of an adapter."
+                ) from error
         adapter = read_adapter(Path(source, subfolder or ""))
         return cls(adapter.network, dict(adapter.others))
 
@@ -262,6 +273,20 @@ class LoraGenerator:
             name: lora_tensors(family.positions[name], one, family.r) for name, one in self.network(condition).items()
         }
         return Lora(family, factors, task, descriptions)
+
+
+def _check_finite(network: HyperAdapterNetwork) -> None:
+    """Refuse what would become LoRAs of which a server's answers are noise, without a word of the cause."""
+    wrong = [
+        name
+        for name, value in network.named_parameters()
+        if not all(map(math.isfinite, torch.stack(value.detach().aminmax()).tolist()))
+    ]
+    if wrong:
+        raise ValueError(
+            f"{shown(wrong)} of the adapter hold numbers that are not finite: its training diverged, or its file is "
+            "damaged. Take an earlier checkpoint, or train anew with a lower learning rate."
+        )
 
 
 @torch.inference_mode()

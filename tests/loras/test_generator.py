@@ -1,5 +1,6 @@
 """LoRAs made without the base model: bit for bit those of the live model, from files that are checked."""
 
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -158,6 +159,26 @@ def test_an_unknown_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         generator.save_all(tmp_path / "out", ["alpha", "delta"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_numbers_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    model = adapted_model("llama")
+    with torch.no_grad():
+        model.base_model.router.network("default").hypernetwork.trunk[0].expand.bias[3] = value
+    message = (
+        r"'hypernetwork\.trunk\.0\.expand\.bias'\] of the adapter hold numbers that are not finite: its training div"
+    )
+    with pytest.raises(ValueError, match=message):
+        saved(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=message):
+        export_lora(model, "beta", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there() -> None:
+    with pytest.raises(FileNotFoundError, match=r"^'\./no/folder' is neither a folder nor a name on the Hub\."):
+        LoraGenerator.from_pretrained("./no/folder")
 
 
 def test_an_adapter_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
