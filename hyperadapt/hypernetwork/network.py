@@ -62,13 +62,19 @@ class HyperAdapterNetwork(nn.Module):
             self.bound_logit = nn.Parameter(torch.zeros(len(self.positions)))
 
     def forward(
-        self, tasks: Tensor, positions: Sequence[Position] | None = None, dtype: torch.dtype | None = None
+        self,
+        tasks: Tensor,
+        positions: Sequence[Position] | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        is_whole: bool = False,
     ) -> dict[str, Factors]:
         """Normalised adapters by position name, of task ids ``(tasks,)`` or embeddings ``(tasks, dim)``.
 
         Runs in the network's own dtype also under autocast: it is a small share of the work, and the factors and their
         Gram matrices deserve the precision. ``dtype`` is that of the A and B that are returned; None for the network's
-        own. In another, a core that is a matrix is part of B.
+        own. In another, a core that is a matrix is part of B; with ``is_whole`` any is, and B contiguous: without
+        gradients only.
         """
         positions = self.positions if positions is None else positions
         is_trained = self.training and torch.is_grad_enabled() and self.hypernetwork.layer_embedding.requires_grad
@@ -86,7 +92,7 @@ class HyperAdapterNetwork(nn.Module):
             return {
                 name: factors
                 for groups in by_rank.values()
-                for name, factors in self._normalized(groups, dtype).items()
+                for name, factors in self._normalized(groups, dtype, is_whole).items()
             }
 
     @torch.no_grad()
@@ -108,7 +114,9 @@ class HyperAdapterNetwork(nn.Module):
             shares |= {position.name: share for position, share in zip(positions, of_rank, strict=True)}
         return shares
 
-    def _normalized(self, generated: Sequence[Generated], dtype: torch.dtype | None) -> dict[str, Factors]:
+    def _normalized(
+        self, generated: Sequence[Generated], dtype: torch.dtype | None, is_whole: bool
+    ) -> dict[str, Factors]:
         """Factors by position name of groups of one rank."""
         order = [position for group in generated for position in group.positions]
         gram_A, gram_B = _grams(generated)
@@ -116,11 +124,11 @@ class HyperAdapterNetwork(nn.Module):
         cores = self._cores(gram_A, gram_B, torch.cat(logits, dim=1) if logits else None, order)
         cores = cores.to(generated[0].lora_A.dtype)
         lora_Bs = [group.lora_B for group in generated]
-        if dtype not in (None, cores.dtype) and cores.shape[-1] > 1:
+        if is_whole or (dtype not in (None, cores.dtype) and cores.shape[-1] > 1):
             # Where a core brings some directions down and not others, what half precision rounds off the large ones
             # would count beside the small ones. In B·S they are of one size.
             parts = torch.split(cores, [len(group.positions) for group in generated], dim=1)
-            lora_Bs = [lora_B @ part for lora_B, part in zip(lora_Bs, parts, strict=True)]
+            lora_Bs = [_with_core(lora_B, part) for lora_B, part in zip(lora_Bs, parts, strict=True)]
             cores = torch.ones_like(cores[..., :1, :1])
         factors = (
             (lora_A, lora_B)
@@ -190,6 +198,14 @@ class HyperAdapterNetwork(nn.Module):
         bounds = self._bounds(indices, base_norms) / largest_norm(r)
         gains = self.gain[indices].to(base_norms) * base_norms
         return soft_scale(gains.square(), bounds) * gains, bounds
+
+
+def _with_core(lora_B: Tensor, core: Tensor) -> Tensor:
+    """B·S, contiguous."""
+    if core.shape[-1] > 1:
+        return lora_B @ core
+    # B is a transposed view, and a product has the order of its factors in memory: this saves a copy.
+    return torch.mul(lora_B, core, out=torch.empty(lora_B.shape, dtype=lora_B.dtype, device=lora_B.device))
 
 
 def _start_variance(config: HyperAdapterConfig) -> float | None:

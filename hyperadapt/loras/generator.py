@@ -269,9 +269,8 @@ class LoraGenerator:
         One task at a time, since sums in a product of matrices may be rounded in another way where there are more.
         """
         family = self._family
-        factors = {
-            name: lora_tensors(family.positions[name], one, family.r) for name, one in self.network(condition).items()
-        }
+        made = self.network(condition, is_whole=True)
+        factors = {name: lora_tensors(family.positions[name], one, family.r) for name, one in made.items()}
         return Lora(family, factors, task, descriptions)
 
 

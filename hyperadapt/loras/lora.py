@@ -94,9 +94,12 @@ class Lora:
 
 
 def lora_tensors(position: Position, factors: Factors, r: int) -> dict[str, Tensor]:
-    """One task's update as PEFT's LoRA layer would save it, by the ends of the names; scaling 1, zeros up to rank r."""
+    """One task's update as PEFT's LoRA layer would save it, by the ends of the names; scaling 1, zeros up to rank r.
+
+    The core is part of B.
+    """
     lora_A = _with_zeros(factors.lora_A[0].cpu(), r, 0)
-    lora_B = _with_zeros(_outer(factors).cpu(), r, 1)
+    lora_B = _with_zeros(factors.lora_B[0].cpu(), r, 1)
     if position.kind == "Embedding":
         return {"lora_embedding_A": without_column(lora_A, position.padding_idx), "lora_embedding_B": lora_B}
     if position.kernel is not None:
@@ -104,15 +107,6 @@ def lora_tensors(position: Position, factors: Factors, r: int) -> dict[str, Tens
         lora_A = lora_A.reshape(-1, *position.kernel)
         lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in position.kernel[1:]))
     return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
-
-
-def _outer(factors: Factors) -> Tensor:
-    """B·S of one task, (out_features, r), contiguous."""
-    lora_B, core = factors.lora_B[0], factors.core[0]
-    if core.shape[-1] > 1 or core.dtype != lora_B.dtype:
-        return factors.outer()[0].contiguous()
-    # B is a transposed view, and a product has the order of its factors in memory: this saves a copy.
-    return torch.mul(lora_B, core, out=torch.empty(lora_B.shape, dtype=lora_B.dtype, device=lora_B.device))
 
 
 def _with_zeros(tensor: Tensor, size: int, dim: int) -> Tensor:
