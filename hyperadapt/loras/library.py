@@ -111,7 +111,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _tasks_done(path: Path, head: str) -> dict[str, None]:
     """The tasks that a list with this head names, in their order; none if there is no such list."""
-    lines, done = _lines(path), {}
+    lines = _lines(path)
+    done: dict[str, None] = {}
     if lines[0] == head:
         # A machine that lost its power may have left anything.
         with suppress(ValueError, TypeError):
