@@ -276,7 +276,9 @@ def test_all_tasks_are_exported_to_a_folder_each(tmp_path: Path, monkeypatch: py
     model = adapted_model("llama", tasks=names, target_modules=["q_proj", "v_proj"])
     network = model.base_model.router.network("default")
     calls, forward = [], network.forward
-    monkeypatch.setattr(network, "forward", lambda tasks: calls.append(len(tasks)) or forward(tasks))
+    monkeypatch.setattr(
+        network, "forward", lambda tasks, **options: calls.append(len(tasks)) or forward(tasks, **options)
+    )
     folders = export_loras(model, tmp_path / "all")
     # However many there are, memory holds one.
     assert calls == [1] * 17
