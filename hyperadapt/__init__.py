@@ -7,6 +7,7 @@ from hyperadapt import nn
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis, diagnose
 from hyperadapt.hub.push import push
+from hyperadapt.listening import Control, Controls, controls
 from hyperadapt.loras.distillation import Distillation, distill
 from hyperadapt.loras.export import export_lora, export_loras, generate_lora
 from hyperadapt.loras.generator import LoraGenerator
@@ -17,11 +18,14 @@ from hyperadapt.tuner.model import HyperAdapterModel
 
 __version__ = "0.1.0"
 __all__ = [
+    "Control",
+    "Controls",
     "Diagnosis",
     "Distillation",
     "HyperAdapterConfig",
     "HyperAdapterModel",
     "LoraGenerator",
+    "controls",
     "diagnose",
     "distill",
     "export_lora",

@@ -24,6 +24,7 @@ ROOMS = [
     "routing",
     "tuner",
     "diagnosis",
+    "listening",
     "plots",
     "cards",
     "loras",
