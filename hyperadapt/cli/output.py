@@ -17,6 +17,11 @@ from hyperadapt.files import finite
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text, for machines.")]
 # What a user can mend. Anything else is a fault of the program and shows where it happened.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, KeyError)
+# What to do before a description is relied on.
+CONTROLS = (
+    "controls: another task's, a blank and an unrelated description on the same rows, by evaluate --controls of a task "
+    "that was added with --description and --test; rely on a description only if it is above them"
+)
 FAILURE, MISUSE, INTERRUPTED = 1, 2, 130
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hyperadapt.cli.output import Json, quiet_output, show
+from hyperadapt.cli.output import CONTROLS, Json, quiet_output, show
 from hyperadapt.cli.training import Adapter, Revision
 
 Output = Annotated[Path, typer.Argument(help="Folder to write to.")]
@@ -33,7 +33,7 @@ def generate(
     with quiet_output():
         generator = LoraGenerator.from_pretrained(adapter, revision=revision)
         generator.from_description(description, text_encoder=text_encoder).save(output)
-    show({"folder": str(output)}, f"LoRA saved to {output}", as_json)
+    show({"folder": str(output), "controls": CONTROLS}, f"LoRA saved to {output}\n{CONTROLS}", as_json)
 
 
 def export(

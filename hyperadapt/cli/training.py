@@ -36,6 +36,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Which data: train, validation or test.")] = "test",
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 64,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Answer the rows also under other descriptions; up to nine times slower.")
+    ] = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -43,15 +46,17 @@ def evaluate(
     from hyperadapt.diagnosis import measure
     from hyperadapt.runs import evaluate as evaluate_run
     from hyperadapt.runs import load_run, save_record
+    from hyperadapt.runs.evaluation import no_better_lines
     from hyperadapt.runs.report import write_report
 
     with quiet_output():
         run = load_run(adapter, revision=revision)
-        results = evaluate_run(run, split, task, batch_size)
+        results = evaluate_run(run, split, task, batch_size, controls=controls)
         if not task and Path(adapter).is_dir():
             run = save_record(run, results)
             write_report(run.model, run.recipe, run.record, run.folder, measure(run.model), figures=False)
-    show(results, _results_table(results), as_json)
+    parts = [_results_table(results), *no_better_lines(results), *([_controls_table(results)] if controls else [])]
+    show(results, "\n".join(parts), as_json)
 
 
 def add_task(
@@ -93,3 +98,19 @@ def _results_table(results: Mapping[str, Any]) -> str:
     mean = results["mean"]
     rows.append(["mean", "", *(mean[name] for name in names[1:])])
     return f"{results['split']} split\n{table(rows)}"
+
+
+def _controls_table(results: Mapping[str, Any]) -> str:
+    """What the rows of each task get under each condition, and the tasks for which that makes no difference."""
+    rows: list[list[object]] = [["task", "condition", "true gains", "95% interval", "accuracy"]]
+    lines = []
+    for name, values in results["tasks"].items():
+        found = values["controls"]
+        for arm in found["arms"]:
+            low, high = arm["interval"]
+            gain = [arm["gain"], f"{low:.3f} to {high:.3f}"] if arm["name"] != "true" else ["", ""]
+            rows.append([name, arm["name"], *gain, arm["mean"]])
+        lines += [f"{name}: no {control} condition, since {reason}" for control, reason in found["without"].items()]
+        if not found["is_above"]:
+            lines.append(f"{name}: the true condition is not above every control: do not rely on it")
+    return "\n".join(["", "controls", table(rows), *lines])

@@ -25,7 +25,7 @@ class Record:
 
     Args:
         training: Facts: steps, epochs, batch size, rows, seconds, hardware, versions and the like.
-        results: ``split``; ``tasks``, task -> ``accuracy``, ``loss``, ``rows``, ``majority``; and ``mean`` over tasks.
+        results: What ``evaluate`` returned.
         log_history: What ``Trainer`` logged.
     """
 

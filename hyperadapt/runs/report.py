@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from hyperadapt.cards.card import CARD, card_text, may_be_written_anew
+from hyperadapt.cards.sections import plain
 from hyperadapt.cards.snippets import is_on_the_hub
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.files import whole_folder
@@ -23,7 +24,7 @@ FIGURES = {
     "singular_values": "Singular values of the updates, before and after normalisation",
     "training": "Training",
 }
-_MEASURED = ("accuracy", "loss")
+_MEASURED = ("accuracy", "majority", "loss")
 _KINDS = ("png", "svg")
 
 
@@ -68,6 +69,8 @@ def _report(
         for task, values in record.results.get("tasks", {}).items()
         if task in diagnosis.tasks
     }
+    weak = [name for name in record.results.get("no_better_than_majority", ()) if name in results]
+    limits = [f"Task `{plain(name)}` is no better than always giving its most frequent answer." for name in weak]
     return card_text(
         model,
         folder,
@@ -80,5 +83,5 @@ def _report(
         figures={
             title: f"figures/{name}.png" for name, title in FIGURES.items() if (pictures / f"{name}.png").exists()
         },
-        **recipe.card,
+        **{**recipe.card, "limits": [*limits, *recipe.card.get("limits", ())]},
     )

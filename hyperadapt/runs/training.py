@@ -34,7 +34,7 @@ from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
 from hyperadapt.recipes.recipe import Recipe
 from hyperadapt.recipes.rows import read_rows
 from hyperadapt.recipes.tokens import collator
-from hyperadapt.runs.evaluation import evaluate_rows, tokenize
+from hyperadapt.runs.evaluation import evaluate_rows, no_better_lines, tokenize
 from hyperadapt.runs.folder import CHECKPOINTS, begin, check_folder, is_finished, last_checkpoint
 from hyperadapt.runs.record import Record, hardware, versions
 from hyperadapt.runs.run import Run, load_run, save_run
@@ -67,7 +67,8 @@ def train(  # noqa: DOC502
         resume: Whether to go on with an unfinished run in the folder. A finished one is loaded as it is.
         overwrite: Whether to replace a run in the folder.
         figures: Whether to draw pictures for the card, if matplotlib is installed.
-        report: Gets a line of text for each stage and log; None for no lines and no bars.
+        report: Gets a line of text for each stage and log, and in the end for each task that is no better than its
+            most frequent answer; None for no lines and no bars.
 
     Returns:
         The run, with the trained model where the training left it.
@@ -100,6 +101,8 @@ def train(  # noqa: DOC502
     split = next(split for split in ("test", "validation", "train") if data[split])
     with quiet_loading() if report is None else nullcontext():
         results = evaluate_rows(run, split, data[split], arguments.per_device_eval_batch_size)
+    for line in no_better_lines(results):
+        say(line)
     facts["seconds"] = round(time.monotonic() - started)
     run = replace(run, record=Record(facts, results, history))
     save_run(run, folder, figures=figures)

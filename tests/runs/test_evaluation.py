@@ -13,13 +13,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, one_hot
 
-from hyperadapt.runs.evaluation import class_scores, completion_scores
+from hyperadapt.runs.evaluation import Answers, class_answers, completion_answers, is_no_better, no_better_lines
 from tests.support.tiny_runs import SPECIAL, WORDS, tokenizer
 
 IDS = {word: index for index, word in enumerate(SPECIAL + WORDS)}
 
 
-class Answers(nn.Module):
+class LookedUp(nn.Module):
     """Logits looked up by a row's second token; generates each prompt's last token, and then the end."""
 
     def __init__(self, logits: Tensor) -> None:
@@ -33,7 +33,7 @@ class Answers(nn.Module):
         return SimpleNamespace(logits=self.table[input_ids[:, 1]])
 
 
-class Echo(Answers):
+class Echo(LookedUp):
     def forward(self, input_ids: Tensor, tasks: str, **batch: Tensor) -> Any:
         self.batches.append({"input_ids": input_ids, "tasks": tasks, **batch})
         return {"logits": self.table[input_ids]}
@@ -50,15 +50,19 @@ def test_classes_compete_within_their_task() -> None:
     # Class 3 belongs to another task and is always the highest.
     logits[:, 3] = 9.0
     logits[IDS["a"], 2], logits[IDS["b"], 0] = 1.0, 2.0
-    model = Answers(logits)
+    model = LookedUp(logits)
     words = ["a", "b", "b", "a", "b"]
     rows = [{"input_ids": [2, IDS[word], *[3] * (5 - place)]} for place, word in enumerate(words)]
     dataset = Dataset.from_list([row | {"labels": label} for row, label in zip(rows, [2, 0, 2, 2, 2], strict=True)])
     seen: list[int] = []
-    scores = class_scores(model, tokenizer("SEQ_CLS"), dataset, "one", [2, 0], batch_size=2, progress=seen.append)
+    asked = {"tasks": "one"}
+    answers = class_answers(model, tokenizer("SEQ_CLS"), dataset, asked, [2, 0], batch_size=2, progress=seen.append)
+    scores = answers.scores
     own = logits[:, [2, 0]][[IDS[word] for word in words]]
     assert scores["loss"] == pytest.approx(float(cross_entropy(own, torch.tensor([0, 1, 0, 0, 0]))))
     assert scores | {"loss": 0} == {"accuracy": 3 / 5, "loss": 0, "rows": 5, "majority": 4 / 5}
+    # The shortest comes first.
+    assert answers.right == [False, True, False, True, True]
     assert seen == [2, 2, 1]
     assert [batch["input_ids"].shape for batch in model.batches] == [(2, 4), (2, 6), (1, 7)]
     assert {batch["tasks"] for batch in model.batches} == {"one"}
@@ -85,7 +89,9 @@ def test_completions_are_compared_to_the_letter() -> None:
     model = Echo(one_hot(torch.arange(len(IDS)), len(IDS)).float() * 3)
     rows = [("<s> a", "a </s>"), ("<s> a b c", "b </s>"), ("<s> a yes", "yes yes </s>"), ("<s> b", "a </s>")]
     seen: list[int] = []
-    scores = completion_scores(model, words, dialogues(rows), "one", batch_size=3, progress=seen.append)
+    scores = completion_answers(
+        model, words, dialogues(rows), {"tasks": "one"}, batch_size=3, progress=seen.append
+    ).scores
     assert scores["accuracy"] == 1 / 4
     assert (scores["rows"], scores["majority"], seen) == (4, 1 / 2, [3, 1])
     same, other = (-log_softmax(torch.tensor([3.0] + [0.0] * (len(IDS) - 1)), 0))[:2].tolist()
@@ -97,3 +103,22 @@ def test_completions_are_compared_to_the_letter() -> None:
     ]
     assert prompts["attention_mask"].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
     assert prompts["tasks"] == "one"
+
+
+@pytest.mark.parametrize(
+    ("right", "majority", "expected"),
+    [
+        ([True, False, False, False], 0.5, True),
+        ([True, True, False, False], 0.5, True),
+        ([True, True, True, False], 0.5, False),
+        # All rows have one answer, or each has its own.
+        ([True, True, True, True], 1.0, False),
+        ([False, False, False, False], 0.25, False),
+    ],
+)
+def test_what_always_giving_one_answer_would_reach(right: list[bool], majority: float, expected: bool) -> None:
+    scores = Answers(right, 1.0, majority).scores
+    assert is_no_better(scores) == expected
+    lines = no_better_lines({"tasks": {"one": scores}, "no_better_than_majority": ["one"] if expected else []})
+    text = f"one: an accuracy of {sum(right) / 4:.3f} is no better than always giving its most frequent answer (0.500)"
+    assert lines == ([text] if expected else [])

@@ -1,0 +1,117 @@
+"""New tasks on the command line: controls of descriptions, and what is told of tasks that learned nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers.utils import logging
+
+from hyperadapt.cli.output import CONTROLS
+from hyperadapt.runs import Record, load_run, train
+from hyperadapt.tasks import encoders
+from tests.support.card_schema import check_card
+from tests.support.command_line import CommandLine
+from tests.support.helpers import letters
+from tests.support.tiny_runs import ADAPTER, recipe, training
+
+SOURCES = {"reviews": "text", "letters": "both", "mail": "learned"}
+
+
+@pytest.fixture(autouse=True)
+def encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encodes descriptions by their letters, whatever encoder is named."""
+
+    def encode_texts(encoder: str, texts: list[str], revision: str | None = None) -> tuple[torch.Tensor, None]:
+        return letters(texts), None
+
+    monkeypatch.setattr(encoders, "encode_texts", encode_texts)
+
+
+@pytest.fixture
+def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    logging.enable_progress_bar()
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose tasks come from all sources; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    adapter = {"task_type": "SEQ_CLS", **ADAPTER, "task_embedding": SOURCES, "text_encoder": "base"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders, "encode_texts", lambda encoder, texts, revision=None: (letters(texts), None))
+        run = train(recipe(folder, adapter=adapter, **training(max_steps=4)), report=None, figures=False).folder
+    return run
+
+
+@pytest.fixture
+def adapter(trained: Path, tmp_path: Path) -> Path:
+    """A copy that may be changed, beside the run's data."""
+    return Path(shutil.copytree(trained, trained.parent / tmp_path.name))
+
+
+def test_controls_for_people_and_for_machines(hyperadapt: CommandLine, adapter: Path) -> None:
+    text = hyperadapt("evaluate", adapter, "--controls")
+    lines = text.split("\ncontrols\n")[1].splitlines()
+    assert lines[0].split() == ["task", "condition", "true", "gains", "95%", "interval", "accuracy"]
+    arms = ["true", "shuffled", "blank", "unrelated"]
+    expected = [("reviews", arm) for arm in arms] + [("letters", arm) for arm in [*arms, "task"]]
+    expected += [("mail", arm) for arm in arms[:2]]
+    assert [tuple(line.split()[:2]) for line in lines[1 : len(expected) + 1]] == expected
+    assert re.fullmatch(r"reviews +blank +-?\d\.\d{3} +-?\d\.\d{3} to -?\d\.\d{3} +\d\.\d{3}", lines[3])
+    assert "mail: no blank condition, since the task's embedding reads no description" in lines
+    # After four steps no description matters.
+    assert "reviews: the true condition is not above every control: do not rely on it" in lines
+
+    results = hyperadapt.json("evaluate", adapter, "--controls", "--task", "reviews")
+    found = results["tasks"]["reviews"]["controls"]
+    assert (found["task"], found["rows"], found["is_above"], found["without"]) == ("reviews", 16, False, {})
+    assert [arm["name"] for arm in found["arms"]] == arms
+    # As it is measured without controls.
+    assert found["arms"][0]["mean"] == results["tasks"]["reviews"]["accuracy"]
+    recorded = Record.load(adapter).results["tasks"]
+    assert recorded["reviews"]["controls"] == found
+    assert [arm["name"] for arm in recorded["letters"]["controls"]["arms"]] == [*arms, "task"]
+    check_card(ModelCard.load(adapter / "README.md"))
+
+
+def test_what_a_description_is_to_be_compared_with_is_told(
+    hyperadapt: CommandLine, adapter: Path, tmp_path: Path
+) -> None:
+    assert hyperadapt("generate", adapter, tmp_path / "lora", "--description", "Is it a?").splitlines() == [
+        f"LoRA saved to {tmp_path / 'lora'}",
+        CONTROLS,
+    ]
+    result = hyperadapt.json("generate", adapter, tmp_path / "lora", "--description", "Is it a?")
+    assert result == {"folder": str(tmp_path / "lora"), "controls": CONTROLS}
+
+
+def test_a_task_at_its_most_frequent_answer_is_told(hyperadapt: CommandLine, adapter: Path) -> None:
+    run = load_run(adapter)
+    bias = run.model.base_model.model.classifier.modules_to_save["default"].bias
+    with torch.no_grad():
+        bias[run.recipe.labels.index("junk")] += 1e3
+        bias[run.recipe.labels.index("negative")] += 1e3
+    run.model.save_pretrained(str(adapter))
+    results = hyperadapt.json("evaluate", adapter)
+    weak = results["no_better_than_majority"]
+    assert "mail" in weak
+    for name, values in results["tasks"].items():
+        assert (name in weak) == (values["accuracy"] <= values["majority"])
+    lines = hyperadapt("evaluate", adapter).splitlines()
+    values = results["tasks"]["mail"]
+    line = (
+        f"mail: an accuracy of {values['accuracy']:.3f} is no better than always giving its most frequent answer "
+        f"({values['majority']:.3f})"
+    )
+    assert lines.count(line) == 1
+    card = ModelCard.load(adapter / "README.md")
+    check_card(card)
+    assert "Task `mail` is no better than always giving its most frequent answer." in card.text
+    scores = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert scores["mail", "majority"] == values["majority"]
