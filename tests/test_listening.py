@@ -223,3 +223,19 @@ def test_another_encoder_is_refused() -> None:
     model = text_model("text")
     with pytest.raises(ValueError, match=re.escape("were encoded by the function")):
         hyperadapt.controls(model, TASKS[0], BATCH, last_logit)
+
+
+def test_a_metric_may_generate() -> None:
+    model = text_model("text")
+    model.generation_config.pad_token_id = 0
+
+    def tokens(**routing: Any) -> Tensor:
+        answers: Tensor = model.generate(**BATCH, **routing, max_new_tokens=3, do_sample=False)
+        return answers[:, -3:].double().mean(1)
+
+    found = hyperadapt.controls(model, "gamma", BATCH, lambda model, rows: tokens(), text_encoder=letters)
+    means = {arm.name: arm.mean for arm in found.arms}
+    assert means["true"] == float(tokens(tasks="gamma").mean())
+    blank = model.base_model.embed_description(BLANK, text_encoder=letters)
+    assert means["blank"] == float(tokens(task_embeddings=blank).mean())
+    assert len(set(means.values())) > 1
