@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hyperadapt.cli.output import Json, quiet_output, show, table
+from hyperadapt.cli.output import CONTROLS, Json, quiet_output, show, table
 
 Adapter = Annotated[str, typer.Argument(help="Folder of a trained adapter, or its name on the Hub.", metavar="ADAPTER")]
 Revision = Annotated[str | None, typer.Option(help="Revision of an adapter on the Hub.")]
@@ -66,29 +67,76 @@ def add_task(
         list[str] | None, typer.Option(help="What the task is; may be repeated. Alone it needs no training.")
     ] = None,
     examples: Annotated[
-        Path | None, typer.Option(help="8 to 64 labelled rows, as a file like those of a recipe.", exists=True)
+        Path | None,
+        typer.Option(help="8 to 64 labelled rows, or any number to train on: a file as in a recipe.", exists=True),
     ] = None,
     test: Annotated[Path | None, typer.Option(help="Rows to evaluate the task on later.", exists=True)] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(help="A label that the task's rows may get; may be repeated. [from the examples]"),
     ] = None,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Train all of the adapter, half on the examples and half on rows of old tasks."),
+    ] = False,
+    replay: Annotated[
+        list[str] | None,
+        typer.Option(help="TASK=FILE, rows of an old task to train on again; may be repeated. [the recipe's]"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the training. [100]", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Rate of the training. [the recipe's]")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write to, instead of changing the adapter's.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Add a task to a trained adapter, from a description or from examples; the other tasks keep every bit."""
+    """Add a task to a trained adapter: by a description alone, fitted to examples, or trained.
+
+    A description alone, or --examples, to which the new embedding alone is fitted, leave every bit of the other tasks.
+    --train trains all of the adapter, with rows of the old tasks so that they are not forgotten.
+    """
     from hyperadapt.runs import add_task as add_task_to_run
     from hyperadapt.runs import load_run, save_run
 
     folder = output or Path(adapter)
     if output is None and not folder.is_dir():
         raise typer.BadParameter(f"{adapter!r} is no folder. Name a folder to write to with --output.")
+    replayed = _replay(replay)
     with quiet_output():
         run = load_run(adapter)
-        add_task_to_run(run, name, description=description, examples=examples, test=test, labels=label)
+        added = add_task_to_run(
+            run,
+            name,
+            description=description,
+            examples=examples,
+            test=test,
+            labels=label,
+            train=train,
+            replay=replayed,
+            steps=steps,
+            learning_rate=learning_rate,
+        )
         save_run(run, folder)
     tasks = run.recipe.adapter_config.task_names
-    show({"folder": str(folder), "tasks": tasks}, f"{len(tasks)} tasks, with {name!r}, saved to {folder}", as_json)
+    result: dict[str, Any] = {"folder": str(folder), "tasks": tasks, **asdict(added)}
+    lines = [str(added), f"{len(tasks)} tasks, with {name!r}, saved to {folder}"]
+    if examples is None:
+        lines.append(CONTROLS)
+        result["controls"] = CONTROLS
+    show(result, "\n".join(lines), as_json)
+
+
+def _replay(given: list[str] | None) -> dict[str, str] | None:
+    """Old task -> file."""
+    if given is None:
+        return None
+    pairs = {}
+    for one in given:
+        name, is_pair, file = one.partition("=")
+        if not is_pair or not name or not file:
+            raise typer.BadParameter(f"--replay {one!r} is not of the form TASK=FILE.")
+        if name in pairs:
+            raise typer.BadParameter(f"--replay names {name!r} twice. Put its rows into one file.")
+        pairs[name] = file
+    return pairs
 
 
 def _results_table(results: Mapping[str, Any]) -> str:

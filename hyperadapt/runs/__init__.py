@@ -1,12 +1,13 @@
 """A trained adapter with its recipe and record."""
 
 from hyperadapt.runs.evaluation import evaluate
-from hyperadapt.runs.new_task import add_task
+from hyperadapt.runs.new_task import AddedTask, add_task
 from hyperadapt.runs.record import Record
 from hyperadapt.runs.run import Run, load_model, load_record, load_run, save_record, save_run
 from hyperadapt.runs.training import train
 
 __all__ = [
+    "AddedTask",
     "Record",
     "Run",
     "add_task",

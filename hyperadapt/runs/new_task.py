@@ -1,53 +1,123 @@
-"""A new task for a trained run, from examples or from a description."""
+"""A new task for a trained run: added as it is described, fitted to examples, or trained."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from hyperadapt.config.checks import shown
-from hyperadapt.recipes.columns import dataset_columns, read_columns
+from hyperadapt.config.checks import check_integer, check_number, shown
+from hyperadapt.recipes.base_models import quiet_loading
 from hyperadapt.recipes.recipe import TaskRecipe
-from hyperadapt.recipes.rows import TaskRows, checked_rows, data_columns, sampled
+from hyperadapt.recipes.rows import TaskRows, sampled
 from hyperadapt.recipes.schema import check_task_name, checked_file, checked_labels
 from hyperadapt.recipes.tokens import collator
-from hyperadapt.runs.evaluation import tokenize
+from hyperadapt.runs.evaluation import evaluate_rows, no_better_lines, tokenize
+from hyperadapt.runs.record import Record
+from hyperadapt.runs.replay import Replay, Source, read_replay, read_source, train_with_replay, trainable
 from hyperadapt.runs.run import Run
+from hyperadapt.runs.training import Report, write_line
 from hyperadapt.tuner.active import active_network, find_tuner
 
 # Of more, that many are drawn: all of them are run through the model from up to 66 starting points.
 MAX_EXAMPLES = 256
+STEPS = 100
+_MAX_STEPS = 2**31 - 1
 
 
-def add_task(  # noqa: DOC502
+@dataclass(frozen=True)
+class AddedTask:
+    """What became of a task that was added; printed, it is a last word on it.
+
+    Args:
+        name: The task.
+        examples: What it scores on its own examples: ``accuracy``, ``loss``, ``rows`` and ``majority``; None without
+            examples.
+        no_better_than_majority: Whether always giving the most frequent answer would do as well on them.
+        old_tasks: Of a training, old task -> ``before`` and ``after``, its accuracies, on ``rows`` rows of ``split``.
+    """
+
+    name: str
+    examples: Mapping[str, float] | None = None
+    no_better_than_majority: bool = False
+    old_tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.examples is None:
+            return f"{self.name}: added by its description, and not tried on any row"
+        shares = "accuracy {accuracy:.3f}, most frequent answer {majority:.3f}, loss {loss:.3f}"
+        lines = [f"{self.name}, on its own {self.examples['rows']} examples: {shares.format(**self.examples)}"]
+        if self.no_better_than_majority:
+            results = {"tasks": {self.name: self.examples}, "no_better_than_majority": [self.name]}
+            remedy = "train longer, or at another rate" if self.old_tasks else "train on it, with train=True (--train)"
+            lines += [f"{line}: {remedy}" for line in no_better_lines(results)]
+        if self.old_tasks:
+            before, after = (
+                sum(values[time] for values in self.old_tasks.values()) / len(self.old_tasks)
+                for time in ("before", "after")
+            )
+            lines.append(f"old tasks, mean accuracy: {before:.3f} before, {after:.3f} after")
+        lines += [
+            f"  {name}: {values['before']:.3f} before, {values['after']:.3f} after ({values['split']}, "
+            f"{values['rows']} rows)"
+            for name, values in self.old_tasks.items()
+        ]
+        return "\n".join(lines)
+
+
+def add_task(  # noqa: DOC502, DOC503
     run: Run,
     name: str,
     *,
     description: str | Sequence[str] | None = None,
-    examples: str | os.PathLike[str] | Dataset | None = None,
+    examples: Source | None = None,
     test: str | os.PathLike[str] | None = None,
     labels: Sequence[str] | None = None,
-) -> None:
-    """Add a task to a trained adapter in memory; the other tasks keep every bit.
+    train: bool = False,
+    replay: Mapping[str, Source] | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    report: Report | None = write_line,
+) -> AddedTask:
+    """Add a task to a trained adapter in memory; write it with ``save_run``.
+
+    There are three ways:
+        - A description alone is the task's condition. Nothing is trained.
+        - Of examples, the new task's embedding alone is fitted. Everything else is frozen.
+        - With `train`, all of the adapter is trained, half on the examples and half on rows of the old tasks, which
+          keeps those from being forgotten. In an adapter that reads descriptions, a task with a description starts from
+          that, else from an embedding that is fitted to the examples first.
+
+    In the first two ways the other tasks keep every bit.
 
     Args:
-        run: The run, whose model and recipe are changed; write it with ``save_run``.
+        run: The run, whose model, recipe and record are changed; on an error nothing is.
         name: Name of the task.
-        description: What the task is, one text or several. Alone it needs no training.
-        examples: 8 to 64 labelled rows, a file or a data set with the columns of a recipe's defaults.
+        description: What the task is, one text or several.
+        examples: Labelled rows, 8 to 64, or any number with `train`: a file or a data set with the columns of a
+            recipe's defaults.
         test: File with rows to evaluate on later.
         labels: Names of the task's labels, among those of the classifier; None takes them from the examples.
+        train: Whether to train all of the adapter.
+        replay: Old task -> a file or a data set with rows of it, in place of what the recipe names.
+        steps: Steps of the training, by default 100.
+        learning_rate: Its rate; None for the recipe's.
+        report: As in ``train``.
+
+    Returns:
+        How well the task fits its own examples, and what a training cost the old tasks.
 
     Raises:
-        ValueError: If the name is taken, nothing is given to go by, the data are wrong, or the classifier does not know
-            a label.
+        ValueError: If the name is taken, nothing is given to go by, the data are wrong, the classifier does not know
+            a label, there are no rows of old tasks, or the trained task answers none of its examples right.
     """
     check_task_name(name)
+    _check_training(train, examples, {"replay": replay, "steps": steps, "learning_rate": learning_rate})
     files = {"train": None if isinstance(examples, Dataset) else examples, "test": test}
     task = TaskRecipe(
         description=description if description is None or isinstance(description, str) else tuple(description),
@@ -59,25 +129,112 @@ def add_task(  # noqa: DOC502
         },
     )
     task_type = run.recipe.task_type
-    rows = None if examples is None else _example_rows(task, name, task_type, examples)
+    rows = None if examples is None else read_source(task, name, task_type, task.train or examples, "examples")
     if task_type == "SEQ_CLS":
         task = replace(task, labels=task.labels or (rows.names if rows else None))
         _check_known_labels(run, name, task)
-    encoded = None if rows is None else tokenize(rows, run.recipe, run.tokenizer)
-    collate = collator(run.tokenizer, task_type)
-    find_tuner(run.model).add_task(name, description=description, examples=encoded, data_collator=collate)
-    config = active_network(run.model)[1].config
-    adapter = {**run.recipe.adapter, "task_embedding": config.task_embedding}
+    old = read_replay(run, replay or {}) if train else None
+    before = run.recipe, run.record
+    _add(run, name, task, rows, by_description=train and description is not None and _reads_text(run))
+    try:
+        with quiet_loading() if report is None else nullcontext():
+            if old is None or rows is None:
+                return _told(run, name, rows)
+            with trainable(run.model):
+                return _trained(run, name, rows, old, steps or STEPS, learning_rate, report)
+    except BaseException:
+        find_tuner(run.model).remove_task(name)
+        run.recipe, run.record = before
+        raise
+
+
+def _check_training(train: bool, examples: Source | None, options: Mapping[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given and not train:
+        raise ValueError(f"{', '.join(given)}: this is for a training, and train is not set. Set it, or leave it out.")
+    if train and examples is None:
+        raise ValueError("train needs examples to train on. Give them, or leave train out.")
+    if options["steps"] is not None:
+        check_integer("steps", options["steps"], _MAX_STEPS)
+    if options["learning_rate"] is not None:
+        check_number("learning_rate", options["learning_rate"])
+
+
+def _add(run: Run, name: str, task: TaskRecipe, rows: TaskRows | None, *, by_description: bool) -> None:
+    """Add a task to model and recipe, by its description alone or by what there is."""
+    examples = None if rows is None or by_description else sampled(rows, MAX_EXAMPLES)
+    find_tuner(run.model).add_task(
+        name,
+        description=task.description,
+        examples=None if examples is None else tokenize(examples, run.recipe, run.tokenizer),
+        data_collator=collator(run.tokenizer, run.recipe.task_type),
+    )
+    adapter = {**run.recipe.adapter, "task_embedding": active_network(run.model)[1].config.task_embedding}
     run.recipe = replace(run.recipe, adapter=adapter, tasks={**run.recipe.tasks, name: task})
 
 
-def _example_rows(task: TaskRecipe, name: str, task_type: str, examples: Any) -> TaskRows:
-    columns = data_columns(task, task_type)
-    if isinstance(examples, Dataset):
-        found = dataset_columns(examples, f"Task {name!r}, examples", columns)
-    else:
-        found = read_columns(task, name, "train", columns)
-    return sampled(checked_rows(found, task, task_type), MAX_EXAMPLES)
+def _reads_text(run: Run) -> bool:
+    return any(active_network(run.model)[1].config.embedded_descriptions)
+
+
+def _told(run: Run, name: str, rows: TaskRows | None) -> AddedTask:
+    """How well a task fits its own examples."""
+    if rows is None:
+        return AddedTask(name)
+    own = tokenize(sampled(rows, MAX_EXAMPLES), run.recipe, run.tokenizer)
+    results = evaluate_rows(run, "examples", {name: own}, 64)
+    return AddedTask(name, results["tasks"][name], bool(results["no_better_than_majority"]))
+
+
+def _trained(
+    run: Run,
+    name: str,
+    rows: TaskRows,
+    old: Replay,
+    steps: int,
+    learning_rate: float | None,
+    report: Report | None,
+) -> AddedTask:
+    """Train a task that was added, and measure it and the old ones."""
+    say = report or (lambda line: None)
+    left_out = [task for task in run.recipe.tasks if task not in old.train and task != name]
+    if left_out:
+        say(f"no rows to train on again: {', '.join(left_out)}")
+    accuracies = [_accuracies(run, old)]
+    own = tokenize(rows, run.recipe, run.tokenizer)
+    say(f"training on {len(own)} rows of {name} and {sum(map(len, old.train.values()))} of {len(old.train)} old tasks")
+    facts = train_with_replay(run, name, own, old.train, steps=steps, learning_rate=learning_rate, report=report)
+    accuracies.append(_accuracies(run, old))
+    told = _told(run, name, rows)
+    _check_learned(told, facts)
+    added = {**run.record.training.get("added_tasks", {}), name: facts}
+    # The results were those of the adapter before.
+    run.record = Record({**run.record.training, "added_tasks": added}, {}, run.record.log_history)
+    first, last = accuracies
+    return replace(
+        told,
+        old_tasks={
+            task: {"before": first[task], "after": last[task], "rows": len(data), "split": old.splits[task]}
+            for task, data in old.measured.items()
+        },
+    )
+
+
+def _check_learned(told: AddedTask, facts: Mapping[str, Any]) -> None:
+    """Refuse a trained task that answers nothing right."""
+    assert told.examples is not None
+    # Where each example has an answer of its own, none need be met to the letter.
+    if told.no_better_than_majority and not told.examples["accuracy"]:
+        raise ValueError(
+            f"After {facts['steps']} steps at a rate of {facts['learning_rate']:g}, task {told.name!r} answers none of "
+            f"its {told.examples['rows']} examples right, so it was not added. Train longer (steps), at another "
+            "learning_rate, or check the examples."
+        )
+
+
+def _accuracies(run: Run, old: Replay) -> dict[str, float]:
+    results = evaluate_rows(run, "old tasks", old.measured, 64)["tasks"]
+    return {task: values["accuracy"] for task, values in results.items()}
 
 
 def _check_known_labels(run: Run, name: str, task: TaskRecipe) -> None:

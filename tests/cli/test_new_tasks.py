@@ -1,4 +1,4 @@
-"""New tasks on the command line: controls of descriptions, and what is told of tasks that learned nothing."""
+"""New tasks on the command line: controls of descriptions, training with old tasks' rows, and what is told of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hyperadapt.tasks import encoders
 from tests.support.card_schema import check_card
 from tests.support.command_line import CommandLine
 from tests.support.helpers import letters
-from tests.support.tiny_runs import ADAPTER, recipe, training
+from tests.support.tiny_runs import ADAPTER, contents, labelled_rows, recipe, training, write_rows
 
 SOURCES = {"reviews": "text", "letters": "both", "mail": "learned"}
 
@@ -46,6 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoders, "encode_texts", lambda encoder, texts, revision=None: (letters(texts), None))
         run = train(recipe(folder, adapter=adapter, **training(max_steps=4)), report=None, figures=False).folder
+    write_rows(folder / "new.jsonl", labelled_rows(12, 1, {"a": "positive", "b": "negative"}))
     return run
 
 
@@ -89,6 +90,78 @@ def test_what_a_description_is_to_be_compared_with_is_told(
     ]
     result = hyperadapt.json("generate", adapter, tmp_path / "lora", "--description", "Is it a?")
     assert result == {"folder": str(tmp_path / "lora"), "controls": CONTROLS}
+    labels = ["--label", "positive", "--label", "negative"]
+    assert hyperadapt("add-task", adapter, "new", "--description", "Is it a?", *labels).splitlines() == [
+        "new: added by its description, and not tried on any row",
+        f"4 tasks, with 'new', saved to {adapter}",
+        CONTROLS,
+    ]
+    result = hyperadapt.json("add-task", adapter, "newer", "--description", "Is it b?", *labels)
+    assert result["controls"] == CONTROLS
+    assert (result["examples"], result["old_tasks"]) == (None, {})
+
+
+def test_a_task_is_fitted_and_its_fit_is_told(hyperadapt: CommandLine, adapter: Path) -> None:
+    result = hyperadapt.json("add-task", adapter, "new", "--examples", adapter.parent / "new.jsonl")
+    assert result["examples"].keys() == {"accuracy", "loss", "rows", "majority"}
+    assert result["examples"]["rows"] == 12
+    assert "controls" not in result
+    text = hyperadapt("add-task", adapter, "newer", "--examples", adapter.parent / "new.jsonl")
+    assert text.startswith("newer, on its own 12 examples: accuracy ")
+
+
+def test_a_task_is_trained(hyperadapt: CommandLine, adapter: Path, tmp_path: Path) -> None:
+    data = adapter.parent / "data"
+    before = contents(adapter)
+    options = ["--examples", adapter.parent / "new.jsonl", "--test", data / "letters" / "test.jsonl", "--train"]
+    options += ["--replay", f"mail={data / 'mail' / 'validation.jsonl'}", "--steps", 40, "--learning-rate", 1e-2]
+    text = hyperadapt("add-task", adapter, "new", *options, "--output", tmp_path / "second")
+    assert contents(adapter) == before
+    assert "training on 12 rows of new and 92 of 3 old tasks" in hyperadapt.stderr
+    assert "step 40 of 40: loss " in hyperadapt.stderr
+    lines = text.splitlines()
+    assert lines[0].startswith("new, on its own 12 examples: accuracy ")
+    assert re.fullmatch(r"  mail: \d\.\d{3} before, \d\.\d{3} after \(replay, 12 rows\)", lines[-2])
+    assert lines[-1] == f"4 tasks, with 'new', saved to {tmp_path / 'second'}"
+    run = load_run(tmp_path / "second")
+    assert run.recipe.adapter_config.task_names == ["reviews", "letters", "mail", "new"]
+    card = ModelCard.load(tmp_path / "second" / "README.md")
+    check_card(card)
+    assert "added tasks: new steps 40, learning rate 0.01" in card.text.replace("_", " ")
+    results = hyperadapt.json("evaluate", tmp_path / "second")["tasks"]
+    assert results.keys() == {"reviews", "letters", "mail", "new"}
+
+    result = hyperadapt.json("add-task", adapter, "newer", *options)
+    assert result["tasks"] == ["reviews", "letters", "mail", "newer"]
+    assert result["old_tasks"]["reviews"].keys() == {"before", "after", "rows", "split"}
+    assert result["no_better_than_majority"] in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--description", "x", "--train", "--label", "mail"], 1, "error: train needs examples to train on."),
+        (["--examples", "NEW", "--train", "--steps", "0"], 2, "Invalid value for '--steps'"),
+        (["--examples", "NEW", "--train", "--replay", "mail"], 2, "--replay 'mail' is not of the form TASK=FILE."),
+        (["--examples", "NEW", "--train", "--replay", "=NEW"], 2, "is not of the form TASK=FILE."),
+        (["--examples", "NEW", "--train", "--replay", "mail=a", "--replay", "mail=b"], 2, "names 'mail' twice."),
+        (
+            ["--examples", "NEW", "--train", "--replay", "post=a.csv"],
+            1,
+            "replay names ['post'], which are no old tasks",
+        ),
+    ],
+)
+def test_errors_change_nothing(
+    hyperadapt: CommandLine, adapter: Path, options: list[str], code: int, message: str
+) -> None:
+    before = contents(adapter)
+    given = [one.replace("NEW", str(adapter.parent / "new.jsonl")) for one in options]
+    assert hyperadapt("add-task", adapter, "new", *given, code=code) == ""
+    text = re.sub(r"\s*[│╭╮╰╯─]\s*|\s+", " ", hyperadapt.stderr)
+    assert message in text
+    assert "Traceback" not in text
+    assert contents(adapter) == before
 
 
 def test_a_task_at_its_most_frequent_answer_is_told(hyperadapt: CommandLine, adapter: Path) -> None:

@@ -89,10 +89,18 @@ def test_a_data_set_and_several_descriptions(run: Run, task_type: str) -> None:
 def test_of_many_examples_some_are_drawn(run: Run, task_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(new_task, "MAX_EXAMPLES", 8)
     given = []
-    tuner = run.model.base_model
-    monkeypatch.setattr(type(tuner), "add_task", lambda self, name, **options: given.append(options["examples"]))
-    add_task(run, "new", examples=Dataset.from_list(rows(task_type, 30, 1)))
-    assert [len(examples) for examples in given] == [8]
+    tuner = type(run.model.base_model)
+    add = tuner.add_task
+
+    def counted(self: Any, name: str, **options: Any) -> None:
+        given.append(len(options["examples"]))
+        add(self, name, **options)
+
+    monkeypatch.setattr(tuner, "add_task", counted)
+    added = add_task(run, "new", examples=Dataset.from_list(rows(task_type, 30, 1)))
+    assert given == [8]
+    assert added.examples is not None
+    assert added.examples["rows"] == 8
 
 
 def test_labels_must_be_known(run: Run, task_type: str) -> None:
