@@ -158,7 +158,7 @@ def test_errors_change_nothing(
     before = contents(adapter)
     given = [one.replace("NEW", str(adapter.parent / "new.jsonl")) for one in options]
     assert hyperadapt("add-task", adapter, "new", *given, code=code) == ""
-    text = re.sub(r"\s*[│╭╮╰╯─]\s*|\s+", " ", hyperadapt.stderr)
+    text = re.sub(r"[\s│╭╮╰╯─]+", " ", hyperadapt.stderr)
     assert message in text
     assert "Traceback" not in text
     assert contents(adapter) == before
