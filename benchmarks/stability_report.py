@@ -32,7 +32,7 @@ COLUMNS = (
     ("accuracy", 10),
     ("minus lora", 17),
     ("at lora's rate", 17),
-    ("least, same rate", 26),
+    ("least, same rate", 28),
     ("decades", 9),
     ("diverged", 10),
     ("CPU seconds", 13),
@@ -86,14 +86,14 @@ def _print_tables(name: str, setting: Setting, stage: str, arms: Mapping[str, Ce
     seeds = ", ".join(map(str, STAGES[stage].seeds(setting)))
     rows = f"{STAGES[stage].split} rows"
     print(f"\n{name}, stage {stage} (seeds {seeds}; {rows}): mean accuracy in percent by rate; each ! a diverged seed")
-    print(f"{'arm':<42}" + "".join(f"{rate:>10g}" for rate in setting.rates).rstrip())
+    print(f"{'arm':<46}" + "".join(f"{rate:>10g}" for rate in setting.rates).rstrip())
     for arm, cells in arms.items():
-        print(f"{arm:<42}" + " ".join(f"{_accuracy(cells, rate):>9}" for rate in setting.rates).rstrip())
+        print(f"{arm:<46}" + " ".join(f"{_accuracy(cells, rate):>9}" for rate in setting.rates).rstrip())
     print(f"\n{name}, stage {stage}: decades within one point of the best of all arms, without a diverged seed")
-    print(f"{'arm':<42}" + "".join(f"{heading:>{width}}" for heading, width in COLUMNS))
+    print(f"{'arm':<46}" + "".join(f"{heading:>{width}}" for heading, width in COLUMNS))
     for summary in summarize_arms(arms):
         cells = zip(_summary(summary), COLUMNS, strict=True)
-        print(f"{summary['arm']:<42}" + "".join(f"{cell:>{width}}" for cell, (_, width) in cells))
+        print(f"{summary['arm']:<46}" + "".join(f"{cell:>{width}}" for cell, (_, width) in cells))
 
 
 def _accuracy(cells: Cells, rate: float) -> str:
