@@ -76,6 +76,7 @@ def built_network(
 ) -> HyperAdapterNetwork:
     """The network of an adapter, on the device and in the dtype of its first layer; norms are by position name."""
     assert isinstance(config, HyperAdapterConfig)
+    given = config
     positions = [layer.hyperadapter_position[adapter_name] for layer in layers]
     unread = torch.tensor(math.nan)
     norms = torch.stack([base_norms.get(position.name, unread) for position in positions])
@@ -88,7 +89,8 @@ def built_network(
         adapted_modules=saved_positions(positions),
     )
     network = HyperAdapterNetwork(config, positions, norms)
-    check_adapter_names(base_model, {**layers[0].hyperadapter_networks, adapter_name: network})
+    others = layers[0].hyperadapter_networks
+    check_adapter_names(base_model, {**others, adapter_name: network})
     # Offloaded weights show the meta device until they are needed.
     with align_module_device(layers[0].get_base_layer()):
         weight = layers[0].weight
@@ -101,6 +103,11 @@ def built_network(
         network.task_embedding.text_vectors = network.task_embedding.text_vectors.float()
     if text_vectors is not None:
         network.task_embedding.set_text_vectors(text_vectors)
+    for other in others.values():
+        assert isinstance(other, HyperAdapterNetwork)
+        # How TRL makes its reference, into which it copies the parameters; this count is none.
+        if other.config is given and network.warmup is not None and other.warmup is not None:
+            network.warmup.trained_steps.copy_(other.warmup.trained_steps)
     return network
 
 

@@ -72,3 +72,20 @@ def test_any_name_may_be_the_only_one(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "trunk", adapter_name="trunk")
     assert torch.equal(logits(loaded, BATCH, tasks=MIXED), expected)
+
+
+def test_a_reference_made_as_trl_makes_it_computes_what_the_trained_adapter_does() -> None:
+    model = adapted_model("bert", normalization_bound=0.5, normalization_warmup=30)
+    network = model.base_model.hyperadapter_networks["default"]
+    network.warmup.trained_steps.fill_(12)
+    batch = example_batch("bert")
+    expected = logits(model, batch, tasks=MIXED)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, batch, tasks=MIXED), expected)
+    # Another adapter begins at its own start.
+    model.add_adapter("second", adapter_config(normalization_bound=0.5, normalization_warmup=30))
+    assert model.base_model.hyperadapter_networks["second"].warmup.trained_steps == 0
