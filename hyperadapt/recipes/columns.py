@@ -29,17 +29,22 @@ class Columns:
     is_text: bool = False
 
 
-def read_columns(task: TaskRecipe, name: str, split: str, columns: Sequence[str]) -> Columns:
-    """Columns of a split that the task has, with a value in every row; errors name task, file, row and column."""
+def read_columns(
+    task: TaskRecipe, name: str, split: str, columns: Sequence[str], instead: Sequence[str] = ()
+) -> Columns:
+    """Columns of a split that the task has, with a value in every row; errors name task, file, row and column.
+
+    Where they are not there, but those given `instead` are, it is these.
+    """
     source = getattr(task, split)
     place = f"Task {name!r}, {task.dataset or source}"
     if task.dataset is not None:
-        return dataset_columns(_load_dataset(task, source, place), f"{place}, split {source!r}", columns)
+        return dataset_columns(_load_dataset(task, source, place), f"{place}, split {source!r}", columns, instead)
     path = Path(source)
     if path.suffix == ".parquet":
-        return dataset_columns(_read_parquet(path, place), place, columns)
+        return dataset_columns(_read_parquet(path, place), place, columns, instead)
     rows = _read_rows(path, place)
-    _check_columns(list(rows[0]) if rows else None, columns, place)
+    columns = _chosen_columns(list(rows[0]) if rows else None, columns, instead, place)
     values = {column: [row.get(column) for row in rows] for column in columns}
     _check_values(values, place)
     return Columns(place, values, {}, path.suffix in _DELIMITERS)
@@ -114,9 +119,9 @@ def _load_dataset(task: TaskRecipe, split: str, place: str) -> Dataset:
         raise ValueError(f"{place}: load_dataset could not load split {split!r}: {error}") from error
 
 
-def dataset_columns(dataset: Dataset, place: str, columns: Sequence[str]) -> Columns:
-    """Columns of a data set, with a value in every row; `place` names the task and the source in errors."""
-    _check_columns(dataset.column_names if len(dataset) else None, columns, place)
+def dataset_columns(dataset: Dataset, place: str, columns: Sequence[str], instead: Sequence[str] = ()) -> Columns:
+    """As ``read_columns``, of a data set; `place` names the task and the source in errors."""
+    columns = _chosen_columns(dataset.column_names if len(dataset) else None, columns, instead, place)
     values = {column: list(dataset[column]) for column in columns}
     _check_values(values, place)
     features = {column: dataset.features[column] for column in columns}
@@ -124,15 +129,20 @@ def dataset_columns(dataset: Dataset, place: str, columns: Sequence[str]) -> Col
     return Columns(place, values, names)
 
 
-def _check_columns(known: Sequence[str] | None, columns: Sequence[str], place: str) -> None:
-    """Check for columns among those that the rows have; None if there is no row."""
+def _chosen_columns(
+    known: Sequence[str] | None, columns: Sequence[str], instead: Sequence[str], place: str
+) -> Sequence[str]:
+    """The columns, or those instead, of those that the rows have; None if there is no row."""
     if known is None:
         raise ValueError(f"{place} has no rows. Give it rows, or leave the split out.")
+    if instead and set(instead) <= set(known) and not set(columns) & set(known):
+        return instead
     for column in columns:
         if column not in known:
             raise ValueError(
                 f"{place} has no column {column!r}, only {shown(list(known))}. Rename one, or name it in the recipe."
             )
+    return columns
 
 
 def _check_values(values: Mapping[str, Sequence[Any]], place: str) -> None:

@@ -56,6 +56,7 @@ class TaskRecipe:
         labels: Names of the labels, which integers in the column count from 0.
         prompt: Column with the prompt: a text, or a list of chat messages.
         completion: Column with the answer to it, likewise.
+        messages: Column with whole chats, for rows without the two: their last message, the assistant's, is the answer.
     """
 
     description: str | tuple[str, ...] | None = None
@@ -71,6 +72,7 @@ class TaskRecipe:
     labels: tuple[str, ...] | None = None
     prompt: str = "prompt"
     completion: str = "completion"
+    messages: str = "messages"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from hyperadapt.config.checks import shown
 from hyperadapt.recipes.columns import Columns, read_columns
 from hyperadapt.recipes.recipe import Recipe, TaskRecipe
+from hyperadapt.trainer.chats import is_chat, split_chat
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class TaskRows:
 def read_rows(recipe: Recipe, name: str, split: str) -> TaskRows:
     """One split of a task, at most ``max_rows`` of it; errors name task, file, row and column."""
     task = recipe.tasks[name]
-    rows = checked_rows(read_columns(task, name, split, data_columns(task, recipe.task_type)), task, recipe.task_type)
-    return sampled(rows, recipe.max_rows.get(split))
+    columns = read_columns(task, name, split, *data_columns(task, recipe.task_type))
+    return sampled(checked_rows(columns, task, recipe.task_type), recipe.max_rows.get(split))
 
 
 def sampled(rows: TaskRows, max_rows: int | None) -> TaskRows:
@@ -47,16 +48,19 @@ def sampled(rows: TaskRows, max_rows: int | None) -> TaskRows:
     return rows.select(sorted(chosen.tolist()))
 
 
-def data_columns(task: TaskRecipe, task_type: str) -> list[str]:
-    """The columns that a task's data needs; for classification the label's is the last."""
+def data_columns(task: TaskRecipe, task_type: str) -> tuple[list[str], list[str]]:
+    """The columns that a task's data needs, the label's last; and what may stand in place of them, or nothing."""
     if task_type == "CAUSAL_LM":
-        return [task.prompt, task.completion]
-    return [column for column in (task.text, task.text_pair, task.label) if column is not None]
+        return [task.prompt, task.completion], [task.messages]
+    return [column for column in (task.text, task.text_pair, task.label) if column is not None], []
 
 
 def checked_rows(columns: Columns, task: TaskRecipe, task_type: str) -> TaskRows:
     """Texts and labels; errors name task, file, row and column."""
-    *text_columns, last = data_columns(task, task_type)
+    (*text_columns, last), _ = data_columns(task, task_type)
+    if task_type == "CAUSAL_LM" and last not in columns.values:
+        chats = enumerate(columns.values[task.messages], 1)
+        return TaskRows(columns.place, [split_chat(f"{columns.place}, row {row}", chat) for row, chat in chats], [], ())
     if task_type == "CAUSAL_LM":
         dialogues = list(zip(columns.values[task.prompt], columns.values[last], strict=True))
         for row, (prompt, completion) in enumerate(dialogues, 1):
@@ -113,12 +117,7 @@ _NAMELESS = "Give the labels' names in the recipe, from 0, such as 'labels: [neg
 
 def _check_dialogue(place: str, prompt: Any, completion: Any) -> None:
     for name, value in (("prompt", prompt), ("completion", completion)):
-        messages = value if isinstance(value, list) else []
-        is_chat = bool(messages) and all(
-            isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-            for message in messages
-        )
-        if not isinstance(value, str) and not is_chat:
+        if not isinstance(value, str) and not is_chat(value):
             raise ValueError(
                 f"{place} has the {name} {shown(value)}, but needs a text or a list of messages, each with 'role' "
                 "and 'content'."

@@ -29,7 +29,7 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.recipes.yaml_lines import Check, Keys, YamlFile, check_text, checked_texts, dotted
 
 SPLITS = ("train", "validation", "test")
-_COLUMNS = {"SEQ_CLS": ("text", "text_pair", "label", "labels"), "CAUSAL_LM": ("prompt", "completion")}
+_COLUMNS = {"SEQ_CLS": ("text", "text_pair", "label", "labels"), "CAUSAL_LM": ("prompt", "completion", "messages")}
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Set from other fields of the recipe, or by PEFT.
 _NO_ADAPTER_FIELDS = {

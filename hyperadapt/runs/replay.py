@@ -45,12 +45,12 @@ class Replay:
 
 def read_source(task: TaskRecipe, name: str, task_type: str, source: Source, what: str) -> TaskRows:
     """The rows of a data set or a file that a caller gave for a task; errors call it `what`."""
-    columns = data_columns(task, task_type)
+    columns, instead = data_columns(task, task_type)
     if isinstance(source, Dataset):
-        found = dataset_columns(source, f"Task {name!r}, {what}", columns)
+        found = dataset_columns(source, f"Task {name!r}, {what}", columns, instead)
     else:
         path = checked_file(Path(), True, what, os.fspath(source))
-        found = read_columns(replace(task, dataset=None, train=path), name, "train", columns)
+        found = read_columns(replace(task, dataset=None, train=path), name, "train", columns, instead)
     return checked_rows(found, task, task_type)
 
 

@@ -1,6 +1,7 @@
 """transformers' Trainer for many tasks."""
 
 from hyperadapt.trainer.batches import TASK_COLUMN, TaskCollator, TaskSampler, concatenate_tasks
+from hyperadapt.trainer.chats import split_chats
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
 from hyperadapt.trainer.trainer import HyperAdapterTrainer, TaskTrainerMixin
 
@@ -12,4 +13,5 @@ __all__ = [
     "TaskTrainerMixin",
     "WholeCheckpointsMixin",
     "concatenate_tasks",
+    "split_chats",
 ]

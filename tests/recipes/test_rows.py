@@ -109,3 +109,33 @@ def test_dialogues_that_are_wrong(prompt: Any, completion: Any, message: str) ->
     columns = Columns("here", {"prompt": [prompt], "completion": [completion]}, {})
     with pytest.raises(ValueError, match=re.escape(message)):
         checked_rows(columns, TaskRecipe(), "CAUSAL_LM")
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def test_the_last_message_of_a_chat_is_what_is_learned(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"messages": [*CHAT, *CHAT]}, {"messages": CHAT}])
+    write_rows(tmp_path / "b.jsonl", [{"messages": CHAT, "prompt": "a", "completion": "c"}])
+    write_rows(tmp_path / "c.jsonl", [{"talk": CHAT}])
+    tasks = {name: TaskRecipe(train=str(tmp_path / f"{name}.jsonl")) for name in "ab"}
+    tasks["c"] = TaskRecipe(train=str(tmp_path / "c.jsonl"), messages="talk")
+    recipe = Recipe("base", "out", {"task_type": "CAUSAL_LM"}, tasks)
+    assert read_rows(recipe, "a", "train").texts == [([*CHAT, CHAT[0]], CHAT[1:]), (CHAT[:1], CHAT[1:])]
+    # Prompt and completion come first.
+    assert read_rows(recipe, "b", "train").texts == [("a", "c")]
+    assert read_rows(recipe, "c", "train").texts == [(CHAT[:1], CHAT[1:])]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "here, row 1 has the messages 'hello', but needs a list of them, each with 'role' and 'content'."),
+        ([{"role": "user"}], "here, row 1 has the messages [{'role': 'user'}], but needs a list of them"),
+        (CHAT[:1], "here, row 1 ends with a message of the role 'user', but what is learned is the assistant's last"),
+        (CHAT[1:], "here, row 1 has nothing before the assistant's message, so there is no prompt."),
+    ],
+)
+def test_chats_that_are_wrong(messages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checked_rows(Columns("here", {"messages": [messages]}, {}), TaskRecipe(), "CAUSAL_LM")
