@@ -32,11 +32,9 @@ def concatenate_tasks(datasets: Mapping[str, Dataset], tasks: Sequence[str]) -> 
         ValueError: If there is no data set, a task is unknown, a data set is empty or already has a column ``tasks``,
             or two tasks disagree on the type of a column.
     """
-    if not datasets:
-        raise ValueError(f"datasets={datasets!r} has no task. Give the data of at least one of {shown(list(tasks))}.")
+    check_datasets(datasets, tasks)
     types: dict[str, tuple[str, Any]] = {}
     for name, dataset in datasets.items():
-        _check_dataset(name, dataset, tasks)
         for column, feature in dataset.features.items():
             other, expected = types.setdefault(column, (name, feature))
             if feature != expected:
@@ -203,6 +201,14 @@ class TaskCollator:
         if isinstance(batch, list):
             return [{**row, TASK_COLUMN: task} for row, task in zip(batch, tasks, strict=True)]
         return {**batch, TASK_COLUMN: torch.tensor(tasks * self.blocks)}
+
+
+def check_datasets(datasets: Mapping[str, Dataset], tasks: Sequence[str]) -> None:
+    """Refuse what is no data of tasks that are known."""
+    if not datasets:
+        raise ValueError(f"datasets={datasets!r} has no task. Give the data of at least one of {shown(list(tasks))}.")
+    for name, dataset in datasets.items():
+        _check_dataset(name, dataset, tasks)
 
 
 def _check_dataset(name: str, dataset: object, tasks: Sequence[str]) -> None:

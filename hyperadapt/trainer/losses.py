@@ -55,9 +55,18 @@ class TaskLosses:
         self._told = False
 
     @torch.no_grad()
-    def add(self, tasks: Tensor, loss: BatchLoss, outputs: Any, inputs: Mapping[str, Any]) -> None:
-        """Add a batch of rows with the task ids `tasks`, ``(batch,)``."""
+    def add(
+        self,
+        tasks: Tensor,
+        loss: BatchLoss,
+        outputs: Any,
+        inputs: Mapping[str, Any],
+        alone: Mapping[int, float] | None = None,
+    ) -> None:
+        """Add a batch of rows with the task ids `tasks`, ``(batch,)``; the loss of each task alone, if it is known."""
         terms = self._explain(loss, outputs, inputs, len(tasks)) if isinstance(outputs, Mapping) else None
+        if terms is None and alone is not None:
+            terms = torch.tensor([alone[task] for task in tasks.tolist()]), torch.ones(len(tasks))
         if terms is None and len(torch.unique(tasks)) == 1:
             value = loss.value.float().mean() * (1 if loss.num_items is None else loss.steps)
             terms = value.expand(len(tasks)), torch.ones_like(tasks, dtype=torch.float32)

@@ -22,6 +22,7 @@ _BLOCKS = {"CPOTrainer": 2, "DPOTrainer": 2, "ORPOTrainer": 2, "RewardTrainer": 
 _WITHOUT_TASKS = {
     "use_vllm": "vLLM is given weights into which one task is merged",
     "generate_during_eval": "completions of random rows are generated for the logs",
+    "use_transformers_continuous_batching": "rows are taken apart and generated in an order of its own",
 }
 
 
@@ -30,6 +31,8 @@ class RowTasksMixin(Trainer):
 
     task_names: Sequence[str]
     max_tasks_per_batch: int | None
+    # Of the rows that completions are being generated for.
+    _generated: Tensor
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Train on a batch as the other trainer does, also if its backward pass calls the model again."""
@@ -54,16 +57,49 @@ class RowTasksMixin(Trainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Of TRL's trainers that generate: rows become a batch, which is shuffled and split before it is trained on."""
-        tasks = torch.tensor([row[TASK_COLUMN] for row in inputs])
+        self._generated = tasks = torch.tensor([row[TASK_COLUMN] for row in inputs])
         with self._tasks_in_force(self._asked(tasks, self._model)):
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         _check_rows(type(self).__name__, len(tasks), len(batch["completion_ids"]))
         return batch | {TASK_COLUMN: tasks.to(batch["completion_ids"].device)}
 
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Of TRL's trainers that generate: a part of the rows at a time, each with its tasks."""
+        compute = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
+        # Images lie in ways of their own.
+        has_images = any(kwargs.get(name) is not None for name in ("pixel_values", "num_images"))
+        if batch_size is None or batch_size >= len(input_ids) or has_images:
+            return compute(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
+        parts = []
+        for start in range(0, len(input_ids), batch_size):
+            rows = slice(start, start + batch_size)
+            with self._tasks_in_force(self._asked(self._generated[rows], model)):
+                parts.append(compute(model, input_ids[rows], attention_mask[rows], logits_to_keep, **kwargs))
+        logps, entropies, losses = zip(*parts, strict=True)
+        return (
+            torch.cat(logps),
+            None if entropies[0] is None else torch.cat(entropies),
+            None if losses[0] is None else torch.stack(losses).mean(),
+        )
+
     @property
     def _model(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
+
+    @property
+    def _compared(self) -> list[nn.Module]:
+        """The models that a loss is made of."""
+        other = getattr(self, "ref_model", None)
+        return [self._model] if other is None else [self._model, self.accelerator.unwrap_model(other)]
 
     def _carry_tasks(self) -> None:
         if not isinstance(self.data_collator, TaskCollator):
@@ -113,7 +149,7 @@ class RowTasksMixin(Trainer):
 
 def is_sequential(trainer: Trainer, args: Any) -> bool:
     """Whether rows are trained on in the order of the data set, as TRL's KTO needs it, which pairs them before."""
-    return _strategy(args) == "sequential" and _is_trl(trainer, "KTOTrainer")
+    return _strategy(args) == "sequential" and is_trl(trainer, "KTOTrainer")
 
 
 def check_arguments(trainer: Trainer, args: Any) -> None:
@@ -141,10 +177,11 @@ def _check_rows(trainer: str, num_tasks: int, num_rows: int) -> None:
 
 
 def _blocks_of(trainer: Trainer) -> int:
-    return next((blocks for name, blocks in _BLOCKS.items() if _is_trl(trainer, name)), 1)
+    return next((blocks for name, blocks in _BLOCKS.items() if is_trl(trainer, name)), 1)
 
 
-def _is_trl(trainer: Trainer, name: str) -> bool:
+def is_trl(trainer: Trainer, name: str) -> bool:
+    """Whether a trainer is of a class of TRL, or extends it."""
     return any(kind.__name__ == name and kind.__module__.startswith("trl.") for kind in type(trainer).__mro__)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
@@ -15,19 +16,22 @@ from transformers.utils import logging
 from hyperadapt.cards.card import may_be_written_anew, write_card
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.saturation import REMEDY, Saturation
-from hyperadapt.trainer.batches import TASK_COLUMN, RepeatedSampler, TaskSampler, concatenate_tasks
+from hyperadapt.trainer.batches import TASK_COLUMN, RepeatedSampler, TaskSampler
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
+from hyperadapt.trainer.datasets import TaskDatasetsMixin
 from hyperadapt.trainer.losses import BatchLoss, TaskLosses
+from hyperadapt.trainer.metrics import TaskMetrics, can_be_told_apart, metrics_of_rows, recorded
 from hyperadapt.trainer.monitor import PositionMonitor
 from hyperadapt.trainer.rows import RowTasksMixin, check_arguments, is_sequential
 from hyperadapt.tuner.active import active_network
 
 logger = logging.get_logger(__name__)
 
-_SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+# What is no measure of the model.
+_NO_MEASURES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
-class TaskTrainerMixin(RowTasksMixin):
+class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
     """What a multi-task run adds to ``Trainer`` or to a subclass of it, such as TRL's ``SFTTrainer``.
 
     Used as ``class MyTrainer(TaskTrainerMixin, SFTTrainer)``; ``HyperAdapterTrainer`` is the one for ``Trainer``.
@@ -73,26 +77,25 @@ class TaskTrainerMixin(RowTasksMixin):
         log_positions: bool = False,
         **kwargs: Any,
     ) -> None:
-        config = kwargs.get("peft_config")
-        self.task_names = (config if isinstance(config, HyperAdapterConfig) else _active_config(model)).task_names
+        self.task_names = task_names_of(model, kwargs.get("peft_config"))
         self.temperature = temperature
         self.max_tasks_per_batch = max_tasks_per_batch
         self.log_task_losses = log_task_losses
         self._task_losses = TaskLosses(self.task_names)
+        self._task_metrics = TaskMetrics()
         self._draws = False
+        self._evaluated: str | None = None
         check_arguments(self, args)
-        train_dataset = self._with_tasks("train_dataset", train_dataset)
-        if train_dataset is not None and is_sequential(self, args):
-            train_dataset = train_dataset.select(list(self._drawn(train_dataset, args.train_batch_size, args)))
         given = {
             "args": args,
             "data_collator": data_collator,
-            "train_dataset": train_dataset,
+            "train_dataset": self._train_data(train_dataset),
             "eval_dataset": self._each_with_tasks(eval_dataset),
         }
         # Each trainer has an order of its own, and not all have each argument.
         super().__init__(model=model, **{name: value for name, value in given.items() if value is not None}, **kwargs)
         self._carry_tasks()
+        self._use_unprepared()
         # Found through the model as the other trainer left it.
         self._monitor = PositionMonitor(active_network(self._model)[1]) if log_positions else None
         self._saturation: Saturation | None = None
@@ -128,7 +131,11 @@ class TaskTrainerMixin(RowTasksMixin):
             # What the trainer was made with, it knows by name.
             part: Any = name if eval_dataset is None else rows
             # One by one, since trainers lose further arguments on the way from a dict to its data sets.
-            metrics |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}", **kwargs)
+            self._evaluated = name
+            try:
+                metrics |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}", **kwargs)
+            finally:
+                self._evaluated = None
         means = _means(metrics, list(data), metric_key_prefix)
         self.log(dict(means))
         # As after each task, for early stopping.
@@ -174,25 +181,49 @@ class TaskTrainerMixin(RowTasksMixin):
         with self._tasks_in_force(asked):
             if not self.log_task_losses or not model.training:
                 return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-            seen: list[Any] = []
             # Not through return_outputs, for which TRL's trainers run the model a second time.
-            handle = model.register_forward_hook(lambda module, args, outputs: None if seen else seen.append(outputs))
-            try:
+            is_by_rows = can_be_told_apart(self)
+            with recorded(self._compared if is_by_rows else [model]) as outputs:
                 result = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-            finally:
-                handle.remove()
+        alone = self._metrics_alone(tasks, batch, outputs) if is_by_rows else None
         loss = self._normalised(result[0] if return_outputs else result, num_items_in_batch)
-        self._task_losses.add(tasks, loss, seen[0] if seen else None, inputs)
+        self._task_losses.add(tasks, loss, outputs[0] if outputs else None, inputs, alone)
         return result
+
+    def _metrics_alone(self, tasks: Tensor, batch: Mapping[str, Any], outputs: Sequence[Any]) -> dict[int, float]:
+        """Add TRL's metrics of each task in a batch; the loss of each."""
+        losses, compute_loss = {}, super().compute_loss
+        for task in torch.unique(tasks).tolist():
+            is_row = tasks == task
+            metrics = metrics_of_rows(self, self._compared, compute_loss, batch, outputs, is_row)
+            losses[task] = metrics.pop("loss")
+            self._task_metrics.add(self.task_names[task], metrics, int(is_row.sum()))
+        return losses
+
+    def _calculate_rewards(self, inputs: Sequence[Any], *columns: Any) -> Tensor:
+        """Of TRL's trainers that generate: also add up the rewards of each task."""
+        rewards: Tensor = super()._calculate_rewards(inputs, *columns)  # type: ignore[misc]
+        if self.log_task_losses and self._model.training:
+            # Those of other processes are there, too.
+            own = rewards[self.accelerator.process_index * len(inputs) :][: len(inputs)]
+            tasks = [self.task_names[row[TASK_COLUMN]] for row in inputs]
+            self._task_metrics.add_rewards(tasks, own, self, [len(ids) for ids in columns[-1]])
+        return rewards
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and where that is a training loss, also what was gathered by task and by position."""
+        if self._evaluated is not None and hasattr(self, "_metrics"):
+            # TRL's trainers would call those of all data sets alike.
+            values = self._metrics["eval"]
+            for name in list(values):
+                values[f"{self._evaluated}_{name}"] = values.pop(name)
         if "loss" in logs:
             if self.log_task_losses:
                 losses = self._task_losses.collect(
                     lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum")
                 )
                 logs |= {f"loss_{name}": loss for name, loss in losses.items()}
+                logs |= self._task_metrics.collect()
             if self._monitor is not None:
                 logs |= self._position_logs(self._monitor)
         super().log(logs, *args, **kwargs)
@@ -257,41 +288,6 @@ class TaskTrainerMixin(RowTasksMixin):
             smoothing=0.0 if self.label_smoother is None else self.label_smoother.epsilon,
         )
 
-    def _with_tasks(self, name: str, dataset: Any) -> Any:
-        if isinstance(dataset, Mapping):
-            return concatenate_tasks(dataset, self.task_names)
-        if dataset is None or (isinstance(dataset, Dataset) and TASK_COLUMN in dataset.column_names):
-            return dataset
-        if isinstance(dataset, Dataset):
-            raise ValueError(
-                f"{name} has no column {TASK_COLUMN!r}, only {dataset.column_names}. Pass a dict, task name -> data "
-                "set, or make the column with concatenate_tasks."
-            )
-        raise TypeError(
-            f"{name} is of type {type(dataset).__name__}, but must be a datasets.Dataset or a dict, task name -> "
-            "Dataset. Turn other data into one with Dataset.from_list, or train with transformers' own Trainer."
-        )
-
-    def _each_with_tasks(self, dataset: Any) -> Any:
-        if not isinstance(dataset, Mapping):
-            return self._with_tasks("eval_dataset", dataset)
-        if "mean" in dataset:
-            raise ValueError(
-                "eval_dataset has a task 'mean', whose metrics would be taken for the mean over tasks. Rename the task."
-            )
-        return {
-            name: rows
-            if TASK_COLUMN in getattr(rows, "column_names", ())
-            else concatenate_tasks({name: rows}, self.task_names)
-            for name, rows in dataset.items()
-        }
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns  # type: ignore[assignment]
-        if TASK_COLUMN not in columns:
-            columns.append(TASK_COLUMN)
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(dataset, Dataset)
@@ -352,13 +348,16 @@ class _EpochSetter(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-def _active_config(model: Any) -> HyperAdapterConfig:
+def task_names_of(model: Any, peft_config: Any) -> list[str]:
+    """The tasks of the model that a trainer makes, or is given."""
+    if isinstance(peft_config, HyperAdapterConfig):
+        return peft_config.task_names
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"The trainer got model={model!r}, but must know the tasks from the start: pass a model with a "
             "hyperadapter (not model_init), or to a trainer that takes one, a HyperAdapterConfig as peft_config."
         )
-    return active_network(model)[1].config
+    return active_network(model)[1].config.task_names
 
 
 def _means(metrics: Mapping[str, Any], tasks: Sequence[str], prefix: str) -> dict[str, float]:
@@ -367,7 +366,7 @@ def _means(metrics: Mapping[str, Any], tasks: Sequence[str], prefix: str) -> dic
     for name in [key.removeprefix(start) for key in metrics if key.startswith(start)]:
         values: list[Any] = [metrics.get(f"{prefix}_{task}_{name}") for task in tasks]
         # A task that diverged makes the mean NaN, which is never the best; a missing mean would end the run.
-        if name not in _SPEEDS and all(isinstance(value, int | float) for value in values):
+        if name not in _NO_MEASURES and all(isinstance(value, int | float) for value in values):
             means[f"{prefix}_mean_{name}"] = sum(values) / len(values)
     return means
 

@@ -45,6 +45,9 @@ FLOAT64_MODEL = 1e-11
 # Stated requirement: an exported LoRA reproduces the live adapter's float32 outputs to this.
 EXPORT_FLOAT32 = 1e-5
 
+# Stated requirement: steps of training on one task, and on mixed batches, equal those of pinned tasks to this.
+FLOAT32_TRAINED = 1e-5
+
 # Random quantities may deviate by this many standard deviations: a chance of 6e-7 for a Gaussian one.
 STANDARD_DEVIATIONS = 5
 

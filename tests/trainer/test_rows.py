@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainingArguments
+from transformers import TrainingArguments
 
-from hyperadapt.trainer import HyperAdapterTrainer, TaskTrainerMixin, concatenate_tasks
-from tests.support.helpers import TASKS, adapted_model, adapter_config, base_model, make_active
+from hyperadapt.trainer import HyperAdapterTrainer, concatenate_tasks
+from tests.support.helpers import TASKS, adapted_model, base_model
 from tests.support.tolerances import FLOAT32_FORWARD
+from tests.support.trl_runs import WORDS, multi, policy, rows, settings, tokenizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
@@ -29,28 +29,6 @@ with warnings.catch_warnings():
 
 # TRL 1.16 uses names that transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-
-# The first word of a prompt tells its task.
-WORDS = ["<pad>", "<s>", "</s>", *TASKS, "which", "red", "green", "blue"]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def rows(kind: str, count: int = 4) -> dict[str, Dataset]:
-    columns: dict[str, dict[str, Any]] = {
-        "pairs": {"chosen": " red red </s>", "rejected": " blue </s>"},
-        "marked": {"completion": " red green </s>", "label": True},
-        "prompts": {},
-        "completions": {"completion": " red </s>"},
-    }
-    return {
-        task: Dataset.from_list([{"prompt": f"{task} which", **columns[kind]}] * (count + index))
-        for index, task in enumerate(TASKS)
-    }
 
 
 class Calls:
@@ -89,40 +67,6 @@ class Calls:
             name = "log_probs" if "log_probs" in outputs else "logits"
             assert_close(outputs[name][index], expected[name][0], rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
         return len(set(tasks)) > 1 and not is_disabled
-
-
-def settings(kind: type, folder: Path, **changes: Any) -> Any:
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 6,
-        "per_device_eval_batch_size": 2,
-        # What the model was called with can then be computed after the fact.
-        "learning_rate": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-    }
-    return kind(**options | changes)
-
-
-def multi(kind: type) -> Any:
-    return type(f"Multi{kind.__name__}", (TaskTrainerMixin, kind), {})
-
-
-def policy(task_type: str = "CAUSAL_LM") -> PeftModel:
-    if task_type == "CAUSAL_LM":
-        return adapted_model("llama", task_type=task_type)
-    torch.manual_seed(0)
-    config = base_model("llama").config
-    config.num_labels = 1
-    model = LlamaForSequenceClassification(config)
-    return make_active(get_peft_model(model, adapter_config(target_modules="all-linear", task_type=task_type)))
 
 
 PREFERENCES = {
@@ -244,19 +188,14 @@ def test_each_row_is_generated_and_trained_with_its_task(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("limit", [None, 1])
-def test_rows_in_parts_need_one_task(limit: int | None, tmp_path: Path) -> None:
+def test_rows_in_parts_keep_their_tasks(limit: int | None, tmp_path: Path) -> None:
     model = policy()
     calls = Calls(model)
     # The reference is computed for a part of what was generated at a time.
-    changes = {"beta": 0.1, "per_device_train_batch_size": 2}
-    trainer = online("grpo, accumulated", model, tmp_path, changes, max_tasks_per_batch=limit)
-    if limit is None:
-        with pytest.raises(ValueError, match="Got tasks for 4 rows, but the batch has 2"):
-            trainer.train()
-    else:
-        trainer.train()
-        assert calls.check() == 0
-        assert calls.seen
+    changes = {"beta": 0.1, "per_device_train_batch_size": 6}
+    online("grpo, accumulated", model, tmp_path, changes, max_tasks_per_batch=limit).train()
+    assert (calls.check() > 0) == (limit is None)
+    assert calls.seen
 
 
 def test_losses_of_one_task_where_there_are_no_labels(tmp_path: Path) -> None:
@@ -323,6 +262,12 @@ def test_unknown_arrangements_are_refused(tmp_path: Path) -> None:
             trl.GRPOConfig,
             {"use_vllm": True, "num_generations": 2},
             "use_vllm=True cannot be followed: vLLM is given weights",
+        ),
+        (
+            trl.GRPOTrainer,
+            trl.GRPOConfig,
+            {"use_transformers_continuous_batching": True, "num_generations": 2},
+            "use_transformers_continuous_batching=True cannot be followed: rows are taken apart",
         ),
         (CPOTrainer, CPOConfig, {"generate_during_eval": True}, "generate_during_eval=True cannot be followed"),
         (

@@ -70,7 +70,8 @@ def options(kind: type[trl.SFTTrainer], folder: Path, **changes: Any) -> dict[st
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
     }
-    is_ours = kind is MultiTaskSFTTrainer
+    # Each task is prepared by itself if it is given by itself.
+    is_ours = kind is MultiTaskSFTTrainer and not changes.get("packing")
     return {
         "model": base_model("llama"),
         "args": trl.SFTConfig(**settings | changes),
