@@ -39,7 +39,7 @@ __all__ = [
 
 _register()
 # They take time or optional packages to import.
-_LAZY = ("cards", "plots", "recipes", "runs", "serving", "trainer")
+_LAZY = ("cards", "plots", "recipes", "runs", "serving", "trainer", "trl")
 
 
 def __getattr__(name: str) -> _Any:

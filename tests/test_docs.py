@@ -98,8 +98,8 @@ def directives() -> list[str]:
 @pytest.mark.parametrize("name", directives())
 def test_every_entry_of_the_reference_has_a_docstring(name: str) -> None:
     module, parts = name, []
-    if name == "hyperadapt.plots":
-        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for needed in {"hyperadapt.plots": ["matplotlib"], "hyperadapt.trl": ["trl"]}.get(name, []):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
     while True:
         try:
             found: Any = importlib.import_module(module)

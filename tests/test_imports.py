@@ -32,6 +32,7 @@ ROOMS = [
     "serving",
     "plugin",
     "trainer",
+    "trl",
     "recipes",
     "runs",
     "cli",
