@@ -20,10 +20,11 @@ def lora_card(
 ) -> str:
     """The card of an exported LoRA, which says how to use it without this package.
 
-    `task` is None for a LoRA that a description alone asked for, `address` is the folder that it is loaded from.
+    `task` is None for a LoRA that a description or examples asked for, `address` is the folder that it is loaded from.
     """
     base = base_model_of(config)
-    title = f"LoRA for {base.name}: {plain(task) if task else 'from a description'}"
+    made_from = "a description" if descriptions else "examples"
+    title = f"LoRA for {base.name}: {plain(task) if task else f'from {made_from}'}"
     libraries = {"mlx": "mlx", "diffusers": "diffusers"}
     # Not ModelCard.from_template, which reads and parses everything anew for each card: there may be thousands.
     card: str = _template().render(

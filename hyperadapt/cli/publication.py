@@ -17,22 +17,35 @@ Format = Annotated[str, typer.Option(help="peft, gguf-ready, mlx or diffusers.")
 def generate(
     adapter: Adapter,
     output: Output,
-    description: Annotated[list[str], typer.Option(help="What the task is; may be repeated.")],
+    description: Annotated[list[str] | None, typer.Option(help="What the task is; may be repeated.")] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="Labelled rows, as a file like those of a recipe; they need the base model.", exists=True),
+    ] = None,
     text_encoder: Annotated[
         str | None, typer.Option(help="The adapter's text encoder, if its folder has moved.")
     ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Write the LoRA that a description asks for, without loading the base model.
+    """Write the LoRA that a description or examples ask for. A description needs no base model.
 
-    The adapter was trained with descriptions.
+    The adapter was trained with descriptions, or with examples.
     """
     from hyperadapt.loras.generator import LoraGenerator
 
+    if not description and examples is None:
+        raise typer.BadParameter("Say what the task is with --description TEXT or --examples FILE.")
     with quiet_output():
-        generator = LoraGenerator.from_pretrained(adapter, revision=revision)
-        generator.from_description(description, text_encoder=text_encoder).save(output)
+        if examples is not None:
+            from hyperadapt.runs import load_run, lora_from_examples
+
+            run = load_run(adapter, revision=revision)
+            lora = lora_from_examples(run, examples, description=description, text_encoder=text_encoder)
+        else:
+            generator = LoraGenerator.from_pretrained(adapter, revision=revision)
+            lora = generator.from_description(description or [], text_encoder=text_encoder)
+        lora.save(output)
     show({"folder": str(output), "controls": CONTROLS}, f"LoRA saved to {output}\n{CONTROLS}", as_json)
 
 

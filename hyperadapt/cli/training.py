@@ -70,6 +70,9 @@ def add_task(
         Path | None,
         typer.Option(help="8 to 64 labelled rows, or any number to train on: a file as in a recipe.", exists=True),
     ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit to the examples also where the adapter reads them in one pass.")
+    ] = False,
     test: Annotated[Path | None, typer.Option(help="Rows to evaluate the task on later.", exists=True)] = None,
     label: Annotated[
         list[str] | None,
@@ -109,6 +112,7 @@ def add_task(
             examples=examples,
             test=test,
             labels=label,
+            fit=fit,
             train=train,
             replay=replayed,
             steps=steps,

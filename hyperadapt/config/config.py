@@ -31,6 +31,9 @@ from hyperadapt.config.module_fields import (
 )
 from hyperadapt.config.normalization_fields import check_start, checked_options
 from hyperadapt.config.task_fields import (
+    EXAMPLES,
+    TEXT,
+    check_example_fields,
     check_text_fields,
     checked_sources,
     checked_tasks,
@@ -81,12 +84,16 @@ class HyperAdapterConfig(PeftConfig):
         default_task: Task of calls that name none. None takes the first, but then refuses to train several tasks
             without being told which.
         task_embedding: Where a task's embedding comes from: ``"learned"``, ``"text"`` (a projection of its
-            description's vector) or ``"both"`` (their sum); or a dict from task name to one of these.
+            description's vector), ``"both"`` (their sum), ``"examples"`` (what an encoder makes of labelled rows, see
+            ``HyperAdapterModel.set_examples``) or ``"text+examples"`` (the sum of those two); or a dict from task name
+            to one of these.
         text_encoder: Makes vectors of descriptions: name or folder of a sentence-transformers model, or a function from
             a list of texts to a tensor of shape ``(texts, dim)``. Asked once, when the adapter is made; the vectors are
             saved with it.
         text_encoder_revision: Revision of a model on the Hub; filled in when the adapter is made.
         text_embedding_dim: Size of a vector; filled in when the adapter is made.
+        example_dim: Size of the base model's vector of a row; filled in when the adapter is made.
+        example_classes: Number of the classes that examples may have; None for pairs of prompt and completion.
         task_embedding_dim: Size of a task embedding (and of the layer and module embeddings).
         hypernetwork_dim: Hidden size of the hypernetwork's trunk.
         hypernetwork_depth: Number of residual blocks of the trunk.
@@ -152,13 +159,16 @@ class HyperAdapterConfig(PeftConfig):
     )
     default_task: str | None = field(default=None, metadata={"help": "Task of calls that name none."})
     task_embedding: str | dict[str, str] = field(
-        default="learned", metadata={"help": "'learned', 'text', 'both', or task name -> one of these."}
+        default="learned",
+        metadata={"help": "'learned', 'text', 'both', 'examples', 'text+examples', or task name -> one of these."},
     )
     text_encoder: str | Callable[[list[str]], Tensor] | None = field(
         default=None, metadata={"help": "A sentence-transformers model, or a function."}
     )
     text_encoder_revision: str | None = field(default=None, metadata={"help": "Revision of the text encoder."})
     text_embedding_dim: int | None = field(default=None, metadata={"help": "Size of a description's vector."})
+    example_dim: int | None = field(default=None, metadata={"help": "Size of a row's vector."})
+    example_classes: int | None = field(default=None, metadata={"help": "Number of classes of examples."})
     task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task embedding."})
     hypernetwork_dim: int = field(default=16, metadata={"help": "Hidden size of the trunk."})
     hypernetwork_depth: int = field(default=2, metadata={"help": "Residual blocks of the trunk."})
@@ -227,10 +237,15 @@ class HyperAdapterConfig(PeftConfig):
         return [sources if isinstance(sources, str) else sources[name] for name in self.tasks]
 
     @property
+    def has_examples(self) -> bool:
+        """Whether the embedding of some task comes from examples."""
+        return any(source in EXAMPLES for source in self.task_sources)
+
+    @property
     def embedded_descriptions(self) -> list[list[str]]:
-        """The descriptions that take part in each task's embedding, by task id; empty for a learned one."""
+        """The descriptions that take part in each task's embedding, by task id; empty for one without text."""
         return [
-            [] if source == "learned" else descriptions_of(self.task_descriptions, name)
+            descriptions_of(self.task_descriptions, name) if source in TEXT else []
             for name, source in zip(self.tasks, self.task_sources, strict=True)
         ]
 
@@ -319,8 +334,9 @@ class HyperAdapterConfig(PeftConfig):
             self.text_encoder = os.fspath(self.text_encoder)
         self.tasks, self.task_descriptions = checked_tasks(self.tasks, self.task_descriptions, self.default_task)
         self.task_embedding = checked_sources(self.task_embedding, self.tasks, self.task_descriptions)
-        has_text = any(source != "learned" for source in self.task_sources)
+        has_text = any(source in TEXT for source in self.task_sources)
         check_text_fields(has_text, self.text_encoder, self.text_encoder_revision, self.text_embedding_dim)
+        check_example_fields(self.has_examples, self.task_type, self.example_dim, self.example_classes)
 
     def _given_options(self) -> dict[str, Any]:
         """Every option of any normalisation, by name without the prefix; None if not given."""

@@ -8,7 +8,11 @@ from typing import Any
 
 from hyperadapt.config.checks import check_integer, check_type, shown
 
-SOURCES = ("learned", "text", "both")
+# Those with a vector of their own that training learns, with text, and with examples.
+LEARNED, TEXT, EXAMPLES = ("learned", "both"), ("text", "both", "text+examples"), ("examples", "text+examples")
+SOURCES = ("learned", "text", "both", "examples", "text+examples")
+# Of the task types, those whose rows are pairs of a prompt and a completion; those without a name classify.
+PAIRS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # Before the name of a text encoder that is no model but a function.
 FUNCTION = "function:"
 
@@ -101,7 +105,7 @@ def checked_sources(
                 f"task_embedding={shown(task_embedding)} gives no source for task {shown(name)}. Give every task one "
                 f"of {', '.join(map(repr, SOURCES))}."
             )
-        if sources[name] != "learned" and name not in described:
+        if sources[name] in TEXT and name not in described:
             raise ValueError(
                 f"task_embedding={sources[name]!r} needs a description of task {shown(name)}. Pass tasks as a dict "
                 "from name to description, or give the task task_embedding='learned'."
@@ -132,9 +136,38 @@ def check_text_fields(has_text: bool, text_encoder: Any, revision: Any, text_emb
     for name, value in fields.items():
         if value is not None:
             raise ValueError(
-                f"{name}={shown(value)} has no effect: every task's embedding is learned. Set task_embedding='text' or "
+                f"{name}={shown(value)} has no effect: no task's embedding takes text. Set task_embedding='text' or "
                 "'both', or drop it."
             )
+
+
+def check_example_fields(has_examples: bool, task_type: str | None, example_dim: Any, example_classes: Any) -> None:
+    """Check the fields that say how examples become vectors, which some task must need."""
+    for name, value in {"example_dim": example_dim, "example_classes": example_classes}.items():
+        if value is None:
+            continue
+        check_integer(name, value)
+        if not has_examples:
+            raise ValueError(
+                f"{name}={value} has no effect: no task's embedding takes examples. Set task_embedding='examples', or "
+                "drop it."
+            )
+    if not has_examples:
+        return
+    if task_type not in (None, "SEQ_CLS", *PAIRS):
+        raise ValueError(
+            f"task_embedding asks for examples, which task_type={task_type!r} cannot have: they are rows with one "
+            "class each (task_type 'SEQ_CLS' or None), or pairs of prompt and completion ('CAUSAL_LM', "
+            "'SEQ_2_SEQ_LM'). Choose another task_embedding."
+        )
+    # Pairs have no classes.
+    if example_dim is not None and (example_classes is None) != (task_type in PAIRS):
+        raise ValueError(
+            f"example_dim={example_dim} with example_classes={example_classes} does not fit task_type={task_type!r}. "
+            "Leave both out: they are filled in when the adapter is made."
+        )
+    if example_dim is None and example_classes is not None:
+        raise ValueError(f"example_classes={example_classes} is given without example_dim. Leave both out.")
 
 
 def encoder_name(text_encoder: object) -> str | None:

@@ -35,12 +35,7 @@ class HyperAdapterNetwork(nn.Module):
         method = METHODS[config.normalization]
         self.positions = list(positions)
         self._index = {position.name: index for index, position in enumerate(self.positions)}
-        self.task_embedding = TaskEmbedding(
-            config.task_sources,
-            [len(descriptions) for descriptions in config.embedded_descriptions],
-            config.task_embedding_dim,
-            config.text_embedding_dim,
-        )
+        self.task_embedding = TaskEmbedding.of(config)
         self.hypernetwork = Hypernetwork(
             self.positions,
             task_embedding_dim=config.task_embedding_dim,

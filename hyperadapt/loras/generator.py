@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -30,9 +31,12 @@ from hyperadapt.loras.library import unfinished_library
 from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tasks.table import TaskTable
-from hyperadapt.tuner.active import active_network
+from hyperadapt.tuner.active import active_network, find_tuner
 from hyperadapt.tuner.model import HyperAdapterModel
 from hyperadapt.tuner.saved_adapter import read_adapter
+
+if TYPE_CHECKING:
+    from hyperadapt.tasks.fitting import Examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,7 @@ class LoraGenerator:
     def __init__(self, network: HyperAdapterNetwork, others: dict[str, Tensor]) -> None:  # noqa: DOC502
         self.network = network
         _check_finite(network)
+        self._model: HyperAdapterModel | None = None
         self._family = LoraFamily(network.config, {one.name: one for one in network.positions}, others)
 
     @classmethod
@@ -138,7 +143,9 @@ class LoraGenerator:
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
         prefix = f"base_model.{HyperAdapterModel.prefix}"
         others = {key: value.cpu().contiguous() for key, value in state_dict.items() if not key.startswith(prefix)}
-        return cls(whole_network(network), others)
+        generator = cls(whole_network(network), others)
+        generator._model = find_tuner(model)
+        return generator
 
     @property
     def config(self) -> HyperAdapterConfig:
@@ -249,6 +256,41 @@ class LoraGenerator:
         """
         embedding = TaskTable(self.config, self.network.task_embedding).embed(description, text_encoder)
         texts = [description] if isinstance(description, str) else list(description)
+        return GeneratedLora(self._made(embedding[None], None, texts))
+
+    def from_examples(
+        self,
+        examples: Examples,
+        *,
+        description: str | Sequence[str] | None = None,
+        text_encoder: str | Callable[[list[str]], Tensor] | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+    ) -> GeneratedLora:
+        """Make the LoRA that examples ask for, in memory, in one forward pass over them.
+
+        Args:
+            examples: As in ``HyperAdapterModel.embed_examples``.
+            description: Likewise.
+            text_encoder: Likewise.
+            data_collator: Likewise.
+
+        Returns:
+            The LoRA, with ``state_dict()`` and ``save(folder, format=)``.
+
+        Raises:
+            ValueError: If the generator was made from files, which lack the base model that reads examples, or the
+                adapter was trained without any, or they are wrong.
+        """
+        TaskTable(self.config, self.network.task_embedding).check_reads_examples(len(examples), "examples")
+        if self._model is None:
+            raise ValueError(
+                "This generator was made from an adapter's files, and examples are read by the base model. Load that "
+                "with PeftModel.from_pretrained, and make the generator with LoraGenerator.from_model."
+            )
+        embedding = self._model.embed_examples(
+            examples, description=description, text_encoder=text_encoder, data_collator=data_collator
+        )
+        texts = [description] if isinstance(description, str) else list(description or ())
         return GeneratedLora(self._made(embedding[None], None, texts))
 
     def fingerprint(self) -> str:

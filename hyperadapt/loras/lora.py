@@ -84,7 +84,7 @@ class Lora:
     # By module path the tensors by the ends of their names in a saved adapter: ``lora_A.weight`` (r, in_features) and
     # ``lora_B.weight`` (out_features, r).
     factors: Mapping[str, Mapping[str, Tensor]]
-    # None where a description alone asked for it.
+    # None where a description or examples asked for it.
     task: str | None
     descriptions: Sequence[str]
 

@@ -34,7 +34,16 @@ _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Set from other fields of the recipe, or by PEFT.
 _NO_ADAPTER_FIELDS = {
     *("tasks", "task_descriptions", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path"),
-    *("revision", "inference_mode", "plugin", "text_embedding_dim", "adapted_model", "adapted_modules"),
+    *(
+        "revision",
+        "inference_mode",
+        "plugin",
+        "text_embedding_dim",
+        "example_dim",
+        "example_classes",
+        "adapted_model",
+        "adapted_modules",
+    ),
 }
 # They would send the model elsewhere, start processes, or contradict what a run does with its data.
 _NO_TRAINING_FIELDS = re.compile(

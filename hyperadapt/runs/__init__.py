@@ -1,7 +1,7 @@
 """A trained adapter with its recipe and record."""
 
 from hyperadapt.runs.evaluation import evaluate
-from hyperadapt.runs.new_task import AddedTask, add_task
+from hyperadapt.runs.new_task import AddedTask, add_task, lora_from_examples
 from hyperadapt.runs.record import Record
 from hyperadapt.runs.run import Run, load_model, load_record, load_run, save_record, save_run
 from hyperadapt.runs.training import train
@@ -15,6 +15,7 @@ __all__ = [
     "load_model",
     "load_record",
     "load_run",
+    "lora_from_examples",
     "save_record",
     "save_run",
     "train",

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from hyperadapt.config.checks import check_integer, check_number, shown
+from hyperadapt.loras.generator import GeneratedLora, LoraGenerator
 from hyperadapt.recipes.base_models import quiet_loading
 from hyperadapt.recipes.recipe import TaskRecipe
 from hyperadapt.recipes.rows import TaskRows, sampled
@@ -22,6 +23,7 @@ from hyperadapt.runs.record import Record
 from hyperadapt.runs.replay import Replay, Source, read_replay, read_source, train_with_replay, trainable
 from hyperadapt.runs.run import Run
 from hyperadapt.runs.training import Report, write_line
+from hyperadapt.tasks.examples import MAX_EXAMPLES as READ
 from hyperadapt.tuner.active import active_network, find_tuner
 
 # Of more, that many are drawn: all of them are run through the model from up to 66 starting points.
@@ -78,6 +80,7 @@ def add_task(  # noqa: DOC502, DOC503
     examples: Source | None = None,
     test: str | os.PathLike[str] | None = None,
     labels: Sequence[str] | None = None,
+    fit: bool = False,
     train: bool = False,
     replay: Mapping[str, Source] | None = None,
     steps: int | None = None,
@@ -88,7 +91,8 @@ def add_task(  # noqa: DOC502, DOC503
 
     There are three ways:
         - A description alone is the task's condition. Nothing is trained.
-        - Of examples, the new task's embedding alone is fitted. Everything else is frozen.
+        - Of examples, an adapter that was trained with examples makes the new task's embedding in one pass; in another
+          one, and with `fit`, that embedding alone is fitted. Everything else is frozen.
         - With `train`, all of the adapter is trained, half on the examples and half on rows of the old tasks, which
           keeps those from being forgotten. In an adapter that reads descriptions, a task with a description starts from
           that, else from an embedding that is fitted to the examples first.
@@ -100,9 +104,10 @@ def add_task(  # noqa: DOC502, DOC503
         name: Name of the task.
         description: What the task is, one text or several.
         examples: Labelled rows, 8 to 64, or any number with `train`: a file or a data set with the columns of a
-            recipe's defaults.
+            recipe's defaults. Where they are read in one pass, 32 of them if there are more.
         test: File with rows to evaluate on later.
         labels: Names of the task's labels, among those of the classifier; None takes them from the examples.
+        fit: Whether to fit the task's embedding to the examples also where they can be read.
         train: Whether to train all of the adapter.
         replay: Old task -> a file or a data set with rows of it, in place of what the recipe names.
         steps: Steps of the training, by default 100.
@@ -135,7 +140,7 @@ def add_task(  # noqa: DOC502, DOC503
         _check_known_labels(run, name, task)
     old = read_replay(run, replay or {}) if train else None
     before = run.recipe, run.record
-    _add(run, name, task, rows, by_description=train and description is not None and _reads_text(run))
+    _add(run, name, task, rows, by_description=train and description is not None and _reads_text(run), fit=fit)
     try:
         with quiet_loading() if report is None else nullcontext():
             if old is None or rows is None:
@@ -160,14 +165,16 @@ def _check_training(train: bool, examples: Source | None, options: Mapping[str, 
         check_number("learning_rate", options["learning_rate"])
 
 
-def _add(run: Run, name: str, task: TaskRecipe, rows: TaskRows | None, *, by_description: bool) -> None:
+def _add(run: Run, name: str, task: TaskRecipe, rows: TaskRows | None, *, by_description: bool, fit: bool) -> None:
     """Add a task to model and recipe, by its description alone or by what there is."""
-    examples = None if rows is None or by_description else sampled(rows, MAX_EXAMPLES)
+    most = MAX_EXAMPLES if fit or not active_network(run.model)[1].config.has_examples else READ
+    examples = None if rows is None or by_description else sampled(rows, most)
     find_tuner(run.model).add_task(
         name,
         description=task.description,
         examples=None if examples is None else tokenize(examples, run.recipe, run.tokenizer),
         data_collator=collator(run.tokenizer, run.recipe.task_type),
+        fit=fit,
     )
     adapter = {**run.recipe.adapter, "task_embedding": active_network(run.model)[1].config.task_embedding}
     run.recipe = replace(run.recipe, adapter=adapter, tasks={**run.recipe.tasks, name: task})
@@ -235,6 +242,41 @@ def _check_learned(told: AddedTask, facts: Mapping[str, Any]) -> None:
 def _accuracies(run: Run, old: Replay) -> dict[str, float]:
     results = evaluate_rows(run, "old tasks", old.measured, 64)["tasks"]
     return {task: values["accuracy"] for task, values in results.items()}
+
+
+def lora_from_examples(  # noqa: DOC502
+    run: Run,
+    examples: str | os.PathLike[str],
+    *,
+    description: str | Sequence[str] | None = None,
+    text_encoder: str | None = None,
+) -> GeneratedLora:
+    """Make the LoRA that examples ask for; the run stays as it is.
+
+    Args:
+        run: The run, whose adapter was trained with examples.
+        examples: File of labelled rows, as in ``add_task``; 32 of them are read if there are more.
+        description: What the task is, one text or several.
+        text_encoder: The adapter's text encoder, if its folder has moved.
+
+    Returns:
+        The LoRA, with ``state_dict()`` and ``save(folder, format=)``.
+
+    Raises:
+        ValueError: If the adapter was trained without examples, the data are wrong, or the classifier does not know a
+            label.
+    """
+    task = TaskRecipe(train=checked_file(Path(), True, "examples", os.fspath(examples)))
+    task_type = run.recipe.task_type
+    rows = sampled(read_source(task, "(new)", task_type, task.train or examples, "examples"), READ)
+    if task_type == "SEQ_CLS":
+        _check_known_labels(run, "(new)", replace(task, labels=rows.names))
+    return LoraGenerator.from_model(run.model).from_examples(
+        tokenize(rows, run.recipe, run.tokenizer),
+        description=description,
+        text_encoder=text_encoder,
+        data_collator=collator(run.tokenizer, task_type),
+    )
 
 
 def _check_known_labels(run: Run, name: str, task: TaskRecipe) -> None:

@@ -1,4 +1,4 @@
-"""Task embeddings: learned, from text, or both."""
+"""Task embeddings: learned, from text, from examples, or sums of two."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm
 
+from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.config.task_fields import EXAMPLES, LEARNED, TEXT
+from hyperadapt.tasks.examples import ExampleEncoder, ExampleRows
+
 # How often training leaves out the learned part where a task has text too: otherwise the text would go unused, and a
 # description alone would mean nothing.
 TEXT_ALONE = 0.5
+# Of text and examples, how often training has each of them alone, for the same reason.
+EACH_ALONE = 1 / 3
 
 
 class TaskEmbedding(nn.Module):
-    """The embedding of each task: a learned vector, a projection of its description's vector, or their sum.
+    """The embedding of each task: a learned vector, a projection of its description's vector, or what examples give.
 
     Learned vectors start as independent standard normals, so that tasks start as nearly orthogonal
     directions; the hypernetwork reads only an embedding's direction (see ``Hypernetwork``). Where a task
     has text too, its learned vector starts at zero, and training leaves it out half of the time, so that the text
     alone stands for the task as well as it can. Of several descriptions, training draws one for each forward pass; in
-    evaluation their mean counts. ``num_descriptions`` is 0 for learned tasks; ``text_embedding_dim`` is None if no task
-    has text.
+    evaluation their mean counts. Of examples it draws some, and in evaluation those that are kept count.
+    ``num_descriptions`` is 0 for tasks without text; ``text_embedding_dim`` is None if no task has text, and
+    ``example_encoder`` if none has examples.
     """
 
     text_vectors: Tensor
@@ -33,55 +40,98 @@ class TaskEmbedding(nn.Module):
         num_descriptions: Sequence[int],
         task_embedding_dim: int,
         text_embedding_dim: int | None = None,
+        example_encoder: ExampleEncoder | None = None,
     ) -> None:
         super().__init__()
-        self.is_all_learned = all(source == "learned" for source in sources)
-        learned = [source != "text" for source in sources]
+        learned, text, examples = ([source in kind for source in sources] for kind in (LEARNED, TEXT, EXAMPLES))
+        self.has_text, self.has_examples = any(text), any(examples)
         if any(learned):
             start = torch.randn(sum(learned), task_embedding_dim)
             is_residual = torch.tensor(
-                [source == "both" for source in sources if source != "text"], device=start.device
+                [source == "both" for source in sources if source in LEARNED], device=start.device
             )
             self.weight = nn.Parameter(start.masked_fill(is_residual[:, None], 0.0))
         else:
             # Without rows it would be a parameter that never gets a gradient.
             self.register_parameter("weight", None)
-        # False until there are vectors: computed, or loaded.
-        self.has_vectors = self.is_all_learned
-        if self.is_all_learned:
-            return
-        assert text_embedding_dim is not None
-        self.text_projection = nn.Linear(text_embedding_dim, task_embedding_dim, bias=False)
-        # Of vectors with root mean square 1, it then makes embeddings with the same, as learned ones have.
-        nn.init.normal_(self.text_projection.weight, std=text_embedding_dim**-0.5)
-        self.register_buffer("text_vectors", torch.full((sum(num_descriptions), text_embedding_dim), torch.nan))
         # Plain tensors: they follow from the configuration, so no file should hold them.
-        self._is_learned = torch.tensor(learned, device="cpu")
-        self._learned_row = (self._is_learned.long().cumsum(0) - 1).clamp(min=0)
+        self._is_learned, self._has_examples = (torch.tensor(kind, device="cpu") for kind in (learned, examples))
+        self._learned_row, self._example_row = (
+            (kind.long().cumsum(0) - 1).clamp(min=0) for kind in (self._is_learned, self._has_examples)
+        )
         self._has_both = torch.tensor([source == "both" for source in sources], device="cpu")
         self._count = torch.tensor(num_descriptions, device="cpu")
-        self._first = self._count.cumsum(0) - self._count
-        self._most = max(num_descriptions)
+        # False until there are vectors: computed, or loaded.
+        self.has_vectors = not self.has_text
+        if self.has_text:
+            assert text_embedding_dim is not None
+            self.text_projection = nn.Linear(text_embedding_dim, task_embedding_dim, bias=False)
+            # Of vectors with root mean square 1, it then makes embeddings with the same, as learned ones have.
+            nn.init.normal_(self.text_projection.weight, std=text_embedding_dim**-0.5)
+            self.register_buffer("text_vectors", torch.full((sum(num_descriptions), text_embedding_dim), torch.nan))
+            self._first = self._count.cumsum(0) - self._count
+            self._most = max(num_descriptions)
+        if self.has_examples:
+            assert example_encoder is not None
+            self.example_encoder = example_encoder
+            self.example_rows = ExampleRows(sum(examples), example_encoder.size, example_encoder.classes)
+
+    @classmethod
+    def of(cls, config: HyperAdapterConfig) -> TaskEmbedding:
+        """A new one for the tasks of a configuration that an adapter is made of."""
+        encoder = None
+        if config.has_examples:
+            assert config.example_dim is not None
+            encoder = ExampleEncoder(config.example_dim, config.example_classes, config.task_embedding_dim)
+        counts = [len(descriptions) for descriptions in config.embedded_descriptions]
+        return cls(config.task_sources, counts, config.task_embedding_dim, config.text_embedding_dim, encoder)
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter, for its device and dtype and whether it is trained."""
+        if self.weight is not None:
+            return self.weight
+        return self.text_projection.weight if self.has_text else self.example_encoder.readout.weight
 
     def set_text_vectors(self, text_vectors: Tensor) -> None:
         """Fill in the descriptions' vectors ``(descriptions, text_embedding_dim)``, those of the first task first."""
         self.text_vectors = text_vectors.to(self.text_vectors.device)
         self.has_vectors = True
 
+    def keep_float(self) -> None:
+        """Have frozen vectors in float32 again, after a cast to the parameters' dtype, which would round them."""
+        if self.has_text:
+            self.text_vectors = self.text_vectors.float()
+        if self.has_examples:
+            self.example_encoder.mean, self.example_encoder.deviation = (
+                self.example_encoder.mean.float(),
+                self.example_encoder.deviation.float(),
+            )
+            self.example_rows.vectors, self.example_rows.bank = (
+                self.example_rows.vectors.float(),
+                self.example_rows.bank.float(),
+            )
+
     def forward(self, task_ids: Tensor) -> Tensor:
         """Embeddings ``(n, task_embedding_dim)`` of task ids ``(n,)``, int64."""
-        if self.is_all_learned:
+        if not self.has_text and not self.has_examples:
             return embedding(task_ids, self.weight)
-        if not self.has_vectors:
-            raise RuntimeError(
-                "This adapter has no vectors of its descriptions: its configuration, with text_embedding_dim given, is "
-                "that of a saved adapter, whose weights were not loaded. Load it with PeftModel.from_pretrained; or "
-                "compute them anew: config.replaced(text_embedding_dim=None, text_encoder=...)."
-            )
+        self.check_filled()
         training = self.training and torch.is_grad_enabled()
-        has_text = _look_up(self._count, task_ids) > 0
-        text = self.project(self._vectors(task_ids, training))
-        embeddings = torch.where(has_text[:, None], text, 0.0)
+        has_text, has_examples = _look_up(self._count, task_ids) > 0, _look_up(self._has_examples, task_ids)
+        if self.has_text and self.has_examples and training:
+            chance = torch.rand(task_ids.shape[0], device=task_ids.device)
+            has_two = has_text & has_examples
+            has_text = has_text & ~(has_two & (chance < EACH_ALONE))
+            has_examples = has_examples & ~(has_two & (chance > 1 - EACH_ALONE))
+        embeddings = torch.zeros((), device=task_ids.device)
+        if self.has_text:
+            text = self.project(self._vectors(task_ids, training))
+            embeddings = torch.where(has_text[:, None], text, 0.0)
+        if self.has_examples:
+            places = _look_up(self._example_row, task_ids)
+            rows = self.example_rows.drawn(places) if training else self.example_rows.vectors[places]
+            embeddings = embeddings + torch.where(has_examples[:, None], self.example_encoder(rows), 0.0)
         if self.weight is not None:
             is_learned = _look_up(self._is_learned, task_ids)
             if training:
@@ -96,6 +146,26 @@ class TaskEmbedding(nn.Module):
         vectors = rms_norm(vectors.to(self.text_projection.weight.dtype), vectors.shape[-1:])
         projected: Tensor = self.text_projection(vectors)
         return projected
+
+    def encode(self, raw: Tensor) -> Tensor:
+        """The embedding ``(task_embedding_dim,)`` of the vectors of new examples, ``(rows, size)``."""
+        rows = self.example_rows.kept(self.example_encoder.scaled(raw))
+        embeddings: Tensor = self.example_encoder(rows[None])
+        return embeddings[0]
+
+    def check_filled(self) -> None:
+        """Refuse an adapter whose vectors of descriptions or examples are not there yet."""
+        if not self.has_vectors:
+            raise RuntimeError(
+                "This adapter has no vectors of its descriptions: its configuration, with text_embedding_dim given, is "
+                "that of a saved adapter, whose weights were not loaded. Load it with PeftModel.from_pretrained; or "
+                "compute them anew: config.replaced(text_embedding_dim=None, text_encoder=...)."
+            )
+        if self.has_examples and not self.example_rows.is_filled:
+            raise RuntimeError(
+                "This adapter has no examples of its tasks yet, which task_embedding='examples' needs. Give them with "
+                "set_examples, or train with HyperAdapterTrainer, which takes them from the training data."
+            )
 
     def _vectors(self, task_ids: Tensor, one: bool) -> Tensor:
         """A vector of each task's text, of one description or the sum over all; any for tasks without."""

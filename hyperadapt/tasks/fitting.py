@@ -34,7 +34,7 @@ def fit_task_embedding(
     embedding for all rows. Rows are stacked where there is no collator; without arguments, a short run suits 8 to 64
     examples.
     """
-    rows = _rows(examples)
+    rows = checked_rows(examples)
     device = starts.device
     with _frozen(model), tempfile.TemporaryDirectory() as folder:
         fitted = _FittedTask(_best_start(call, starts, rows, data_collator or default_data_collator), call)
@@ -92,7 +92,8 @@ class _FittedTask(nn.Module):
         return self.call(self.task_embedding, batch)
 
 
-def _rows(examples: Examples) -> list[Any]:
+def checked_rows(examples: Examples) -> list[Any]:
+    """The rows of examples, each a dict."""
     if not isinstance(examples, Dataset | Sequence) or isinstance(examples, str):
         raise TypeError(
             f"examples is of type {type(examples).__name__}, but must be a datasets.Dataset or a list of rows, each a "

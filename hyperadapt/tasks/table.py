@@ -12,9 +12,10 @@ from torch.nn.functional import rms_norm
 
 from hyperadapt.config.checks import check_number, shown
 from hyperadapt.config.config import HyperAdapterConfig
-from hyperadapt.config.task_fields import check_description
+from hyperadapt.config.task_fields import EXAMPLES, LEARNED, TEXT, check_description
 from hyperadapt.tasks.embedding import TaskEmbedding
 from hyperadapt.tasks.encoders import encode_like
+from hyperadapt.tasks.examples import MAX_EXAMPLES
 from hyperadapt.tasks.ids import resolve_task_ids
 
 # Of the known tasks, how many are tried as starting points for a new one.
@@ -26,13 +27,15 @@ Encoder = str | Callable[[list[str]], Tensor] | None
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task: its learned vector, the vectors of its descriptions, or both."""
+    """One task: its learned vector, the vectors of its descriptions, its examples, or two of these."""
 
     name: str
     source: str
     description: str | list[str] | None = None
     learned: Tensor | None = None
     text_vectors: Tensor | None = None
+    # See ``ExampleRows.parts``.
+    examples: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,11 @@ class TaskTable:
 
     def vectors_of(self, description: Description, text_encoder: Encoder) -> Tensor:
         """Vectors ``(descriptions, text_embedding_dim)`` of a new description, by the adapter's own encoder."""
-        if self.embedding.is_all_learned:
+        if not self.embedding.has_text:
             raise ValueError(
-                f"This adapter was trained without descriptions (task_embedding='learned'), so the description "
-                f"{shown(description)} means nothing to it. Pass examples= or embedding=, or train it with "
-                "task_embedding='text' or 'both'."
+                f"This adapter was trained without descriptions (task_embedding={shown(self.config.task_embedding)}), "
+                f"so the description {shown(description)} means nothing to it. Pass examples= or embedding=, or train "
+                "it with task_embedding='text' or 'both'."
             )
         texts = [description] if isinstance(description, str) else list(description)
         return encode_like(self.config, texts, self.embedding.text_vectors[0], text_encoder)
@@ -98,12 +101,77 @@ class TaskTable:
         vectors = self.vectors_of(description, text_encoder).to(self.embedding.text_vectors.device)
         return self.embedding.project(rms_norm(vectors, vectors.shape[-1:]).sum(0))
 
+    def check_reads_examples(self, count: int, place: str) -> None:
+        """Refuse new examples where the adapter knows none, or more than it was trained to read at once."""
+        if not self.embedding.has_examples:
+            raise ValueError(
+                f"This adapter was trained without examples (task_embedding={shown(self.config.task_embedding)}), so "
+                "it cannot read any. Fit a task to them with add_task(name, examples=...), or train it with "
+                "task_embedding='examples' or 'text+examples'."
+            )
+        if count > MAX_EXAMPLES:
+            raise ValueError(
+                f"{place} has {count} rows, but the adapter was trained to read {MAX_EXAMPLES} at most. Give so many, "
+                "or pass fit=True to add_task, which fits the task to all of them."
+            )
+
+    @torch.no_grad()
+    def embed_examples(self, raw: Tensor, description: Description | None, text_encoder: Encoder) -> Tensor:
+        """The task embedding ``(task_embedding_dim,)`` of the vectors of examples, with a description's if given."""
+        self.embedding.check_filled()
+        embedding = self.embedding.encode(raw)
+        if description is None or not self.embedding.has_text:
+            return embedding
+        return embedding + self.embed(description, text_encoder)
+
+    def check_example_tasks(self, names: Sequence[str]) -> None:
+        """Refuse names that are no tasks with examples; all of those need some at first."""
+        known = [
+            name for name, kind in zip(self.config.tasks, self.config.task_sources, strict=True) if kind in EXAMPLES
+        ]
+        if not known:
+            raise ValueError(
+                f"set_examples is for tasks whose embedding comes from examples, and this adapter has none "
+                f"(task_embedding={shown(self.config.task_embedding)}). Make it with task_embedding='examples'."
+            )
+        unknown = [name for name in names if name not in known]
+        missing = [name for name in known if name not in names]
+        if unknown:
+            raise ValueError(
+                f"set_examples got rows for {shown(unknown)}, but the tasks with examples are {shown(known)}. Leave "
+                "the others out."
+            )
+        if not names:
+            raise ValueError(f"set_examples got no rows at all. Give those of the tasks {shown(known)}.")
+        if missing and not self.embedding.example_rows.is_filled:
+            raise ValueError(
+                f"set_examples got no rows for the tasks {shown(missing)}, which have none yet. Give all of them some."
+            )
+
+    def give_examples(self, raw: Mapping[str, Tensor]) -> None:
+        """Take the vectors of tasks' examples ``(rows, size)``, by name, into the embedding that is there."""
+        embedding = self.embedding
+        encoder, rows = embedding.example_encoder, embedding.example_rows
+        if not rows.is_filled:
+            encoder.fit_scales(torch.cat(list(raw.values())))
+        scaled = {name: encoder.scaled(vectors) for name, vectors in raw.items()}
+        for name, vectors in scaled.items():
+            if not vectors.any(1).all():
+                raise ValueError(f"The examples of task {name!r} cannot be told from each other. Give different ones.")
+        names = [
+            name for name, kind in zip(self.config.tasks, self.config.task_sources, strict=True) if kind in EXAMPLES
+        ]
+        parts = dict(zip(names, rows.parts(), strict=True)) if rows.is_filled else {}
+        parts |= {name: (rows.kept(vectors), vectors) for name, vectors in scaled.items()}
+        kept, banks = zip(*(parts[name] for name in names), strict=True)
+        rows.fill(torch.stack(kept), banks, is_given=True)
+
     def starts(self, description: Description | None, text_encoder: Encoder) -> Tensor:
         """Starting points ``(starts, task_embedding_dim)`` for a new task: known ones, their mean, the description."""
         ids = torch.arange(len(self.config.tasks))
         directions = self._directions(ids[:: -(-len(ids) // MAX_STARTS)])
         starts = [directions, directions.mean(0, keepdim=True)]
-        if description is not None and not self.embedding.is_all_learned:
+        if description is not None and self.embedding.has_text:
             starts.append(self.embed(description, text_encoder)[None])
         return torch.cat(starts)
 
@@ -136,22 +204,23 @@ class TaskTable:
 
     @torch.no_grad()
     def _directions(self, task_ids: Tensor) -> Tensor:
-        known = self.embedding.text_vectors if self.embedding.weight is None else self.embedding.weight
-        embeddings = self.embedding(task_ids.to(known.device))
+        embeddings = self.embedding(task_ids.to(self.embedding.like.device))
         return rms_norm(embeddings, embeddings.shape[-1:])
 
     def _rows(self) -> list[TaskRow]:
         config, embedding = self.config, self.embedding
         counts = [len(descriptions) for descriptions in config.embedded_descriptions if descriptions]
         learned = iter(() if embedding.weight is None else embedding.weight.detach())
-        vectors = iter(() if embedding.is_all_learned else torch.split(embedding.text_vectors, counts))
+        vectors = iter(torch.split(embedding.text_vectors, counts) if embedding.has_text else ())
+        examples = iter(embedding.example_rows.parts() if embedding.has_examples else ())
         return [
             TaskRow(
                 name,
                 source,
                 (config.task_descriptions or {}).get(name),
-                None if source == "text" else next(learned),
-                None if source == "learned" else next(vectors),
+                next(learned) if source in LEARNED else None,
+                next(vectors) if source in TEXT else None,
+                next(examples) if source in EXAMPLES else None,
             )
             for name, source in zip(config.tasks, config.task_sources, strict=True)
         ]
@@ -159,9 +228,11 @@ class TaskTable:
     def _of(self, rows: Sequence[TaskRow], **changes: Any) -> TaskTable:
         """The table of these rows; what fails, fails before anything has changed."""
         old = self.embedding
-        has_text = any(row.source != "learned" for row in rows)
+        has_text, has_examples = (any(row.source in kind for row in rows) for kind in (TEXT, EXAMPLES))
         if not has_text:
             changes |= {"text_encoder": None, "text_encoder_revision": None, "text_embedding_dim": None}
+        if not has_examples:
+            changes |= {"example_dim": None, "example_classes": None}
         config = self.config.replaced(
             tasks=[row.name for row in rows],
             task_descriptions={row.name: row.description for row in rows if row.description} or None,
@@ -169,11 +240,17 @@ class TaskTable:
             **changes,
         )
         counts = [0 if row.text_vectors is None else len(row.text_vectors) for row in rows]
-        new = TaskEmbedding(config.task_sources, counts, config.task_embedding_dim, config.text_embedding_dim)
+        new = TaskEmbedding(
+            config.task_sources,
+            counts,
+            config.task_embedding_dim,
+            config.text_embedding_dim,
+            old.example_encoder if has_examples else None,
+        )
         new.train(old.training)
         learned = [row.learned for row in rows if row.learned is not None]
         if learned:
-            like = old.text_projection.weight if old.weight is None else old.weight
+            like = old.like
             weight = torch.stack([vector.to(like) for vector in learned])
             new.weight = nn.Parameter(weight, requires_grad=like.requires_grad)
         if has_text:
@@ -181,4 +258,8 @@ class TaskTable:
             vectors = [row.text_vectors for row in rows if row.text_vectors is not None]
             new.text_vectors = torch.cat([one.to(old.text_vectors.device) for one in vectors])
             new.has_vectors = True
+        examples = [row.examples for row in rows if row.examples is not None]
+        if examples:
+            kept, banks = zip(*examples, strict=True)
+            new.example_rows.fill(torch.stack(kept), banks, old.example_rows.is_given)
         return TaskTable(config, new)

@@ -19,6 +19,7 @@ from hyperadapt.hypernetwork.saturation import REMEDY, Saturation
 from hyperadapt.trainer.batches import TASK_COLUMN, RepeatedSampler, TaskSampler
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
 from hyperadapt.trainer.datasets import TaskDatasetsMixin
+from hyperadapt.trainer.examples import give_examples
 from hyperadapt.trainer.losses import BatchLoss, TaskLosses
 from hyperadapt.trainer.metrics import TaskMetrics, can_be_told_apart, metrics_of_rows, recorded
 from hyperadapt.trainer.monitor import PositionMonitor
@@ -96,6 +97,9 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
         super().__init__(model=model, **{name: value for name, value in given.items() if value is not None}, **kwargs)
         self._carry_tasks()
         self._use_unprepared()
+        if isinstance(self.train_dataset, Dataset):
+            rows = self._remove_unused_columns(self.train_dataset, "training")
+            give_examples(self._model, rows, self.data_collator, self.args.seed)
         # Found through the model as the other trainer left it.
         self._monitor = PositionMonitor(active_network(self._model)[1]) if log_positions else None
         self._saturation: Saturation | None = None

@@ -21,6 +21,7 @@ from hyperadapt.hypernetwork.positions import saved_positions
 from hyperadapt.routing.router import Router
 from hyperadapt.tasks.encoders import with_text_vectors
 from hyperadapt.tuner.base_facts import base_facts
+from hyperadapt.tuner.example_features import with_example_sizes
 from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in
 from hyperadapt.tuner.loading import check_saved_modules, check_size, other_names
 
@@ -82,6 +83,7 @@ def built_network(
     norms = torch.stack([base_norms.get(position.name, unread) for position in positions])
     check_saved_modules(base_model, adapter_name)
     config, text_vectors = with_text_vectors(config)
+    config = with_example_sizes(config, base_model)
     size = sum(parameter.numel() for parameter in base_model.parameters())
     check_size(config, positions, size, "the base model")
     config = config.replaced(
@@ -97,10 +99,9 @@ def built_network(
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.get_default_dtype()
     device = None if next(network.parameters()).is_meta else weight.device
     network.to(device, dtype)
-    # Only the parameters take the base's dtype: norms and text vectors rounded to it would stay rounded.
+    # Only the parameters take the base's dtype: norms and vectors rounded to it would stay rounded.
     network.base_norms = norms.to(device)
-    if not network.task_embedding.is_all_learned:
-        network.task_embedding.text_vectors = network.task_embedding.text_vectors.float()
+    network.task_embedding.keep_float()
     if text_vectors is not None:
         network.task_embedding.set_text_vectors(text_vectors)
     for other in others.values():

@@ -48,8 +48,10 @@ def check_size(config: HyperAdapterConfig, positions: Sequence[Position], size: 
     for name, parameter in network.named_parameters():
         part = next((part for part in ("heads", "shared", "trunk", "task_embedding") if f"{part}." in name), "inputs")
         sizes[part] += parameter.numel()
-    if not network.task_embedding.is_all_learned:
+    if network.task_embedding.has_text:
         sizes["descriptions"] = network.task_embedding.text_vectors.numel()
+    if network.task_embedding.has_examples:
+        sizes["examples"] = network.task_embedding.example_rows.vectors.numel()
     if sizes.total() > limit:
         fields = {
             "heads": "r, rank_pattern or hypernetwork_dim, or choose head='row'",
@@ -57,6 +59,7 @@ def check_size(config: HyperAdapterConfig, positions: Sequence[Position], size: 
             "trunk": "hypernetwork_dim or hypernetwork_depth",
             "task_embedding": "task_embedding_dim or the number of tasks",
             "descriptions": "text_embedding_dim or the number of descriptions",
+            "examples": "example_dim, example_classes or the number of tasks with examples",
             "inputs": "task_embedding_dim or hypernetwork_dim",
         }
         [(part, size)] = sizes.most_common(1)
@@ -231,4 +234,8 @@ def mismatch(name: str, value: Any, expected: Tensor) -> str:
         return "counts steps below 0"
     if NETWORKS in name and name.endswith(".text_vectors") and not value.isfinite().all():
         return "holds a vector that is not finite"
+    if NETWORKS in name and name.endswith((".example_rows.vectors", ".example_encoder.mean")):
+        return "" if value.isfinite().all() else "holds a vector that is not finite"
+    if NETWORKS in name and name.endswith(".example_encoder.deviation") and not ((value > 0) & value.isfinite()).all():
+        return "holds a deviation that is not finite and above 0"
     return ""

@@ -7,26 +7,25 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from hyperadapt.config.config import HyperAdapterConfig
-from hyperadapt.config.task_fields import check_description
-from hyperadapt.hypernetwork.sharding import make_whole, whole_network
 from hyperadapt.routing.checkpointing import factors_carried
 from hyperadapt.routing.forward_pass import call_of, check_spelling, main_input
 from hyperadapt.routing.requests import Request, Tasks
-from hyperadapt.tasks.table import TaskRow, TaskTable
+from hyperadapt.tasks.table import TaskTable
 from hyperadapt.tuner.base_norms import base_norm, is_made_empty
 from hyperadapt.tuner.building import built_network, check_in_use, router_of, take_out
 from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in, names_in
 from hyperadapt.tuner.layer_types import choose_all_linear, wrapped
-from hyperadapt.tuner.loading import check_left_out, checked_state_dict, weights_follow
+from hyperadapt.tuner.loading import weights_follow
 from hyperadapt.tuner.lora_only import LORA_ONLY
 from hyperadapt.tuner.merging import check_merge, check_pin, check_removal
 from hyperadapt.tuner.model_state import unchanged_on_error
+from hyperadapt.tuner.new_tasks import ExampleReader, NewTask, table_of
+from hyperadapt.tuner.saved_tuner import SavedTuner
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -34,13 +33,12 @@ if TYPE_CHECKING:
     from hyperadapt.tasks.fitting import Examples
 
 
-class HyperAdapterModel(BaseTuner):
+class HyperAdapterModel(SavedTuner):
     """PEFT tuner for hyperadapters; made by ``get_peft_model`` with a ``HyperAdapterConfig``.
 
     What it offers on tasks is for the active adapter. An optimizer has to be made anew after tasks have changed.
     """
 
-    prefix = "hyperadapter_"
     tuner_layer_cls = HyperAdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     uses_shared_state = True
@@ -135,8 +133,8 @@ class HyperAdapterModel(BaseTuner):
         through ``parameter.data`` of such an adapter goes unnoticed; unpin with None after it, which drops what is
         kept.
 
-        Adapters that were not pinned themselves use their task of that name, too, as TRL's copy of a policy does;
-        without one, they are refused where a call names none.
+        Adapters that were not pinned themselves use their task of that name, too; without one, they are refused where a
+        call names none.
 
         Args:
             task: Name of a task of every active adapter; None goes back to the default task.
@@ -149,7 +147,7 @@ class HyperAdapterModel(BaseTuner):
         for name in self.active_adapters:
             self.router.pin(name, task)
 
-    def add_task(  # noqa: DOC503
+    def add_task(  # noqa: DOC502
         self,
         name: str,
         *,
@@ -159,56 +157,34 @@ class HyperAdapterModel(BaseTuner):
         text_encoder: str | Callable[[list[str]], Tensor] | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         training_arguments: TrainingArguments | None = None,
+        fit: bool = False,
     ) -> None:
         """Add a task after training; nothing else changes.
 
         Args:
             name: Its name.
             description: A text that describes it, or several. Alone it is the task's condition, as in training, and
-                there is no gradient step; with examples it is one of the starting points; with an embedding it is
-                only kept.
-            examples: Rows of model inputs with labels, 8 to 64 of them, a `datasets.Dataset` or a list of dicts: a
-                new embedding is fitted to them (see ``fit_task_embedding``), all else is frozen.
+                there is no gradient step; with examples it counts as in ``embed_examples``, or is one of the starting
+                points of a fit; with an embedding it is only kept.
+            examples: Rows of model inputs with labels, a `datasets.Dataset` or a list of dicts. An adapter that was
+                trained with examples reads up to 32 in one forward pass. For any other an embedding is fitted to them
+                (see ``fit_task_embedding``): 8 to 64 are enough.
             embedding: Its embedding, shape ``(task_embedding_dim,)``; only the direction counts.
             text_encoder: The encoder that the adapter was made with, where its name does not find it (a function, or
                 a folder that has moved).
             data_collator: Makes batches of examples, as in ``Trainer``; None stacks them.
             training_arguments: How to fit, as in ``Trainer``; None for a short run that suits few examples.
+            fit: Whether to fit the embedding also where examples can be read: it starts at what they give.
 
         Raises:
             TypeError: If an argument has the wrong type.
             ValueError: If the name is taken or empty, nothing or too much is given, the adapter knows no text, the
-                encoder is another one, or the embedding has the wrong shape or is not finite.
+                encoder is another one, or the embedding or the examples are wrong.
         """
-        table = self._table()
-        table.check_new_name(name)
-        if description is None and examples is None and embedding is None:
-            raise ValueError(f"add_task({name!r}) got nothing to go by. Pass description=, examples= or embedding=.")
-        if examples is not None and embedding is not None:
-            raise ValueError(f"add_task({name!r}) got both examples and an embedding. Pass one of the two.")
-        if description is not None:
-            check_description(name, description)
-            description = description if isinstance(description, str) else list(description)
-        if embedding is not None:
-            row = TaskRow(name, "learned", description, table.checked_embedding(embedding))
-        elif examples is not None:
-            # Trainer and datasets take longer to import than all of this package.
-            from hyperadapt.tasks.fitting import fit_task_embedding
-
-            starts = table.starts(description, text_encoder)
-            fitted = fit_task_embedding(
-                self,
-                self._call_with_embedding,
-                starts,
-                examples,
-                data_collator=data_collator,
-                training_arguments=training_arguments,
-            )
-            row = TaskRow(name, "learned", description, fitted)
-        else:
-            assert description is not None
-            row = TaskRow(name, "text", description, text_vectors=table.vectors_of(description, text_encoder))
-        self._set_table(table.appended(row))
+        new = NewTask(name, description, examples, embedding, text_encoder, training_arguments, fit)
+        reader = self._reader(data_collator)
+        new.check(reader.table)
+        self._set_table(reader.table.appended(new.row(reader, self, self._call_with_embedding)))
 
     def remove_task(self, name: str) -> None:  # noqa: DOC502
         """Remove a task; the ids of those after it become smaller by one.
@@ -271,15 +247,56 @@ class HyperAdapterModel(BaseTuner):
         """
         return self._table().embed(description, text_encoder)
 
+    def set_examples(  # noqa: DOC502
+        self, examples: Mapping[str, Examples], *, data_collator: Callable[[list[Any]], Any] | None = None
+    ) -> None:
+        """Give tasks the examples that their embeddings come from, before they are trained.
+
+        The base model reads them once. Training draws up to 32 of a task's rows each time, so give more, 128 say; else
+        32 count, which are saved with the adapter. ``HyperAdapterTrainer`` does this by itself with training rows.
+
+        Args:
+            examples: Name of each task with examples -> rows of model inputs with labels, a `datasets.Dataset` or a
+                list of dicts: with one class each; or pairs of prompt and completion, with labels of -100 in the
+                prompt. Tasks that have some already may be left out.
+            data_collator: Makes batches of rows, as in ``Trainer``; None stacks them.
+
+        Raises:
+            ValueError: If a task is unknown or left out, has no rows or one class alone, labels are missing or unknown,
+                the base model does not take a column, or a task is merged.
+        """
+        self._reader(data_collator).give(examples)
+        self.router.drop_factors(self.router.only(self.active_adapters)[0])
+
+    def embed_examples(  # noqa: DOC502
+        self,
+        examples: Examples,
+        *,
+        description: str | Sequence[str] | None = None,
+        text_encoder: str | Callable[[list[str]], Tensor] | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+    ) -> Tensor:
+        """The task embedding that examples give in one forward pass: for ``task_embeddings=``.
+
+        Args:
+            examples: As in ``add_task``, 32 at most.
+            description: A text, or several, whose embedding is added; it has no effect on an adapter without text.
+            text_encoder: As in ``add_task``.
+            data_collator: As in ``add_task``.
+
+        Returns:
+            Shape ``(task_embedding_dim,)``, detached.
+
+        Raises:
+            ValueError: As in ``set_examples``; or if there are too many rows, or the adapter was trained without any.
+        """
+        return self._reader(data_collator).embed(examples, description, text_encoder, "examples")
+
+    def _reader(self, data_collator: Callable[[list[Any]], Any] | None) -> ExampleReader:
+        return ExampleReader(self.model, self.router, self._table(), data_collator)
+
     def _table(self) -> TaskTable:
-        """The tasks of the active adapter, if its parameters are whole."""
-        _, network = self.router.only(self.active_adapters)
-        if whole_network(network) is not network:
-            raise ValueError(
-                "The adapter is sharded over processes, so its tasks cannot be changed. Save it, and change them in "
-                "one process."
-            )
-        return TaskTable(network.config, network.task_embedding)
+        return table_of(self.router.only(self.active_adapters)[1])
 
     def _set_table(self, table: TaskTable) -> None:
         adapter_name, network = self.router.only(self.active_adapters)
@@ -372,26 +389,3 @@ class HyperAdapterModel(BaseTuner):
         call = call_of(path, part, args, kwargs, self.model)
         if call is not None:
             self.router.observe(part, call)
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model: Any, *, state_dict: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        make_whole(state_dict, (cls.prefix, ".modules_to_save."))
-        return super()._get_adapter_state_dict(model, state_dict=state_dict, **kwargs)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return checked_state_dict(model, adapter_name, state_dict, renamed)
-
-    def _load_from_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
-        check_left_out(self, state_dict)
-        super()._load_from_state_dict(state_dict, *args, **kwargs)
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        marker = f"hyperadapter_networks.{adapter_name}."
-        if marker in key:
-            return key.replace(marker, "hyperadapter_networks.", 1)
-        return str(super()._remove_adapter_name_from_key(key, adapter_name))

@@ -84,6 +84,8 @@ def _read_config(folder: Path) -> HyperAdapterConfig:
         raise ValueError(f"{where} is of peft_type {shown(kind)}, which is no hyperadapter.")
     config = HyperAdapterConfig.from_pretrained(str(folder))
     assert isinstance(config, HyperAdapterConfig)
+    if config.has_examples and config.example_dim is None:
+        raise ValueError(f"{where} asks for examples, but has no example_dim, as a saved adapter has. Get it again.")
     # Refuses descriptions without vectors.
     return with_text_vectors(config)[0]
 

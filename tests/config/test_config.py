@@ -106,6 +106,7 @@ def test_the_full_config_has_no_default_left() -> None:
         if getattr(config, field.name) == getattr(default, field.name)
     }
     others = {f"normalization_{option}" for option in ("ridge", "factors", "iterations", "temperature")}
+    others |= {"example_dim", "example_classes"}
     assert same == {"peft_type", "peft_version", "plugin", "bias", "target_parameters"} | others
 
 

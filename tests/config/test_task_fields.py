@@ -24,6 +24,16 @@ def test_sources_by_task() -> None:
     assert HyperAdapterConfig(tasks=TASKS, task_embedding={"a": "learned", "b": "learned"}).task_embedding == "learned"
 
 
+def test_examples_need_no_description() -> None:
+    config = HyperAdapterConfig(tasks={"a": "first", "b": "second"}, task_embedding="examples")
+    assert config.has_examples
+    assert config.embedded_descriptions == [[], []]
+    config = HyperAdapterConfig(tasks=TASKS, task_embedding={"a": "text+examples", "b": "learned"}, text_encoder="x")
+    assert config.has_examples
+    assert config.embedded_descriptions == [["first"], []]
+    assert not HyperAdapterConfig(tasks=TASKS, task_embedding="both", text_encoder="x").has_examples
+
+
 def test_replacing_tasks_leaves_the_original_alone() -> None:
     config = HyperAdapterConfig(tasks=TASKS, task_embedding="text", text_encoder="encoder")
     changed = config.replaced(tasks=["a", "c"], task_descriptions={"a": "first", "c": "third"})
@@ -50,7 +60,11 @@ TEXT = {"tasks": TASKS, "task_embedding": "text", "text_encoder": "encoder"}
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"task_embedding": 3}, TypeError, "task_embedding=3 must be one of ('learned', 'text', 'both'), or a dict"),
+        (
+            {"task_embedding": 3},
+            TypeError,
+            "task_embedding=3 must be one of ('learned', 'text', 'both', 'examples', 'text+",
+        ),
         ({"task_embedding": "words"}, ValueError, "task_embedding='words' is unknown. Choose one of 'learned', 'text'"),
         (
             {"tasks": TASKS, "task_embedding": {"a": "words", "b": "text"}},
@@ -81,12 +95,30 @@ TEXT = {"tasks": TASKS, "task_embedding": "text", "text_encoder": "encoder"}
         (
             {"text_encoder": "encoder"},
             ValueError,
-            "text_encoder='encoder' has no effect: every task's embedding is learned",
+            "text_encoder='encoder' has no effect: no task's embedding takes text",
         ),
         (
             {"text_embedding_dim": 3},
             ValueError,
-            "text_embedding_dim=3 has no effect: every task's embedding is learned",
+            "text_embedding_dim=3 has no effect: no task's embedding takes text",
+        ),
+        ({"example_dim": 8}, ValueError, "example_dim=8 has no effect: no task's embedding takes examples. Set"),
+        ({"task_embedding": "examples", "example_dim": 0}, ValueError, "example_dim=0 must be at least 1"),
+        ({"task_embedding": "examples", "example_classes": 2}, ValueError, "example_classes=2 is given without"),
+        (
+            {"task_embedding": "examples", "task_type": "TOKEN_CLS"},
+            ValueError,
+            "task_embedding asks for examples, which task_type='TOKEN_CLS' cannot have",
+        ),
+        (
+            {"task_embedding": "examples", "task_type": "CAUSAL_LM", "example_dim": 8, "example_classes": 2},
+            ValueError,
+            "example_dim=8 with example_classes=2 does not fit task_type='CAUSAL_LM'",
+        ),
+        (
+            {"task_embedding": "text+examples", "text_encoder": "encoder", "tasks": ["a"]},
+            ValueError,
+            "task_embedding='text+examples' needs a description of task 'a'",
         ),
     ],
 )
