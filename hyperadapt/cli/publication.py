@@ -28,7 +28,7 @@ def generate(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Write the LoRA that a description or examples ask for. A description needs no base model.
+    """Write the LoRA that a description asks for, without loading the base model; or one from examples, which it reads.
 
     The adapter was trained with descriptions, or with examples.
     """
