@@ -12,7 +12,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hyperadapt.runs import Run, add_task, evaluate, load_run, new_task, save_run, train
+from hyperadapt import LoraGenerator
+from hyperadapt.runs import Run, add_task, evaluate, load_run, lora_from_examples, new_task, save_run, train
 from hyperadapt.tasks import encoders
 from tests.support.helpers import letters
 from tests.support.tiny_runs import ADAPTER, labelled_rows, recipe, write_rows
@@ -168,3 +169,26 @@ def test_a_description_alone_is_enough_where_tasks_have_them(tmp_path: Path, enc
     assert loaded.recipe.adapter_config.task_embedding == sources | {"other": "learned"}
     assert evaluate(loaded, tasks=["new"]) == evaluate(run, tasks=["new"])
     assert loaded.recipe.tasks["new"].labels == ("negative", "positive")
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "CAUSAL_LM"])
+def test_examples_are_read_by_a_run_that_was_trained_with_them(tmp_path: Path, kind: str) -> None:
+    adapter = {"task_type": kind, **ADAPTER, "task_embedding": "examples"}
+    made = recipe(tmp_path, kind, adapter=adapter, training={"max_steps": 2, "use_cpu": True, "eval_strategy": "no"})
+    run = train(made, report=None, figures=False)
+    before = evaluate(run)
+    write_rows(tmp_path / "new.jsonl", rows(kind, 40, 1))
+    lora = lora_from_examples(run, tmp_path / "new.jsonl")
+    add_task(run, "new", examples=tmp_path / "new.jsonl", test=tmp_path / "new.jsonl")
+    expected = LoraGenerator.from_model(run.model).state_dict("new")
+    assert all(torch.equal(value, expected[name]) for name, value in lora.state_dict().items())
+    add_task(run, "fitted", examples=tmp_path / "new.jsonl", fit=True)
+    assert {name: evaluate(run)["tasks"][name] for name in before["tasks"]} == before["tasks"]
+    save_run(run, run.folder)
+    loaded = load_run(run.folder)
+    assert loaded.recipe == run.recipe
+    assert evaluate(loaded, tasks=["new"]) == evaluate(run, tasks=["new"])
+    if kind == "SEQ_CLS":
+        write_rows(tmp_path / "wrong.jsonl", [{"text": "a", "label": "neutral"}, {"text": "b", "label": "positive"}])
+        with pytest.raises(ValueError, match=re.escape("has the labels ['neutral'], for which the classifier has no")):
+            lora_from_examples(run, tmp_path / "wrong.jsonl")
