@@ -13,7 +13,7 @@ from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.saturation import REMEDY, SATURATED, Saturation
 from hyperadapt.hypernetwork.sharding import whole_network
-from hyperadapt.hypernetwork.updates import pairwise_inner_products, singular_values
+from hyperadapt.hypernetwork.updates import pairwise_inner_products, spectrum
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import active_network
 
@@ -32,6 +32,8 @@ class Diagnosis:
     same update, 1 - 1/T for T unrelated (orthogonal) updates of equal norm, up to 1 where they cancel. It is NaN
     where all updates are zero, as is the cosine with an update of zero.
 
+    The experts of a fused parameter are one position: its update is that of all of them, one beside the other.
+
     Args:
         tasks: The tasks' names, length T.
         positions: Names of the adapted modules, length P.
@@ -41,9 +43,10 @@ class Diagnosis:
         norms: ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), shape ``(P, T)``.
         task_norms: The same over all positions, ``√(Σ‖ΔW‖² / Σ‖W₀‖²)``, shape ``(T,)``.
         singular_values: Singular values of ΔW by position, in units of the weights, shape ``(T, r)``, descending; fewer
-            than r where the module is smaller.
+            than r where the module is smaller. Of experts, place by place, the root of the sum of their squares.
         bound_shares: Share of its bound that each update has reached (dimensionless), shape ``(P, T)``: of the largest
-            singular value, the gain or the norm, whichever the normalisation bounds. None if it bounds nothing.
+            singular value, the gain or the norm, whichever the normalisation bounds; of experts the mean. None
+            if it bounds nothing.
     """
 
     tasks: tuple[str, ...]
@@ -170,7 +173,7 @@ def measure(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:
 def _measure(network: HyperAdapterNetwork, names: Sequence[str]) -> Diagnosis:
     generated: dict[str, Factors] = network(resolve_task_ids(names, network.config.task_names))
     # One position after the other, so that only one is there in float64.
-    products = torch.stack([pairwise_inner_products(factors, factors) for factors in generated.values()]).cpu()
+    products = torch.stack([_products(factors) for factors in generated.values()]).cpu()
     squared = products.diagonal(dim1=1, dim2=2)
     broken = (~squared.isfinite()).nonzero().tolist()
     if broken:
@@ -180,7 +183,7 @@ def _measure(network: HyperAdapterNetwork, names: Sequence[str]) -> Diagnosis:
             "checkpoint, and train with a lower learning rate."
         )
     bound_shares = network.bound_shares(generated)
-    base_norms = dict(zip((position.name for position in network.positions), network.base_norms, strict=True))
+    base_norms = dict(zip((position.name for position in network.positions), network.position_norms, strict=True))
     squared_base = torch.stack([base_norms[name] for name in generated]).double().square().cpu()
     return Diagnosis(
         tasks=tuple(names),
@@ -190,9 +193,14 @@ def _measure(network: HyperAdapterNetwork, names: Sequence[str]) -> Diagnosis:
         cosines=_cosines(products.sum(0)),
         norms=(squared / squared_base[:, None]).sqrt(),
         task_norms=(squared.sum(0) / squared_base.sum()).sqrt(),
-        singular_values={name: singular_values(factors).cpu() for name, factors in generated.items()},
+        singular_values={name: spectrum(factors).cpu() for name, factors in generated.items()},
         bound_shares=torch.stack([bound_shares[name] for name in generated]).double().cpu() if bound_shares else None,
     )
+
+
+def _products(factors: Factors) -> Tensor:
+    """Inner products of the tasks' updates of one position, those of its experts together, shape (T, T)."""
+    return torch.stack([pairwise_inner_products(one, one) for one in factors.of_weights()]).sum(0)
 
 
 def _shares(products: Tensor) -> Tensor:

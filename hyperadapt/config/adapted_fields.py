@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from hyperadapt.config.checks import check_choice, check_integer, check_type, checked_names, shown
 
-KINDS = ("Linear", "Conv1D", "Embedding", "Convolution")
+KINDS = ("Linear", "Conv1D", "Embedding", "Convolution", "Experts")
 LIBRARIES = ("transformers", "diffusers")
 # Far above any vocabulary.
 _MAX_FEATURES = 2**31 - 1
@@ -83,7 +83,8 @@ class AdaptedModel(_Saved):
 class AdaptedModule(_Saved):
     """A module as a block of layers has it: ``*`` is the layer's index in its path.
 
-    ``kernel`` is the shape of a convolution's weight without the output channels.
+    ``kernel`` is the shape of a convolution's weight without the output channels, ``experts`` how many matrices a
+    parameter of experts holds.
     """
 
     name: str
@@ -92,6 +93,7 @@ class AdaptedModule(_Saved):
     kind: str = "Linear"
     kernel: tuple[int, ...] | None = None
     padding_idx: int | None = None
+    experts: int | None = None
 
     def __post_init__(self) -> None:
         check_type("name", self.name, str, "a string", optional=False)
@@ -114,6 +116,10 @@ class AdaptedModule(_Saved):
             check_type("padding_idx", self.padding_idx, int, "an integer", optional=False)
             if self.kind != "Embedding" or not 0 <= self.padding_idx < self.in_features:
                 raise ValueError(f"padding_idx={shown(self.padding_idx)} is none of module {shown(self.name)}.")
+        if self.experts is not None:
+            check_integer("experts", self.experts)
+        if (self.experts is None) == (self.kind == "Experts"):
+            raise ValueError(f"experts={shown(self.experts)} of {shown(self.name)} is not that of a {self.kind}.")
 
 
 @dataclass(frozen=True)

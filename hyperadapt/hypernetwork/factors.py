@@ -14,7 +14,8 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 class Factors(NamedTuple):
     """A normalised update B·S·A of one position, for several tasks.
 
-    A tuple, in which sharded training finds the tensors whose gradients it waits for.
+    A tuple, in which sharded training finds the tensors whose gradients it waits for. Those of fused experts have a
+    dimension of experts after that of the tasks.
 
     Args:
         lora_A: Shape ``(tasks, r, in_features)``.
@@ -27,6 +28,12 @@ class Factors(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     core: Tensor
+
+    def of_weights(self) -> list[Factors]:
+        """The factors of each expert; these themselves, where there is one weight."""
+        if self.lora_A.ndim == 3:
+            return [self]
+        return [Factors(*parts) for parts in zip(*(tensor.unbind(1) for tensor in self), strict=True)]
 
     def to(self, device: torch.device) -> Factors:
         """The factors on a device, sharing what is there already."""

@@ -23,10 +23,10 @@ class Generated(NamedTuple):
     """Factors of the positions of one shape and rank; a tuple for the same reason as ``Factors``.
 
     Args:
-        positions: The positions.
-        lora_A: Shape ``(tasks, positions, r, in_features)``.
-        lora_B: Shape ``(tasks, positions, out_features, r)``, a transposed view of contiguous rows.
-        logits: Mixing logits, shape ``(tasks, positions, r, r)``; None unless asked for.
+        positions: The positions, whose weights follow one another; experts have one each.
+        lora_A: Shape ``(tasks, weights, r, in_features)``.
+        lora_B: Shape ``(tasks, weights, out_features, r)``, a transposed view of contiguous rows.
+        logits: Mixing logits, shape ``(tasks, weights, r, r)``; None unless asked for.
     """
 
     positions: list[Position]
@@ -34,19 +34,34 @@ class Generated(NamedTuple):
     lora_B: Tensor
     logits: Tensor | None
 
+    @property
+    def weights(self) -> int:
+        """Number of matrices, all positions together."""
+        return self.lora_A.shape[1]
+
+    def at_positions(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The parts ``(tasks, ...)`` of a tensor ``(tasks, weights, ...)``, of experts ``(tasks, experts, ...)``.
+
+        Taking them with `unbind` has one backward for all; indexing would make a gradient of the size of the whole
+        group for each.
+        """
+        experts = self.positions[0].experts
+        return (tensor if experts is None else torch.unflatten(tensor, 1, (-1, experts))).unbind(1)
+
 
 class Hypernetwork(nn.Module):
     """Generates the factors of every position for several tasks in a few batched products.
 
-    The task embedding, the layer embedding, the module embedding (and for ``head="row"`` the
-    embedding of the row within the factor) are each normalised to root mean square 1, projected
-    and added: the input has constant magnitude, so training cannot amplify the output by inflating
-    an embedding. A trunk of pre-normalised residual blocks follows, and one linear head per size of
-    output, shared by all positions with that size.
+    The task embedding, the layer embedding, the module embedding (for ``head="row"`` also the
+    embedding of the row within the factor, for fused experts that of the expert) are each normalised
+    to root mean square 1, projected and added: the input has constant magnitude, so training cannot
+    amplify the output by inflating an embedding. A trunk of pre-normalised residual blocks follows,
+    and one linear head per size of output, shared by all positions with that size.
 
     To what the heads emit, every position adds factors of its own, which all tasks share: parameters like those of one
     LoRA. They learn what the tasks have in common as quickly as a LoRA does, without a detour through heads in which
-    positions interfere (DECISIONS.md), and the heads what tells the tasks apart.
+    positions interfere (DECISIONS.md), and the heads what tells the tasks apart. The experts of a parameter share them,
+    too, so that only the table of expert embeddings, which all layers use, grows with their number.
 
     With ``conditioning="gated"`` the trunk's output is multiplied by another projection of the task embedding, whose
     entries have a sign of their own for each task. Tasks are then nearly orthogonal to the heads, and only the shared
@@ -90,6 +105,10 @@ class Hypernetwork(nn.Module):
         if self.slots > 1:
             self.row_embedding = nn.Parameter(torch.randn(self.slots, task_embedding_dim))
             names.append("row")
+        experts = max((position.experts or 0 for position in positions), default=0)
+        if experts:
+            self.expert_embedding = nn.Parameter(torch.randn(experts, task_embedding_dim))
+            names.append("expert")
         self.is_gated = conditioning == "gated"
         if self.is_gated:
             names.append("gate")
@@ -130,24 +149,26 @@ class Hypernetwork(nn.Module):
             groups.setdefault(_shape(position), []).append(position)
         # In the groups' order, in which each group's part is a view.
         hidden = self._hidden(task_embeddings, [position for members in groups.values() for position in members])
-        parts = torch.split(hidden, [len(members) for members in groups.values()], dim=1)
+        sizes = [sum(position.weights for position in members) for members in groups.values()]
+        parts = torch.split(hidden, sizes, dim=1)
         generated = []
         for members, group_hidden in zip(groups.values(), parts, strict=True):
             r = members[0].r
             if r < self.slots:
                 group_hidden = group_hidden[:, :, :r]
-            shape = (task_embeddings.shape[0], len(members), r, -1)
+            shape = (task_embeddings.shape[0], len(members), members[0].weights, r, -1)
             lora_A, lora_B = (
                 # Into what the head has emitted: of all that is computed here, memory takes longest.
                 self.heads[self._head_key(factor, members[0])](group_hidden)
                 .reshape(shape)
-                .add_(self._shared(factor, members))
+                .add_(self._shared(factor, members)[:, None])
+                .flatten(1, 2)
                 for factor in "AB"
             )
             logits = None
             if self.mixing:
                 diagonal = MIXING_DIAGONAL * torch.eye(r, dtype=lora_A.dtype, device=lora_A.device)
-                logits = diagonal + self.heads[f"mixing_r{r}"](group_hidden).reshape(shape)
+                logits = diagonal + self.heads[f"mixing_r{r}"](group_hidden).reshape(*lora_A.shape[:3], r)
             generated.append(Generated(members, lora_A, lora_B.mT, logits))
         return generated
 
@@ -158,8 +179,9 @@ class Hypernetwork(nn.Module):
         return shared if places == list(range(len(shared))) else shared[index_tensor(places, shared.device)]
 
     def _hidden(self, task_embeddings: Tensor, positions: Sequence[Position]) -> Tensor:
-        """Trunk output of shape (tasks, positions, slots, hypernetwork_dim), root mean square 1."""
-        layers, modules = zip(*(self._rows[position.name] for position in positions), strict=True)
+        """Trunk output of shape (tasks, weights, slots, hypernetwork_dim), root mean square 1."""
+        rows = [self._rows[position.name] for position in positions for _ in range(position.weights)]
+        layers, modules = zip(*rows, strict=True)
         device = self.layer_embedding.device
         hidden = (
             self._project("task", task_embeddings.to(self.layer_embedding.dtype))[:, None, None]
@@ -168,6 +190,8 @@ class Hypernetwork(nn.Module):
         )
         if self.slots > 1:
             hidden = hidden + self._project("row", self.row_embedding)
+        if any(position.experts for position in positions):
+            hidden = hidden + self._of_experts(positions)[None, :, None]
         for block in self.trunk:
             hidden = block(hidden)
         hidden = rms_norm(hidden, hidden.shape[-1:])
@@ -175,6 +199,13 @@ class Hypernetwork(nn.Module):
             gate = self._project("gate", task_embeddings.to(self.layer_embedding.dtype))
             hidden = rms_norm(hidden * gate[:, None, None], hidden.shape[-1:])
         return hidden
+
+    def _of_experts(self, positions: Sequence[Position]) -> Tensor:
+        """The projected embedding of each weight's expert, (weights, hypernetwork_dim); zero for other weights."""
+        projected = self._project("expert", self.expert_embedding)
+        nothing = len(projected)
+        experts = [index for one in positions for index in (range(one.experts) if one.experts else (nothing,))]
+        return nn.functional.pad(projected, (0, 0, 0, 1))[index_tensor(experts, projected.device)]
 
     def _project(self, name: str, embedding: Tensor) -> Tensor:
         projected: Tensor = self.inputs[name](rms_norm(embedding, embedding.shape[-1:]))
@@ -192,7 +223,8 @@ class Hypernetwork(nn.Module):
 def _shape(position: Position) -> str:
     """Name of a position's shape; positions with the same name are generated together."""
     fan_in = f"_fan{position.fan_in}" if position.fan_in else ""
-    return f"{position.in_features}x{position.out_features}_r{position.r}{fan_in}"
+    experts = f"_e{position.experts}" if position.experts else ""
+    return f"{position.in_features}x{position.out_features}_r{position.r}{fan_in}{experts}"
 
 
 def index_tensor(indices: Sequence[int], device: torch.device) -> Tensor:

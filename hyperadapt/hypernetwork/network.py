@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from hyperadapt.tasks.embedding import TaskEmbedding
 class HyperAdapterNetwork(nn.Module):
     """Generates the normalised adapters of one PEFT adapter name for any of its tasks.
 
-    The Frobenius norms of the base weights, ``(positions,)``, float32, are kept with the adapter, so that bounds and
-    gains mean the same on a quantised or merged base.
+    The Frobenius norms of the base weights, ``(weights,)``, float32, are kept with the adapter, so that bounds and
+    gains mean the same on a quantised or merged base. A position has one weight, or one for each of its experts, which
+    are normalised one by one.
     """
 
     base_norms: Tensor
@@ -35,6 +37,8 @@ class HyperAdapterNetwork(nn.Module):
         method = METHODS[config.normalization]
         self.positions = list(positions)
         self._index = {position.name: index for index, position in enumerate(self.positions)}
+        ends = list(accumulate(position.weights for position in self.positions))
+        self._weights = {one.name: range(end - one.weights, end) for one, end in zip(self.positions, ends, strict=True)}
         self.task_embedding = TaskEmbedding.of(config)
         self.hypernetwork = Hypernetwork(
             self.positions,
@@ -69,7 +73,7 @@ class HyperAdapterNetwork(nn.Module):
         Runs in the network's own dtype also under autocast: it is a small share of the work, and the factors and their
         Gram matrices deserve the precision. ``dtype`` is that of the A and B that are returned; None for the network's
         own. In another, a core that is a matrix is part of B; with ``is_whole`` any is, and B contiguous: without
-        gradients only.
+        gradients only. Factors of experts have a dimension more, after that of the tasks.
         """
         positions = self.positions if positions is None else positions
         is_trained = self.training and torch.is_grad_enabled() and self.hypernetwork.layer_embedding.requires_grad
@@ -90,12 +94,19 @@ class HyperAdapterNetwork(nn.Module):
                 for name, factors in self._normalized(groups, dtype, is_whole).items()
             }
 
+    @property
+    def position_norms(self) -> Tensor:
+        """Frobenius norm of each position's base weights, those of its experts together, (positions,), float32."""
+        parts = torch.split(self.base_norms, [position.weights for position in self.positions])
+        # That of a single one would be rounded anew.
+        return torch.cat([part if len(part) == 1 else torch.linalg.vector_norm(part)[None] for part in parts])
+
     @torch.no_grad()
     def bound_shares(self, generated: Mapping[str, Factors]) -> dict[str, Tensor]:
         """Share of its bound that each task's update has reached, ``(tasks,)`` by position name; empty without a bound.
 
         Dimensionless, float32 or float64. Where a gain follows, what is bounded is the gain: its share is that of all
-        tasks, however much smaller than the largest norm their unit updates are.
+        tasks, however much smaller than the largest norm their unit updates are. Of experts, the mean of their shares.
         """
         if "bound" not in self.config.normalization_options:
             return {}
@@ -105,8 +116,10 @@ class HyperAdapterNetwork(nn.Module):
             by_rank.setdefault(position.r, []).append(position)
         shares: dict[str, Tensor] = {}
         for positions in by_rank.values():
-            of_rank = self._bound_shares(positions, [generated[position.name] for position in positions])
-            shares |= {position.name: share for position, share in zip(positions, of_rank, strict=True)}
+            factors = [one for position in positions for one in generated[position.name].of_weights()]
+            sizes = [position.weights for position in positions]
+            parts = torch.split(self._bound_shares(positions, factors), sizes)
+            shares |= {position.name: part.mean(0) for position, part in zip(positions, parts, strict=True)}
         return shares
 
     def _normalized(
@@ -122,25 +135,23 @@ class HyperAdapterNetwork(nn.Module):
         if is_whole or (dtype not in (None, cores.dtype) and cores.shape[-1] > 1):
             # Where a core brings some directions down and not others, what half precision rounds off the large ones
             # would count beside the small ones. In B·S they are of one size.
-            parts = torch.split(cores, [len(group.positions) for group in generated], dim=1)
+            parts = torch.split(cores, [group.weights for group in generated], dim=1)
             lora_Bs = [_with_core(lora_B, part) for lora_B, part in zip(lora_Bs, parts, strict=True)]
             cores = torch.ones_like(cores[..., :1, :1])
+        group_cores = torch.split(cores, [group.weights for group in generated], dim=1)
         factors = (
-            (lora_A, lora_B)
-            for group, group_B in zip(generated, lora_Bs, strict=True)
-            # Taking single positions with `unbind` has one backward for all; indexing would make a
-            # gradient of the size of the whole group for each.
-            for lora_A, lora_B in zip(
-                *(part.to(dtype or part.dtype).unbind(1) for part in (group.lora_A, group_B)), strict=True
+            Factors(*parts)
+            for group, group_B, core in zip(generated, lora_Bs, group_cores, strict=True)
+            for parts in zip(
+                *(group.at_positions(part.to(dtype or part.dtype)) for part in (group.lora_A, group_B)),
+                group.at_positions(core),
+                strict=True,
             )
         )
-        return {
-            position.name: Factors(lora_A, lora_B, core)
-            for position, (lora_A, lora_B), core in zip(order, factors, cores.unbind(1), strict=True)
-        }
+        return {position.name: one for position, one in zip(order, factors, strict=True)}
 
     def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
-        """Cores (tasks, positions, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
+        """Cores (tasks, weights, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
         config, scaling = self.config, _scaling(positions, gram_A)
         method, (indices, base_norms) = METHODS[config.normalization], self._selected(positions, gram_A.dtype)
         options = config.normalization_options
@@ -159,7 +170,7 @@ class HyperAdapterNetwork(nn.Module):
         return scaling * method.core(gram_A, gram_B * scaling**2, **options)
 
     def _bound_shares(self, positions: Sequence[Position], factors: Sequence[Factors]) -> Tensor:
-        """As ``bound_shares``, of positions of one rank, (positions, tasks)."""
+        """As ``bound_shares``, of the weights of positions of one rank, (weights, tasks)."""
         cores = factors[0].core
         indices, base_norms = self._selected(positions, torch.promote_types(cores.dtype, torch.float32))
         if self.config.has_gain:
@@ -173,12 +184,14 @@ class HyperAdapterNetwork(nn.Module):
         return sizes / self._bounds(indices, base_norms)[:, None]
 
     def _selected(self, positions: Sequence[Position], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Places of positions among all, and their base norms, both (positions,)."""
-        indices = index_tensor([self._index[position.name] for position in positions], self.base_norms.device)
-        return indices, self.base_norms[indices].to(dtype)
+        """For each weight of positions the place of its position among all, and its base norm, both (weights,)."""
+        weights = [index for position in positions for index in self._weights[position.name]]
+        indices = [self._index[position.name] for position in positions for _ in range(position.weights)]
+        device = self.base_norms.device
+        return index_tensor(indices, device), self.base_norms[index_tensor(weights, device)].to(dtype)
 
     def _bounds(self, indices: Tensor, base_norms: Tensor) -> Tensor:
-        """Bounds in the units of the weights, (positions,)."""
+        """Bounds in the units of the weights, (weights,)."""
         bound = self.config.normalization_options["bound"]
         if METHODS[self.config.normalization].learns_bound:
             bound = learned_bound(bound, self.bound_logit[indices].to(base_norms))
@@ -186,7 +199,7 @@ class HyperAdapterNetwork(nn.Module):
         return bounds
 
     def _gains(self, indices: Tensor, base_norms: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        """Bounded gains of positions of rank r, and what bounds them, in the units of the weights, (positions,)."""
+        """Bounded gains of weights of rank r, and what bounds them, in the units of the weights, (weights,)."""
         largest_norm = METHODS[self.config.normalization].largest_norm
         assert largest_norm is not None
         # What is bounded is the gained update, whose norm is the gain's (or at most a multiple of it).
@@ -213,15 +226,15 @@ def _start_variance(config: HyperAdapterConfig) -> float | None:
 
 
 def _scaling(positions: Sequence[Position], like: Tensor) -> float | Tensor:
-    """The scaling that all positions share, or theirs as a tensor of shape (positions, 1, 1)."""
-    values = [position.scaling for position in positions]
+    """The scaling that all positions share, or that of each weight as a tensor of shape (weights, 1, 1)."""
+    values = [position.scaling for position in positions for _ in range(position.weights)]
     if len(set(values)) == 1:
         return values[0]
     return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)[:, None, None]
 
 
 def _grams(generated: Sequence[Generated]) -> tuple[Tensor, Tensor]:
-    """Gram matrices of all factors, each of shape (tasks, positions, r, r), in one operator call."""
+    """Gram matrices of all factors, each of shape (tasks, weights, r, r), in one operator call."""
     tasks, _, r, _ = generated[0].lora_A.shape
     factors = [*(group.lora_A for group in generated), *(group.lora_B.mT for group in generated)]
     parts = [part.reshape(tasks, -1, r, r) for part in grams([factor.flatten(0, 1) for factor in factors])]

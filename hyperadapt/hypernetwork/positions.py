@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -20,7 +20,8 @@ _INDEX = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 class Position:
     """One adapted module: its path as in ``named_modules()``, columns of A, rows of B, rank and scaling.
 
-    Its kind, a convolution's kernel and an embedding's padding index are those of ``AdaptedModule``.
+    Its kind, a convolution's kernel, an embedding's padding index and the number of experts are those of
+    ``AdaptedModule``. Of experts the path is that of their parameter, and each has factors of its own.
     """
 
     name: str
@@ -31,6 +32,12 @@ class Position:
     kind: str = "Linear"
     kernel: tuple[int, ...] | None = None
     padding_idx: int | None = None
+    experts: int | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of matrices that are adapted here: one, or that of the experts."""
+        return self.experts or 1
 
     @property
     def fan_in(self) -> int | None:
@@ -63,9 +70,11 @@ def saved_positions(positions: Sequence[Position]) -> list[dict[str, Any]]:
     return [block.saved() for block in blocks]
 
 
-def position_count(config: HyperAdapterConfig) -> int:
-    """How many positions ``positions_of`` gives."""
-    return sum(len(block.indices) * len(block.modules) for block in config.adapted_layers)
+def weight_count(config: HyperAdapterConfig) -> int:
+    """How many matrices the positions have that ``positions_of`` gives."""
+    return sum(
+        len(block.indices) * sum(module.experts or 1 for module in block.modules) for block in config.adapted_layers
+    )
 
 
 def positions_of(config: HyperAdapterConfig) -> list[Position]:
@@ -77,7 +86,8 @@ def positions_of(config: HyperAdapterConfig) -> list[Position]:
                 name = module.name if index is None else _with_index(module.name, index)
                 r, scaling = config.rank_and_scaling(name)
                 sizes = module.in_features, module.out_features
-                positions.append(Position(name, *sizes, r, scaling, module.kind, module.kernel, module.padding_idx))
+                position = Position(name, *sizes, r, scaling, module.kind, module.kernel, module.padding_idx)
+                positions.append(replace(position, experts=module.experts))
     [(name, count)] = Counter(position.name for position in positions).most_common(1) or [("", 0)]
     if count > 1:
         raise ValueError(f"adapted_modules names {shown(name)} more than once. The file is damaged: get it again.")
@@ -102,6 +112,7 @@ def _adapted(position: Position, index: int | None) -> AdaptedModule:
         position.kind,
         position.kernel,
         position.padding_idx,
+        position.experts,
     )
 
 

@@ -52,6 +52,13 @@ def singular_values(factors: Factors) -> Tensor:
     return values
 
 
+def spectrum(factors: Factors) -> Tensor:
+    """As ``singular_values`` of a position; of experts, place by place, the root of the sum of their squares."""
+    values = [singular_values(one) for one in factors.of_weights()]
+    # What is squared and brought back is rounded.
+    return values[0] if len(values) == 1 else torch.linalg.vector_norm(torch.stack(values), dim=0)
+
+
 @torch.no_grad()
 def update_grams(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     """Gram matrices of A and of B·S of updates of one rank, shape (updates, tasks, r, r), at least float32."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
-from hyperadapt.hypernetwork.updates import singular_values
+from hyperadapt.hypernetwork.updates import spectrum
 from hyperadapt.plots.axes import (
     BLUE,
     FINE_TICKS,
@@ -99,13 +99,14 @@ def _task_map(tasks: Sequence[str], coordinates: Array, shares: Array) -> Figure
 def _spectra(network: HyperAdapterNetwork, ids: Tensor, diagnosis: Diagnosis) -> tuple[Array, Array]:
     """Relative singular values before and after normalisation, shape (positions, r), NaN where there are fewer."""
     known = {position.name: index for index, position in enumerate(network.positions)}
+    base_norms = network.position_norms
     before: list[Tensor] = []
     after: list[Tensor] = []
     for name, factors in network(ids).items():
-        base_norm = float(network.base_norms[known[name]])
+        base_norm = float(base_norms[known[name]])
         scaling = 1.0 if network.config.has_gain else network.positions[known[name]].scaling
-        core = torch.full((len(factors.core), 1, 1), scaling, dtype=torch.float64, device=factors.core.device)
-        raw = singular_values(factors._replace(core=core)).cpu()
+        core = torch.full_like(factors.core[..., :1, :1], scaling, dtype=torch.float64)
+        raw = spectrum(factors._replace(core=core)).cpu()
         for values, rows in ((raw, before), (diagnosis.singular_values[name], after)):
             rows.append(values.where(values > _ROUNDING * values[:, :1], 0.0).mean(0) / base_norm)
     return _padded(before), _padded(after)

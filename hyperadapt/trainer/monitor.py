@@ -43,7 +43,7 @@ class PositionMonitor:
         if not network.training or not torch.is_grad_enabled():
             return
         self._passes += 1
-        for position, base_norm in zip(network.positions, network.base_norms, strict=True):
+        for position, base_norm in zip(network.positions, network.position_norms, strict=True):
             name, factors = position.name, generated[position.name]
             update = _largest_update(factors) / base_norm
             self._updates[name] = torch.maximum(self._updates.get(name, update), update)
@@ -62,7 +62,8 @@ def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 @torch.no_grad()
 def _largest_update(factors: Factors) -> Tensor:
-    """Largest ‖B·S·A‖_F of any task, without the product."""
+    """Largest ‖B·S·A‖_F of any task, of all experts together, without the product."""
     factors = Factors(*(tensor.float() for tensor in factors))
     A, B = factors.lora_A, factors.outer()
-    return frobenius_norm_squared(A @ A.mT, B.mT @ B).amax().sqrt()
+    squared = frobenius_norm_squared(A @ A.mT, B.mT @ B)
+    return squared.flatten(1).sum(1).amax().sqrt() if squared.ndim > 1 else squared.amax().sqrt()

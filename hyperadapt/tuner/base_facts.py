@@ -29,7 +29,7 @@ def base_facts(
         has_text=hasattr(config, "vocab_size"),
         num_labels=getattr(config, "num_labels", None),
         decoder_layers=_decoder_layers(base_model),
-        has_own_endings=_has_own_endings(base_model, {position.name for position in positions}),
+        has_own_endings=_has_own_endings(base_model, {one.name for one in positions if not one.experts}),
         trained_modules=_trained_modules(base_model, modules_to_save),
         embeddings=_embeddings(base_model),
     )

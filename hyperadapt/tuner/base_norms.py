@@ -25,7 +25,7 @@ def is_made_empty() -> bool:
 
 @torch.no_grad()
 def base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
-    """Frobenius norm of a layer's base weight, a float32 scalar on the CPU.
+    """Frobenius norm of a layer's base weight, a float32 scalar on the CPU; those of experts, ``(experts,)``.
 
     An offloaded weight is brought in for the time. A quantised weight is dequantised; where that is not possible (GPTQ,
     AWQ and others), the base layer is applied to the identity matrix. A norm that is zero, not finite or unknown is
@@ -50,12 +50,15 @@ def base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
             norm = _norm_by_columns(base_layer, position, tensors)
         else:
             # Summed in float32 at least, as vector_norm refuses to narrow float64.
-            norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(weight, dim=(1, 2) if position.experts else None, dtype=dtype)
     norm = norm.float().cpu()
-    if not torch.isfinite(norm) or norm == 0:
+    useless = ~norm.isfinite() | (norm == 0)
+    if useless.any():
+        expert = f" of expert {useless.nonzero()[0].item()}" if position.experts else ""
         raise ValueError(
-            f"The weight of module {position.name!r} has Frobenius norm {norm.item()}, which cannot be the unit of "
-            "bounds and gains. Leave the module out with exclude_modules."
+            f"The weight{expert} of module {position.name!r} has Frobenius norm {norm[useless][0].item()}, which "
+            "cannot be the unit of bounds and gains. Leave the module out with exclude_modules."
         )
     return norm
 

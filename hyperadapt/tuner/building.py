@@ -80,7 +80,7 @@ def built_network(
     given = config
     positions = [layer.hyperadapter_position[adapter_name] for layer in layers]
     unread = torch.tensor(math.nan)
-    norms = torch.stack([base_norms.get(position.name, unread) for position in positions])
+    norms = torch.cat([base_norms.get(one.name, unread).expand(one.weights) for one in positions])
     check_saved_modules(base_model, adapter_name)
     config, text_vectors = with_text_vectors(config)
     config = with_example_sizes(config, base_model)
@@ -138,7 +138,8 @@ def take_out(model: nn.Module, router: Router, adapter_name: str) -> None:
         stacklevel=2,
     )
     _unwrap_saved_modules(model, adapter_name)
-    for name, layer in list(model.named_modules()):
+    # Layers inside of others, as those of experts are, come first.
+    for name, layer in reversed(list(model.named_modules())):
         if isinstance(layer, HyperAdapterLayer):
             layer.remove_adapter(adapter_name)
             if not layer.hyperadapter_position:

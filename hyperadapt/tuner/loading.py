@@ -36,14 +36,14 @@ _TO_LEAVE_OUT = "_to_leave_out"
 def check_size(config: HyperAdapterConfig, positions: Sequence[Position], size: int, measure: str) -> None:
     """Refuse a network, or one task's adapters, far larger than a measure of some size, before memory is taken."""
     limit = max(MAX_PARAMETERS, 4 * size)
-    generated = sum(p.r * (p.in_features + p.out_features + p.r) for p in positions)
+    generated = sum(p.weights * p.r * (p.in_features + p.out_features + p.r) for p in positions)
     if generated > limit:
         raise ValueError(
             f"One task's adapters would hold {generated:,} numbers, more than the limit of {limit:,} (2**30, or 4 "
             f"times {measure}). Reduce r or rank_pattern, or leave modules out with exclude_modules."
         )
     with torch.device("meta"):
-        network = HyperAdapterNetwork(config, positions, torch.empty(len(positions)))
+        network = HyperAdapterNetwork(config, positions, torch.empty(sum(p.weights for p in positions)))
     sizes: Counter[str] = Counter()
     for name, parameter in network.named_parameters():
         part = next((part for part in ("heads", "shared", "trunk", "task_embedding") if f"{part}." in name), "inputs")

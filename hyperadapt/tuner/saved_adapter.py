@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig, HyperAdapterType
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
-from hyperadapt.hypernetwork.positions import position_count, positions_of
+from hyperadapt.hypernetwork.positions import positions_of, weight_count
 from hyperadapt.tasks.encoders import with_text_vectors
 from hyperadapt.tuner.empty_base import made_for
 from hyperadapt.tuner.loading import NETWORKS, check_size, listed, mismatch
@@ -102,11 +102,11 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _made_network(config: HyperAdapterConfig, tensors: Mapping[str, Tensor], folder: str) -> HyperAdapterNetwork:
     """The network with its weights, which are complete, fit, and are all that there is."""
-    norms, count = tensors.get(f"{_NETWORK}base_norms"), position_count(config)
+    norms, count = tensors.get(f"{_NETWORK}base_norms"), weight_count(config)
     if norms is None or norms.shape != (count,) or not count:
         found = "none" if norms is None else f"base_norms of shape {tuple(norms.shape)}"
         raise ValueError(
-            f"{CONFIG_NAME} of {folder!r} tells of {count:,} adapted modules, but its file has the norms of as many "
+            f"{CONFIG_NAME} of {folder!r} tells of {count:,} adapted weights, but its file has the norms of as many "
             f"base weights: {found}. Get both again."
         )
     check_size(config, positions := positions_of(config), sum(map(torch.numel, tensors.values())), "its file")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.hypernetwork.positions import Position, position_count, positions_of, saved_positions
+from hyperadapt.hypernetwork.positions import Position, positions_of, saved_positions, weight_count
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_positions_are_saved_in_their_order() -> None:
     positions += [Position("conv.0", 18, 3, 8, kind="Convolution", kernel=(2, 3, 3))]
     config = config_of(positions)
     assert positions_of(config) == positions
-    assert position_count(config) == len(positions)
+    assert weight_count(config) == len(positions)
 
 
 def test_ranks_and_scalings_follow_from_the_configuration() -> None:

@@ -126,7 +126,7 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "no norms": (
         lambda weights: weights.pop(NORMS),
-        "tells of 4 adapted modules, but its file has the norms of as many",
+        "tells of 4 adapted weights, but its file has the norms of as many",
     ),
     "too few norms": (put(NORMS, torch.ones(3)), "as many base weights: base_norms of shape (3,). Get both again."),
     "missing": (lambda weights: weights.pop(EMBEDDING), f"do not fit its {CONFIG}: {EMBEDDING!r} is missing. Get both"),
@@ -192,10 +192,10 @@ BAD_CONFIGS: dict[str, tuple[Mapping[str, Any], type[Exception], str]] = {
     "a million layers": (
         {"adapted_modules": layers(0, 10**6)},
         ValueError,
-        "tells of 1,000,001 adapted modules, but its file has the norms of as many",
+        "tells of 1,000,001 adapted weights, but its file has the norms of as many",
     ),
     "twice": ({"adapted_modules": 4 * module()}, ValueError, "adapted_modules names 'a' more than once."),
-    "none": ({"adapted_modules": []}, ValueError, "tells of 0 adapted modules"),
+    "none": ({"adapted_modules": []}, ValueError, "tells of 0 adapted weights"),
     "others": ({"adapted_modules": layers(0, 3)}, ValueError, f"do not fit its {CONFIG}: "),
     "huge": (
         {"adapted_modules": layers(0, 3, in_features=2**30)},
@@ -279,5 +279,5 @@ def test_every_module_that_was_trained_in_full_is_needed(tmp_path: Path) -> None
 def test_nothing_is_made_of_many_positions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saved_adapter, "positions_of", lambda config: pytest.fail("positions were made"))
     change_config(folder, adapted_modules=layers(0, 10**6))
-    with pytest.raises(ValueError, match="tells of 1,000,001 adapted modules"):
+    with pytest.raises(ValueError, match="tells of 1,000,001 adapted weights"):
         read_adapter(folder)
