@@ -100,7 +100,7 @@ NEAR: dict[str, st.SearchStrategy[Any]] = {
     "layers_to_transform": LAYERS,
     "layers_pattern": MODULES,
     "modules_to_save": MODULES,
-    "target_parameters": st.none(),
+    "target_parameters": st.none() | st.lists(st.sampled_from(["up.weight", "conv.weight", "weight", "a"]), max_size=2),
     "bias": st.just("none"),
     "tasks": TASKS | st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=3),
     "task_descriptions": st.none() | st.dictionaries(st.sampled_from(["a", "b"]), st.text(max_size=3), max_size=2),

@@ -22,11 +22,12 @@ from hyperadapt.config.checks import (
     refuses_unknown_fields,
 )
 from hyperadapt.config.module_fields import (
+    check_bias,
     check_pattern,
-    check_unsupported,
     checked_layers,
     checked_modules,
     checked_modules_to_save,
+    checked_parameters,
     value_at,
 )
 from hyperadapt.config.normalization_fields import check_start, checked_options
@@ -75,7 +76,9 @@ class HyperAdapterConfig(PeftConfig):
         layers_to_transform: Layer indices to adapt; None adapts all. Needs `target_modules` as a list.
         layers_pattern: Name of the module list that holds the layers, if it cannot be guessed.
         modules_to_save: Modules that are trained in full and saved with the adapter.
-        target_parameters: Only None.
+        target_parameters: Parameters of fused experts, by name endings such as ``"experts.gate_up_proj"``: stacks of
+            matrices ``(experts, ..., ...)``, each of which gets factors of its own; see ``docs/experts.md``. As with
+            ``LoraConfig``, ``target_modules=[]`` adapts nothing else.
         bias: Only ``"none"``.
         tasks: Task names, or a dict from task name to a description or a list of them; the order gives the task ids.
             After construction always the list of names.
@@ -149,7 +152,9 @@ class HyperAdapterConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
     )
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Only None."})
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters of experts, by name endings."}
+    )
     bias: str = field(default="none", metadata={"help": "Only 'none'."})
     tasks: list[str] | dict[str, str | list[str]] = field(
         default_factory=lambda: ["default"], metadata={"help": "Task names, or task name -> description(s)."}
@@ -317,7 +322,8 @@ class HyperAdapterConfig(PeftConfig):
     def _check_modules(self) -> None:
         check_pattern("rank_pattern", self.rank_pattern, check_integer)
         check_pattern("alpha_pattern", self.alpha_pattern, check_number)
-        check_unsupported(self.bias, self.target_parameters)
+        check_bias(self.bias)
+        self.target_parameters = checked_parameters(self.target_parameters, self.lora_dropout)
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, checked_modules(name, getattr(self, name)))
         self.modules_to_save = checked_modules_to_save(self.modules_to_save)

@@ -12,20 +12,33 @@ from peft.utils.other import get_pattern_key
 from hyperadapt.config.checks import check_type, checked_names, shown
 
 
-def check_unsupported(bias: Any, target_parameters: Any) -> None:
-    """Check fields of other methods that a hyperadapter cannot serve."""
+def check_bias(bias: Any) -> None:
+    """Refuse to train biases."""
     if bias != "none":
         raise ValueError(
             f"bias={shown(bias)} is not supported: a hyperadapter generates weights, not biases. Use bias='none'; to "
             "train a module in full, name it in modules_to_save."
         )
-    if target_parameters is not None:
+
+
+def checked_parameters(value: Any, lora_dropout: float) -> list[str] | None:
+    """Names of parameters of experts, or None."""
+    if value is None:
+        return None
+    names = checked_names("target_parameters", value)
+    for name in names:
+        if not name.rpartition(".")[0]:
+            raise ValueError(
+                f"target_parameters={shown(value)} holds {shown(name)}, the name of a parameter without that of its "
+                f"module. Write at least the module's last component before it, such as {shown(f'experts.{name}')}."
+            )
+    if names and lora_dropout:
         raise ValueError(
-            f"target_parameters={shown(target_parameters)} is not supported: a parameter that is no linear layer of "
-            "its own, such as fused experts, does not see which row of the batch its input comes from, so tasks could "
-            "not be mixed. Name linear modules in target_modules instead, or train the module in full with "
-            "modules_to_save."
+            f"lora_dropout={shown(lora_dropout)} cannot be used with target_parameters={shown(value)}: experts get "
+            "their input inside of their module, where no dropout can be put before the adapter alone. Set "
+            "lora_dropout=0."
         )
+    return names or None
 
 
 def checked_modules(name: str, value: Any) -> set[str] | str | None:

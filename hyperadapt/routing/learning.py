@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -30,15 +30,22 @@ _learning = threading.RLock()
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def learn(
-    layouts: Layouts, module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Prints]]
+    layouts: Layouts,
+    module: nn.Module,
+    call: Call,
+    recording: Callable[[], AbstractContextManager[Prints]],
+    fused_experts: Collection[str] = (),
 ) -> Mapping[str, Layout | str]:
-    """The layouts that hold in a call, learned if they are not known; within ``recording()`` layers leave prints."""
+    """The layouts that hold in a call, learned if they are not known; within ``recording()`` layers leave prints.
+
+    Fused experts, named here, get all tokens of all rows, unlike other experts.
+    """
     with _learning:
         known = layouts.find(call)
         if known is not None:
             return known
         try:
-            learned = _learned_layouts(module, call, recording)
+            learned = _learned_layouts(module, call, recording, fused_experts)
         except Exception as error:
             # Not kept: another batch may do.
             call.problem = f"the model does not run on single rows ({error})"
@@ -63,7 +70,10 @@ def _in_order(layout: Layout | str) -> Layout | str:
 
 
 def _learned_layouts(
-    module: nn.Module, call: Call, recording: Callable[[], AbstractContextManager[Prints]]
+    module: nn.Module,
+    call: Call,
+    recording: Callable[[], AbstractContextManager[Prints]],
+    fused_experts: Collection[str],
 ) -> dict[str, Layout | str]:
     """Run a module on single rows of a call and compare what its adapted layers get.
 
@@ -71,8 +81,8 @@ def _learned_layouts(
     """
     found = _learned(_Runs(module, call, recording))
     # As many as rows by chance, whatever was seen.
-    experts = {name: "an expert gets the tokens that chose it" for name in found if "experts" in name.split(".")}
-    return found | experts
+    experts = {name for name in found if "experts" in name.split(".")} - set(fused_experts)
+    return found | dict.fromkeys(experts, "an expert gets the tokens that chose it")
 
 
 def _learned(runs: _Runs) -> dict[str, Layout | str]:

@@ -151,7 +151,9 @@ class Router:
                     "Where rows lie in this model is not known yet, and a graph cannot learn it. Call the model once "
                     "with a task per row before it is compiled or exported."
                 )
-            call.layouts = learn(self.layouts, module, call, self.recording) if layouts is None else layouts
+            if layouts is None:
+                layouts = learn(self.layouts, module, call, self.recording, self._fused_experts())
+            call.layouts = layouts
 
     @contextmanager
     def installed(self, forward_pass: ForwardPass) -> Iterator[None]:
@@ -166,6 +168,11 @@ class Router:
     def current(self) -> ForwardPass | None:
         """The innermost forward pass of this thread."""
         return self._current.forward_pass
+
+    def _fused_experts(self) -> set[str]:
+        """Names of positions whose module gets all tokens, and deals them out to its experts itself."""
+        networks = map(self.network, self.networks)
+        return {position.name for network in networks for position in network.positions if position.experts}
 
     def stop_observing(self) -> None:
         """Take the hooks off the base model."""

@@ -26,6 +26,7 @@ from hyperadapt.tuner.merging import check_merge, check_pin, check_removal
 from hyperadapt.tuner.model_state import unchanged_on_error
 from hyperadapt.tuner.new_tasks import ExampleReader, NewTask, table_of
 from hyperadapt.tuner.saved_tuner import SavedTuner
+from hyperadapt.tuner.targeted_parameters import ParameterTuner
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from hyperadapt.tasks.fitting import Examples
 
 
-class HyperAdapterModel(SavedTuner):
+class HyperAdapterModel(SavedTuner, ParameterTuner):
     """PEFT tuner for hyperadapters; made by ``get_peft_model`` with a ``HyperAdapterConfig``.
 
     What it offers on tasks is for the active adapter. An optimizer has to be made anew after tasks have changed.

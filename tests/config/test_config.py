@@ -16,8 +16,9 @@ from hyperadapt.config import HyperAdapterConfig
 # In an order that is not the alphabetical one, in which PEFT writes the keys of a dict.
 DESCRIPTIONS = {"trec": "What does a question ask for?", "boolq": "Is it so?", "sst2": "Is it praise?"}
 
-# No field has its default. Fixed values: `peft_type`, `peft_version` and `plugin`; `bias` and `target_parameters` have
-# only one legal value. Options of other normalisations must be None; test_normalization_fields.py saves and loads them.
+# No field has its default. Fixed values: `peft_type`, `peft_version` and `plugin`; `bias` has only one legal value,
+# and `target_parameters` none beside a dropout (test_expert_export.py saves it). Options of other normalisations must
+# be None; test_normalization_fields.py saves and loads them.
 FULL = {
     "task_type": "SEQ_CLS",
     "auto_mapping": {"base_model_class": "Bert"},

@@ -86,7 +86,20 @@ BAD_FIELDS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "layers_pattern='(?P<idx>h)' is not a valid regular expression (redefinition of group name 'idx'",
     ),
-    ({"target_parameters": ["w"]}, ValueError, "target_parameters=['w'] is not supported: a parameter that is no"),
+    ({"target_parameters": "experts.w"}, TypeError, "target_parameters='experts.w' must be a list of names, not str."),
+    ({"target_parameters": [""]}, ValueError, "target_parameters=[''] holds ''; every entry needs to be a non-empty"),
+    (
+        {"target_parameters": ["w"]},
+        ValueError,
+        "target_parameters=['w'] holds 'w', the name of a parameter without that of its module. Write at least the "
+        "module's last component before it, such as 'experts.w'.",
+    ),
+    (
+        {"target_parameters": ["experts.w"], "lora_dropout": 0.1},
+        ValueError,
+        "lora_dropout=0.1 cannot be used with target_parameters=['experts.w']: experts get their input inside of their "
+        "module, where no dropout can be put before the adapter alone. Set lora_dropout=0.",
+    ),
     ({"bias": {}}, ValueError, "bias={} is not supported"),
     (
         {"bias": "all"},
