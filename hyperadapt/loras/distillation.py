@@ -126,6 +126,12 @@ def distill(  # noqa: DOC503
     network = _trainable_network(model)
     task_ids = resolve_task_ids(list(adapters), network.config.task_names)
     positions = {position.name: position for position in network.positions}
+    fused = [name for name, position in positions.items() if position.experts]
+    if fused:
+        raise ValueError(
+            f"The hyperadapter adapts fused experts, {shown(fused)}, whose factors cannot be distilled from files "
+            "yet. Make one without target_parameters for the LoRAs' modules."
+        )
     loras = [read_lora(task, folder, positions) for task, folder in adapters.items()]
     groups = _grouped(network.positions, loras)
     squared_norms = _squared_norms(groups)

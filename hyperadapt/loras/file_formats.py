@@ -78,7 +78,7 @@ def _write_diffusers(lora: Lora, folder: Path) -> None:
             "format='diffusers' is for models of diffusers, but the base model is a "
             f"{lora.family.base.kind}. Choose another format."
         )
-    _check_modules(lora, "diffusers", "linear layers and convolutions", _is_no_embedding)
+    _check_modules(lora, "diffusers", "linear layers and convolutions", _is_in_pipeline)
     component = "unet" if "UNet" in lora.family.base.kind else "transformer"
     # diffusers hands all of these to LoraConfig, where an older PEFT refuses a field that it does not know.
     config = lora.family.config()
@@ -126,5 +126,5 @@ def _is_in_decoder_layer(position: Position) -> bool:
     return position.kind in ("Linear", "Conv1D") and _DECODER_LAYER.fullmatch(position.name) is not None
 
 
-def _is_no_embedding(position: Position) -> bool:
-    return position.kind != "Embedding"
+def _is_in_pipeline(position: Position) -> bool:
+    return position.kind not in ("Embedding", "Experts")

@@ -40,6 +40,20 @@ class LoraFamily:
         return self.adapter.base_facts
 
     @cached_property
+    def layer_names(self) -> dict[str, str]:
+        """By position name the path of its layer in a model with PEFT's LoRA: those of experts lie in one another."""
+        names = {name: name for name, position in self.positions.items() if not position.experts}
+        taken: set[str] = set()
+        for name in [name for name in self.positions if name not in names]:
+            path = name.rpartition(".")[0]
+            # The outermost layer comes first.
+            while path in taken:
+                path += ".base_layer"
+            names[name] = path
+            taken.add(path)
+        return names
+
+    @cached_property
     def r(self) -> int:
         """The rank that a LoRA gets everywhere: the smallest of ``RANKS`` that holds all, else the largest itself."""
         largest = max(position.r for position in self.positions.values())
@@ -47,7 +61,8 @@ class LoraFamily:
 
     def config(self) -> LoraConfig:
         """The configuration; a new one, as PEFT may change it."""
-        endings = {name.rpartition(".")[2] for name in self.positions}
+        modules = [name for name, position in self.positions.items() if not position.experts]
+        endings = {name.rpartition(".")[2] for name in modules}
         config = LoraConfig(
             r=self.r,
             # The scaling is in the factors.
@@ -58,9 +73,11 @@ class LoraFamily:
             base_model_name_or_path=self.adapter.base_model_name_or_path,
             revision=self.adapter.revision,
             inference_mode=True,
+            # By their whole names, since in other layers they may not be adapted.
+            target_parameters=sorted(self.positions.keys() - set(modules)) or None,
         )
         # Servers expect the last components, if they mean nothing else. Given above, it would become a set.
-        config.target_modules = sorted(endings if self.base.has_own_endings else self.positions)
+        config.target_modules = sorted(endings if self.base.has_own_endings else modules)
         return config
 
     @cached_property
@@ -81,8 +98,8 @@ class Lora:
     """The LoRA of one task, of one rank everywhere; its scaling is in the factors."""
 
     family: LoraFamily
-    # By module path the tensors by the ends of their names in a saved adapter: ``lora_A.weight`` (r, in_features) and
-    # ``lora_B.weight`` (out_features, r).
+    # By position name the tensors by the ends of their names in a saved adapter: ``lora_A.weight`` (r, in_features) and
+    # ``lora_B.weight`` (out_features, r), of experts (experts · r, in_features) and (out_features, r · experts).
     factors: Mapping[str, Mapping[str, Tensor]]
     # None where a description or examples asked for it.
     task: str | None
@@ -90,7 +107,12 @@ class Lora:
 
     def named_factors(self, prefix: str) -> dict[str, Tensor]:
         """A and B of all modules by their names in a file, which start with `prefix`."""
-        return {f"{prefix}{path}.{end}": tensor for path, pair in self.factors.items() for end, tensor in pair.items()}
+        paths = self.family.layer_names
+        return {
+            f"{prefix}{paths[name]}.{end}": tensor
+            for name, pair in self.factors.items()
+            for end, tensor in pair.items()
+        }
 
 
 def lora_tensors(position: Position, factors: Factors, r: int) -> dict[str, Tensor]:
@@ -98,8 +120,11 @@ def lora_tensors(position: Position, factors: Factors, r: int) -> dict[str, Tens
 
     The core is part of B.
     """
-    lora_A = _with_zeros(factors.lora_A[0].cpu(), r, 0)
-    lora_B = _with_zeros(factors.lora_B[0].cpu(), r, 1)
+    lora_A = _with_zeros(factors.lora_A[0].cpu(), r, -2)
+    lora_B = _with_zeros(factors.lora_B[0].cpu(), r, -1)
+    if position.experts:
+        # One expert after the other in A; in B all experts' first columns, then all second ones.
+        return {"lora_A.weight": lora_A.flatten(0, 1), "lora_B.weight": lora_B.permute(1, 2, 0).flatten(1)}
     if position.kind == "Embedding":
         return {"lora_embedding_A": without_column(lora_A, position.padding_idx), "lora_embedding_B": lora_B}
     if position.kernel is not None:
