@@ -13,9 +13,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CAUSAL, ENCODER = "Qwen/Qwen2.5-0.5B", "google-bert/bert-base-uncased"
+MIXTURE = "Qwen/Qwen3-30B-A3B"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "<|endoftext|>"]
 _SIZES = {
@@ -28,6 +31,7 @@ _SIZES = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
+_EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _CHAT = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|endoftext|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -73,12 +77,13 @@ def save_models(folder: Path) -> dict[str, Path]:
         made: dict[str, Any] = {
             CAUSAL: Qwen2ForCausalLM(Qwen2Config(**_SIZES, num_key_value_heads=2, bos_token_id=3, eos_token_id=3)),
             ENCODER: BertForSequenceClassification(BertConfig(**_SIZES)),
+            MIXTURE: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **_EXPERTS)),
         }
     folders = {}
     for name, model in made.items():
         folders[name] = folder / name.replace("/", "--")
         model.save_pretrained(folders[name])
-        _tokenizer(name == CAUSAL).save_pretrained(folders[name])
+        _tokenizer(name != ENCODER).save_pretrained(folders[name])
     return folders
 
 
