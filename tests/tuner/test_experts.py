@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyperadapt.normalization.formulas import NORMALIZATIONS
 from hyperadapt.tuner.experts import HyperAdapterExperts
 from hyperadapt.tuner.stacked_weights import StackedWeights
 from tests.support.experts import MIXTURES, PARAMETERS, adapted, expert_norms, mixture, token_ids
@@ -137,6 +138,25 @@ def test_each_expert_keeps_the_bound_of_its_own_weight() -> None:
         found = expert_norms(layer.get_delta_weight("default")) / expert_norms(layer.weight)
         assert (found < 0.25).all()
         assert (found > 0.1).all()
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("head", ["row", "pair"])
+def test_every_normalization_and_head(normalization: str, head: str) -> None:
+    base = mixture()
+    batch = {"input_ids": token_ids(2)}
+    with torch.no_grad():
+        expected = base(**batch).logits
+    changes = {"normalization": normalization, "head": head, "target_modules": ["q_proj"], "lora_alpha": 2}
+    model = adapted(base, active=False, **changes)
+    assert torch.equal(logits(model, batch, tasks=TASKS[0]), expected)
+    model = adapted(model.unload(), **changes)
+    alone = [logits(model, batch, tasks=task) for task in TASKS[:2]]
+    assert float((alone[0] - alone[1]).abs().max()) > 1e-4
+    mixed = logits(model, batch, tasks=list(TASKS[:2]))
+    torch.testing.assert_close(mixed, torch.stack([alone[0][0], alone[1][1]]), **EXACT)
+    model.base_model.set_task(TASKS[1])
+    torch.testing.assert_close(logits(model.merge_and_unload(), batch), alone[1], **EXACT)
 
 
 def test_experts_differ_and_cost_a_row_of_one_table() -> None:
