@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperadapt.normalization.cores import cores_of_grams
 from hyperadapt.normalization.formulas import METHODS, learned_bound
 from hyperadapt.normalization.matrix_functions import inverse_sqrt
 from hyperadapt.normalization.normalize import check_options, checked_method, full_core
@@ -71,8 +72,9 @@ class MatrixNorm(nn.Module):
                     f"{tuple(matrix.shape)}: only a square matrix can be doubly stochastic."
                 )
             # The rows of an identity have length 1, so that the core is the doubly stochastic matrix itself.
-            gram = identity.to(torch.promote_types(matrix.dtype, torch.float32))
-            return method.core(gram, gram, **{**method.options, **options, "logits": matrix})
+            gram = identity.to(torch.promote_types(matrix.dtype, torch.float32)).reshape(-1, 1, rows, rows)
+            options["logits"] = matrix.reshape(-1, 1, rows, rows)
+            return cores_of_grams(torch.cat([gram, gram], dim=1), method, options).reshape(matrix.shape)
         if method.learns_bound:
             options["bound"] = learned_bound(options["bound"], self.bound_logit)
         if rows <= columns:

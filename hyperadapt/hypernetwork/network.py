@@ -16,8 +16,8 @@ from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork, index_
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.updates import largest_singular_values, update_grams
 from hyperadapt.hypernetwork.warmup import BoundWarmup
+from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS, frobenius_norm_squared, learned_bound, soft_scale
-from hyperadapt.normalization.gram import grams
 from hyperadapt.tasks.embedding import TaskEmbedding
 
 
@@ -127,18 +127,15 @@ class HyperAdapterNetwork(nn.Module):
     ) -> dict[str, Factors]:
         """Factors by position name of groups of one rank."""
         order = [position for group in generated for position in group.positions]
-        gram_A, gram_B = _grams(generated)
-        logits = [group.logits for group in generated if group.logits is not None]
-        cores = self._cores(gram_A, gram_B, torch.cat(logits, dim=1) if logits else None, order)
-        cores = cores.to(generated[0].lora_A.dtype)
+        joined = self._cores(generated, order).to(generated[0].lora_A.dtype)
         lora_Bs = [group.lora_B for group in generated]
-        if is_whole or (dtype not in (None, cores.dtype) and cores.shape[-1] > 1):
+        if is_whole or (dtype not in (None, joined.dtype) and joined.shape[-1] > 1):
             # Where a core brings some directions down and not others, what half precision rounds off the large ones
             # would count beside the small ones. In B·S they are of one size.
-            parts = torch.split(cores, [group.weights for group in generated], dim=1)
+            parts = torch.split(joined, [group.weights for group in generated], dim=1)
             lora_Bs = [_with_core(lora_B, part) for lora_B, part in zip(lora_Bs, parts, strict=True)]
-            cores = torch.ones_like(cores[..., :1, :1])
-        group_cores = torch.split(cores, [group.weights for group in generated], dim=1)
+            joined = torch.ones_like(joined[..., :1, :1])
+        group_cores = torch.split(joined, [group.weights for group in generated], dim=1)
         factors = (
             Factors(*parts)
             for group, group_B, core in zip(generated, lora_Bs, group_cores, strict=True)
@@ -150,24 +147,31 @@ class HyperAdapterNetwork(nn.Module):
         )
         return {position.name: one for position, one in zip(order, factors, strict=True)}
 
-    def _cores(self, gram_A: Tensor, gram_B: Tensor, logits: Tensor | None, positions: Sequence[Position]) -> Tensor:
+    def _cores(self, generated: Sequence[Generated], positions: Sequence[Position]) -> Tensor:
         """Cores (tasks, weights, r, r) of one rank: normalisation of the scaled update, then scaling or gain."""
-        config, scaling = self.config, _scaling(positions, gram_A)
-        method, (indices, base_norms) = METHODS[config.normalization], self._selected(positions, gram_A.dtype)
+        config, like = self.config, generated[0].lora_A
+        method, dtype = METHODS[config.normalization], torch.promote_types(like.dtype, torch.float32)
+        indices, base_norms = self._selected(positions, dtype)
+        factors = [group.lora_A for group in generated], [group.lora_B.mT for group in generated]
         options = config.normalization_options
         options.pop("warmup", None)
         if "logits" in method.needs:
-            options["logits"] = logits
+            options["logits"] = torch.cat([group.logits for group in generated if group.logits is not None], dim=1)
         if config.has_gain:
             del options["bound"]
             gains, _ = self._gains(indices, base_norms, positions[0].r)
-            return gains[:, None, None] * method.core(gram_A, gram_B, **options)
+            return gains[:, None, None] * cores(*factors, method, options)
+        scaling = _scaling(positions, base_norms)
         if method.is_bounded:
-            options["bound"] = self._bounds(indices, base_norms)
+            # A bound holds for the update as applied: the norm of the scaled update against it is that of the update
+            # against the bound over the scaling.
+            options["bound"] = self._bounds(indices, base_norms) / scaling
         if self.warmup is not None:
-            options["bound"] = options["bound"] * self.warmup(gram_A.dtype)
-        # A bound holds for the update as applied, so the scaling goes in before the normalisation.
-        return scaling * method.core(gram_A, gram_B * scaling**2, **options)
+            options["bound"] = options["bound"] * self.warmup(dtype)
+        result = cores(*factors, method, options)
+        if isinstance(scaling, Tensor):
+            return scaling[:, None, None] * result
+        return result if scaling == 1 else scaling * result
 
     def _bound_shares(self, positions: Sequence[Position], factors: Sequence[Factors]) -> Tensor:
         """As ``bound_shares``, of the weights of positions of one rank, (weights, tasks)."""
@@ -226,16 +230,8 @@ def _start_variance(config: HyperAdapterConfig) -> float | None:
 
 
 def _scaling(positions: Sequence[Position], like: Tensor) -> float | Tensor:
-    """The scaling that all positions share, or that of each weight as a tensor of shape (weights, 1, 1)."""
+    """The scaling that all positions share, or that of each weight as a tensor of shape (weights,)."""
     values = [position.scaling for position in positions for _ in range(position.weights)]
     if len(set(values)) == 1:
         return values[0]
-    return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)[:, None, None]
-
-
-def _grams(generated: Sequence[Generated]) -> tuple[Tensor, Tensor]:
-    """Gram matrices of all factors, each of shape (tasks, weights, r, r), in one operator call."""
-    tasks, _, r, _ = generated[0].lora_A.shape
-    factors = [*(group.lora_A for group in generated), *(group.lora_B.mT for group in generated)]
-    parts = [part.reshape(tasks, -1, r, r) for part in grams([factor.flatten(0, 1) for factor in factors])]
-    return torch.cat(parts[: len(generated)], dim=1), torch.cat(parts[len(generated) :], dim=1)
+    return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)

@@ -62,8 +62,9 @@ def spectrum(factors: Factors) -> Tensor:
 @torch.no_grad()
 def update_grams(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     """Gram matrices of A and of B·S of updates of one rank, shape (updates, tasks, r, r), at least float32."""
-    joined = grams([*(one.lora_A for one in factors), *(one.outer().mT for one in factors)])
-    return torch.stack(joined[: len(factors)]), torch.stack(joined[len(factors) :])
+    joined = grams([rows[:, None] for rows in (*(one.lora_A for one in factors), *(one.outer().mT for one in factors))])
+    gram_A, gram_B = joined.transpose(0, 1).chunk(2)
+    return gram_A, gram_B
 
 
 def largest_singular_values(gram_A: Tensor, gram_B: Tensor) -> Tensor:

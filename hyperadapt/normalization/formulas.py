@@ -5,7 +5,7 @@ options as keywords, and returns S of the same shape and dtype, so that the norm
 multiple of the identity, the factor, of shape ``(..., 1, 1)``. All are finite, with finite gradients, at zero, at
 rank-deficient and at repeated spectra.
 
-One more normalisation is a function here, and its record in ``METHODS``.
+One more normalisation is a function here, and its record in ``METHODS``; a kernel for it may come later.
 """
 
 from __future__ import annotations
@@ -107,16 +107,24 @@ def _ridged(gram: Tensor, ridge: float) -> Tensor:
 # Largest norms: Σσᵢ² ≤ r where σ₁ ≤ 1. A sum of r matrices of norm 1, or a mean of such sums, may reach r.
 METHODS: dict[str, Normalization] = {
     "none": Normalization(_none),
-    "soft_frobenius": Normalization(_soft_frobenius, needs=("bound",)),
-    "soft_polar": Normalization(_soft_polar, needs=("bound",), bounds_singular_values=True),
-    "adaptive": Normalization(_soft_polar, needs=("bound",), bounds_singular_values=True, learns_bound=True),
-    "frobenius": Normalization(_frobenius, largest_norm=lambda r: 1.0),
-    "spectral": Normalization(_spectral, largest_norm=math.sqrt),
-    "whitening": Normalization(
-        _whitening, {"ridge": 1e-5, "factors": "both"}, largest_norm=math.sqrt, without_gain={"factors": "A"}
+    "soft_frobenius": Normalization(_soft_frobenius, needs=("bound",), kernel="scale"),
+    "soft_polar": Normalization(_soft_polar, needs=("bound",), bounds_singular_values=True, kernel="soft_polar"),
+    "adaptive": Normalization(
+        _soft_polar, needs=("bound",), bounds_singular_values=True, learns_bound=True, kernel="soft_polar"
     ),
-    "weight_norm": Normalization(_weight_norm, largest_norm=float),
-    "sinkhorn": Normalization(_sinkhorn, {"iterations": 20, "temperature": 1.0}, needs=("logits",), largest_norm=float),
+    "frobenius": Normalization(_frobenius, largest_norm=lambda r: 1.0, kernel="scale"),
+    "spectral": Normalization(_spectral, largest_norm=math.sqrt, kernel="spectral"),
+    "whitening": Normalization(
+        _whitening,
+        {"ridge": 1e-5, "factors": "both"},
+        largest_norm=math.sqrt,
+        without_gain={"factors": "A"},
+        kernel="whitening",
+    ),
+    "weight_norm": Normalization(_weight_norm, largest_norm=float, kernel="weight_norm"),
+    "sinkhorn": Normalization(
+        _sinkhorn, {"iterations": 20, "temperature": 1.0}, needs=("logits",), largest_norm=float, kernel="sinkhorn"
+    ),
 }
 NORMALIZATIONS = tuple(METHODS)
 BOUNDED_NORMALIZATIONS = tuple(name for name, method in METHODS.items() if method.is_bounded)

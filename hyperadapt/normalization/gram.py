@@ -1,14 +1,14 @@
 """Gram matrices of many factors of different widths, as one operator: one kernel launch on a GPU with Triton.
 
-``HYPERADAPT_KERNELS=reference`` in the environment makes the operator use plain torch everywhere.
+``HYPERADAPT_KERNELS=reference`` in the environment makes it plain torch everywhere.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,36 +19,35 @@ LARGEST_KERNEL_RANK = 64
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def grams(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Gram matrices X·Xᵀ of batches of shape (n, r, d) with one r, dtype and device, each of shape ``(n, r, r)``.
+def grams(tensors: Sequence[Tensor]) -> Tensor:
+    """Gram matrices X·Xᵀ of batches of shape (n, p, r, d) with one n, r, dtype and device, ``(n, sum of p, r, r)``.
 
     Float32, or float64 for float64. Each input element is read once. The gradient with respect to X is (H + Hᵀ)·X, with
     H that of its Gram matrix.
     """
-    joined = _grams(list(tensors))
-    return list(torch.split(joined, [tensor.shape[0] for tensor in tensors]))
+    joined: Tensor = _grams(list(tensors))
+    return joined
 
 
 def grams_reference(tensors: Sequence[Tensor]) -> Tensor:
-    """The operator in plain torch: all Gram matrices, shape ``(sum of n, r, r)``, float32 or float64."""
-    return torch.cat([_wide(tensor) @ _wide(tensor).mT for tensor in tensors])
+    """The operator in plain torch."""
+    return torch.cat([_wide(tensor) @ _wide(tensor).mT for tensor in tensors], dim=1)
 
 
 def grams_backward_reference(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """The operator's gradient in plain torch, like `tensors`; `grad` has the shape ``(sum of n, r, r)``."""
-    symmetric = torch.split(grad + grad.mT, [tensor.shape[0] for tensor in tensors])
+    """The operator's gradient in plain torch, like `tensors`; `grad` has the shape of the Gram matrices."""
+    symmetric = torch.split(grad + grad.mT, [tensor.shape[1] for tensor in tensors], dim=1)
     return [(part @ _wide(tensor)).to(tensor.dtype) for part, tensor in zip(symmetric, tensors, strict=True)]
 
 
 @torch.library.custom_op("hyperadapt::grams", mutates_args=(), schema="(Tensor[] tensors) -> Tensor")
 def _grams(tensors: list[Tensor]) -> Tensor:
-    if not _kernel_serves(tensors):
+    if not kernels_serve(tensors[0]):
         return grams_reference(tensors)
     from hyperadapt.normalization import gram_triton
 
-    table = _table(tuple((len(tensor), tensor.shape[2]) for tensor in tensors), tensors[0].device)
-    output = _empty_grams(tensors)
-    gram_triton.forward([tensor.contiguous() for tensor in tensors], table, output)
+    tensors, output = contiguous(tensors), empty_grams(tensors)
+    gram_triton.gram_forward(tensors, shape_table(tensors), output)
     return output
 
 
@@ -56,24 +55,23 @@ def _grams(tensors: list[Tensor]) -> Tensor:
     "hyperadapt::grams_backward", mutates_args=(), schema="(Tensor[] tensors, Tensor grad) -> Tensor[]"
 )
 def _grams_backward(tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
-    if not _kernel_serves(tensors):
+    if not kernels_serve(tensors[0]):
         return grams_backward_reference(tensors, grad)
     from hyperadapt.normalization import gram_triton
 
-    table = _table(tuple((len(tensor), tensor.shape[2]) for tensor in tensors), tensors[0].device)
-    gradients = _empty_gradients(tensors)
-    gram_triton.backward([tensor.contiguous() for tensor in tensors], table, grad.contiguous(), gradients)
+    tensors, gradients = contiguous(tensors), empty_gradients(tensors)
+    gram_triton.gram_backward(tensors, shape_table(tensors), grad.contiguous(), gradients)
     return gradients
 
 
 @_grams.register_fake
 def _(tensors: list[Tensor]) -> Tensor:
-    return _empty_grams(tensors)
+    return empty_grams(tensors)
 
 
 @_grams_backward.register_fake
 def _(tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
-    return _empty_gradients(tensors)
+    return empty_gradients(tensors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[list[Tensor]], output: Tensor) -> None:
@@ -88,31 +86,48 @@ def _backward(ctx: Any, grad: Tensor) -> list[Tensor]:
 _grams.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _kernel_serves(tensors: Sequence[Tensor]) -> bool:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def kernels_are_on() -> bool:
+    """Whether Triton is installed and the environment does not ask for plain torch."""
+    return os.environ.get("HYPERADAPT_KERNELS") != "reference" and importlib.util.find_spec("triton") is not None
+
+
+def kernels_serve(tensor: Tensor) -> bool:
+    """Whether kernels serve factors of this device, dtype and rank, the last dimension but one."""
     return (
-        tensors[0].is_cuda
-        and tensors[0].dtype in KERNEL_DTYPES
-        and tensors[0].shape[1] <= LARGEST_KERNEL_RANK
-        and os.environ.get("HYPERADAPT_KERNELS") != "reference"
-        and importlib.util.find_spec("triton") is not None
-        # The kernel reads addresses that are copied from the host, which a replayed graph would read anew.
-        and not torch.cuda.is_current_stream_capturing()
+        tensor.is_cuda
+        and tensor.dtype in KERNEL_DTYPES
+        and tensor.shape[-2] <= LARGEST_KERNEL_RANK
+        and kernels_are_on()
     )
 
 
-@lru_cache(maxsize=64)
-def _table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    rows = [(tensor, index, width) for tensor, (count, width) in enumerate(shapes) for index in range(count)]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, each copied only if it is not contiguous yet."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
-def _empty_grams(tensors: Sequence[Tensor]) -> Tensor:
-    r = tensors[0].shape[1]
+def shape_table(tensors: Sequence[Tensor]) -> Tensor:
+    """By place among all p: the tensor, the index in it, its p, its width; int32 ``(sum of p, 4)`` on the device."""
+    return _shape_table(tuple((tensor.shape[1], tensor.shape[3]) for tensor in tensors), tensors[0].device)
+
+
+# Never forgotten: a CUDA graph that reads one may be replayed at any time. There is one for each set of positions.
+@functools.cache
+def _shape_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    rows = [(tensor, index, count, width) for tensor, (count, width) in enumerate(shapes) for index in range(count)]
+    return torch.tensor(rows, dtype=torch.int32).to(device)
+
+
+def empty_grams(tensors: Sequence[Tensor]) -> Tensor:
+    """Place for the Gram matrices."""
+    n, _, r, _ = tensors[0].shape
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return tensors[0].new_empty((sum(tensor.shape[0] for tensor in tensors), r, r), dtype=dtype)
+    return tensors[0].new_empty((n, sum(tensor.shape[1] for tensor in tensors), r, r), dtype=dtype)
 
 
-def _empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+def empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Place for gradients of the tensors."""
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
 
 

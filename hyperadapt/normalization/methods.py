@@ -59,6 +59,8 @@ class Normalization:
         without_gain: Values of options with which a unit normalisation is defined at B = 0, and takes no gain.
         bounds_singular_values: Whether the bound is on each singular value, as bound/√r, and by that on the norm.
         learns_bound: Whether each position learns a bound of its own, below the given one.
+        kernel: The kernel that computes the same on a GPU: ``"scale"`` from the factors, others from Gram matrices
+            (``core_triton``); None for the formula alone.
     """
 
     core: Callable[..., Tensor]
@@ -68,6 +70,7 @@ class Normalization:
     without_gain: Mapping[str, Any] = field(default_factory=dict)
     bounds_singular_values: bool = False
     learns_bound: bool = False
+    kernel: str | None = None
 
     @property
     def is_bounded(self) -> bool:

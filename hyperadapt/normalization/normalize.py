@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS
-from hyperadapt.normalization.gram import grams
 from hyperadapt.normalization.methods import OPTIONS, Normalization
 
 
@@ -87,19 +87,19 @@ def normalize(
 
 def full_core(lora_A: Tensor, lora_B: Tensor, method: Normalization, options: Mapping[str, Any]) -> Tensor:
     """Core S of checked options, shape ``(..., r, r)``, float32 or float64."""
-    core = method.core(*gram_matrices(lora_A, lora_B), **{**method.options, **options})
-    r = lora_A.shape[-2]
-    return core if core.shape[-1] == r else core * torch.eye(r, dtype=core.dtype, device=core.device)
-
-
-def gram_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices A·Aᵀ and Bᵀ·B, shape ``(..., r, r)``, computed in float32 (float64 for float64 factors)."""
     batch, r = lora_A.shape[:-2], lora_A.shape[-2]
     if lora_A.dtype != lora_B.dtype:
         wide = torch.promote_types(lora_A.dtype, lora_B.dtype)
         lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    gram_A, gram_B = grams([lora_A.reshape(-1, *lora_A.shape[-2:]), lora_B.mT.reshape(-1, r, lora_B.shape[-2])])
-    return gram_A.reshape(*batch, r, r), gram_B.reshape(*batch, r, r)
+    flat = dict(options)
+    if isinstance(bound := options.get("bound"), Tensor):
+        flat["bound"] = bound.expand(batch).reshape(-1, 1)
+    if "logits" in options:
+        flat["logits"] = options["logits"].expand(*batch, r, r).reshape(-1, 1, r, r)
+    rows_A, rows_B = lora_A.reshape(-1, 1, *lora_A.shape[-2:]), lora_B.mT.reshape(-1, 1, r, lora_B.shape[-2])
+    core = cores([rows_A], [rows_B], method, flat)
+    core = core.reshape(*batch, *core.shape[-2:])
+    return core if core.shape[-1] == r else core * torch.eye(r, dtype=core.dtype, device=core.device)
 
 
 def checked_method(name: str) -> Normalization:

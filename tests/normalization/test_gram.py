@@ -1,9 +1,6 @@
 """The Gram operator: its reference, and its kernels under Triton's interpreter or, where there is one, on a GPU."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,20 +9,24 @@ from torch import Tensor
 
 from hyperadapt.normalization import gram
 from hyperadapt.normalization.gram import grams, grams_backward_reference, grams_reference
+from tests.support.kernels import INTERPRETED, NEEDS_KERNELS, PLACE, run_interpreted
 from tests.support.tolerances import FLOAT64_EXACT, gram_error, tensor_core_gram_error
 
 # (matrices, d) of each batch: widths below, at, above and no multiple of a tile and of 16.
 ALIGNED = [(3, 48), (1, 128), (2, 272)]
 RAGGED = [(3, 48), (2, 21), (1, 1), (2, 133)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PLACE = "cpu" if INTERPRETED else "cuda"
-NEEDS_KERNELS = pytest.mark.skipif(False, reason="") if INTERPRETED else pytest.mark.gpu
+TASKS = 2
 
 
 def draw(shapes: list[tuple[int, int]], r: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(count, r, width).to(device, dtype) for count, width in shapes]
+    return [torch.randn(TASKS, count, r, width).to(device, dtype) for count, width in shapes]
+
+
+def parts(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The Gram matrices of each tensor."""
+    return torch.split(grams(tensors), [tensor.shape[1] for tensor in tensors], dim=1)
 
 
 @NEEDS_KERNELS
@@ -38,17 +39,18 @@ def test_kernels_equal_the_reference(shapes: list[tuple[int, int]], r: int, dtyp
     from hyperadapt.normalization import gram_triton
 
     tensors = draw(shapes, r, dtype, PLACE)
-    table = gram._table(tuple(shapes), torch.device(PLACE))
+    table = gram.shape_table(tensors)
     # NaN shows every element that is never written.
-    output = torch.full((len(table), r, r), torch.nan, device=PLACE)
-    gram_triton.forward(tensors, table, output)
+    output = torch.full((TASKS, len(table), r, r), torch.nan, device=PLACE)
+    gram_triton.gram_forward(tensors, table, output)
     expected = grams_reference([tensor.double() for tensor in tensors])
-    for actual, exact, width in zip(output, expected, table[:, 2].tolist(), strict=True):
-        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=tensor_core_gram_error(width, dtype))
+    for position, width in enumerate(table[:, 3].tolist()):
+        actual, exact = output[:, position].double(), expected[:, position]
+        torch.testing.assert_close(actual, exact, rtol=0, atol=tensor_core_gram_error(width, dtype))
 
-    grad = torch.randn(len(table), r, r, device=PLACE)
+    grad = torch.randn(TASKS, len(table), r, r, device=PLACE)
     gradients = [torch.full_like(tensor, torch.nan) for tensor in tensors]
-    gram_triton.backward(tensors, table, grad, gradients)
+    gram_triton.gram_backward(tensors, table, grad, gradients)
     exact_gradients = grams_backward_reference([tensor.double() for tensor in tensors], grad.double())
     for gradient, exact in zip(gradients, exact_gradients, strict=True):
         assert gradient.dtype == dtype
@@ -59,30 +61,23 @@ def test_kernels_equal_the_reference(shapes: list[tuple[int, int]], r: int, dtyp
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
 def test_kernels_under_the_interpreter() -> None:
-    # An older interpreter does not know what the kernels use.
-    pytest.importorskip("triton", minversion="3.9")
-    # Triton reads the setting when it is imported, so the same tests run in a process of their own.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "kernels_equal"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert "28 passed, 14 skipped" in result.stdout
+    run_interpreted(__file__, "kernels_equal", "28 passed, 14 skipped")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_the_operator_equals_plain_products(dtype: torch.dtype) -> None:
     tensors = draw(RAGGED, 4, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for actual, tensor in zip(grams(tensors), tensors, strict=True):
+    for actual, tensor in zip(parts(tensors), tensors, strict=True):
         assert actual.dtype == wide
         assert torch.equal(actual, tensor.to(wide) @ tensor.to(wide).mT)
 
 
 def test_gradients_are_those_of_plain_products() -> None:
     tensors = [tensor.requires_grad_() for tensor in draw(RAGGED, 4, torch.float64)]
-    assert torch.autograd.gradcheck(lambda *inputs: tuple(grams(inputs)), tensors)
+    assert torch.autograd.gradcheck(lambda *inputs: grams(inputs), tensors)
     # One output unused, and gradients that are not contiguous.
-    first, *_, last = grams(tensors)
+    first, *_, last = parts(tensors)
     grads = torch.autograd.grad((first.mT.sum() + (last[:, 0] * 2).sum()), tensors, allow_unused=True)
     plain = [tensor @ tensor.mT for tensor in tensors]
     expected = torch.autograd.grad(plain[0].sum() + (plain[-1][:, 0] * 2).sum(), tensors, materialize_grads=True)
@@ -91,18 +86,18 @@ def test_gradients_are_those_of_plain_products() -> None:
 
 
 def test_inputs_need_not_be_contiguous() -> None:
-    tensor = torch.randn(2, 21, 4).mT.requires_grad_()
-    (actual,) = grams([tensor])
+    tensor = torch.randn(2, 3, 21, 4).mT.requires_grad_()
+    actual = grams([tensor])
     assert torch.equal(actual, tensor.contiguous() @ tensor.contiguous().mT)
 
 
 def test_the_operator_is_registered_soundly_and_compiles_whole() -> None:
     tensors = [tensor.requires_grad_() for tensor in draw(RAGGED, 4, torch.float32)]
     torch.library.opcheck(gram._grams, (tensors,))
-    torch.library.opcheck(gram._grams_backward, ([t.detach() for t in tensors], torch.randn(8, 4, 4)))
+    torch.library.opcheck(gram._grams_backward, ([t.detach() for t in tensors], torch.randn(TASKS, 8, 4, 4)))
 
     def loss(inputs: list[Tensor]) -> Tensor:
-        return torch.stack([part.square().sum() for part in grams(inputs)]).sum()
+        return torch.stack([part.square().sum() for part in parts(inputs)]).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     actual = torch.autograd.grad(compiled(tensors), tensors)
@@ -119,11 +114,11 @@ def test_on_a_gpu_the_operator_uses_the_kernel_and_repeats_its_bits(
     tensors = draw([(64, 4096), (32, 11008)], 16, dtype, "cuda")
     first = grams(tensors)
     for _ in range(5):
-        for again, once in zip(grams(tensors), first, strict=True):
-            assert torch.equal(again, once)
+        assert torch.equal(grams(tensors), first)
+    firsts = parts(tensors)
     monkeypatch.setenv("HYPERADAPT_KERNELS", "reference")
-    for reference, once, tensor in zip(grams(tensors), first, tensors, strict=True):
-        limit = gram_error(tensor.shape[2]) + tensor_core_gram_error(tensor.shape[2], dtype)
+    for reference, once, tensor in zip(parts(tensors), firsts, tensors, strict=True):
+        limit = gram_error(tensor.shape[3]) + tensor_core_gram_error(tensor.shape[3], dtype)
         torch.testing.assert_close(once, reference, rtol=0, atol=limit)
 
 
@@ -134,20 +129,18 @@ def test_on_a_gpu_the_operator_uses_the_kernel_and_repeats_its_bits(
         ({"r": 65}, False),
         ({"dtype": torch.float64}, False),
         ({"device": "cpu"}, False),
-        ({"captured": True}, False),
     ],
 )
 def test_which_inputs_the_kernel_serves(change: dict[str, Any], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Inputs:
         is_cuda = change.get("device", "cuda") == "cuda"
         dtype = change.get("dtype", torch.float32)
-        shape = (2, change.get("r", 16), 64)
+        shape = (1, 2, change.get("r", 16), 64)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: change.get("captured", False))
-    assert gram._kernel_serves([Inputs()]) == served
+    assert gram.kernels_serve(Inputs()) == served
     monkeypatch.setenv("HYPERADAPT_KERNELS", "reference")
-    assert not gram._kernel_serves([Inputs()])
+    assert not gram.kernels_serve(Inputs())
     monkeypatch.delenv("HYPERADAPT_KERNELS")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not gram._kernel_serves([Inputs()])
+    assert not gram.kernels_serve(Inputs())

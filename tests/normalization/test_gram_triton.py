@@ -1,76 +1,43 @@
-"""The kernels compiled ahead of time for several GPUs, and what the compiled code does; needs no GPU."""
+"""The kernels that read factors, compiled ahead of time, and what the compiled code does; needs no GPU."""
 
 import re
-import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", minversion="3.5", reason="no triton, or one without AMD's linker")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.language import bfloat16, float32  # noqa: E402
-
-from hyperadapt.normalization import gram_triton  # noqa: E402
-
-NVIDIA = [80, 90, 100]
-RANKS = [4, 8, 16, 32, 64]
-KERNELS = {
-    "forward": (gram_triton._gram_forward_kernel, {"addresses": "*i64", "table": "*i32", "grams": "*fp32"}),
-    "backward": (
-        gram_triton._gram_backward_kernel,
-        {"addresses": "*i64", "gradient_addresses": "*i64", "table": "*i32", "grad_grams": "*fp32"},
-    ),
-}
-
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+from benchmarks.kernels import RANKS, READING, TARGETS, compile_kernel, resources
+from tests.support.helpers import varied
 
 
-def compile_kernel(name: str, r: int, dtype: Any, target: Any) -> Any:
-    kernel, signature = KERNELS[name]
-    padded = max(16, r)
-    tile, warps, precision = gram_triton.CONFIGURATIONS[padded]
-    constants = {
-        "R": r,
-        "R_PADDED": padded,
-        "TILE": tile,
-        "DTYPE": dtype,
-        "ALIGNED": True,
-        "PRECISION": precision,
-    }
-    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
-    return triton.compile(source, target=target, options={"num_warps": warps})
-
-
-@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
-@pytest.mark.parametrize("r", RANKS)
-@pytest.mark.parametrize("capability", NVIDIA)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("name", "target", "r", "dtype"),
+    varied(("gram_forward", "sm_90", 16, "bf16"), READING, TARGETS, RANKS, ("fp32", "bf16")),
+)
 def test_compiled_code_keeps_to_registers_and_moves_16_bytes_at_a_time(
-    name: str, capability: int, r: int, dtype: Any, tmp_path: Path
+    name: str, target: str, r: int, dtype: str
 ) -> None:
-    compiled = compile_kernel(name, r, dtype, GPUTarget("cuda", capability, 32))
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    match = re.search(r"STACK:(\d+)", usage.stdout + usage.stderr)
-    assert match is not None
-    assert match.group(1) == "0", "registers spill to the stack"
+    check_compiled(name, target, r, dtype)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", READING)
+def test_all_of_the_compiled_code_does(name: str, target: str, r: int, dtype: str) -> None:
+    check_compiled(name, target, r, dtype)
+
+
+def check_compiled(name: str, target: str, r: int, dtype: str) -> None:
+    compiled = compile_kernel(name, r, target, dtype)
+    assert resources(compiled)["spilled"] == 0
+    if "ptx" not in compiled.asm:
+        return
     ptx = compiled.asm["ptx"]
-    if name == "forward":
+    if "forward" in name:
         assert re.search(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10", ptx), "no asynchronous 16-byte copies"
     else:
         assert re.search(r"ld\.global[.\w]*\.v4\.b32", ptx), "no 16-byte loads"
         assert re.search(r"st\.global[.\w]*\.v[24]\.b32", ptx), "no wide stores"
     assert not re.search(r"ld\.global[.\w]*\.b16", ptx), "16-bit loads"
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_compile_for_amd(name: str) -> None:
-    # An older package leaves out the linker.
-    pytest.importorskip("triton", minversion="3.5")
-    assert compile_kernel(name, 16, bfloat16, GPUTarget("hip", "gfx942", 64)).asm["hsaco"]
