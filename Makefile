@@ -18,4 +18,4 @@ versions:
 	python -m tests.versions newest
 
 gpu:
-	python -m pytest -m gpu
+	benchmarks/gpu.sh

@@ -1,11 +1,11 @@
 """Cost of normalising all adapters of a model: `python -m benchmarks.normalization`.
 
-Arms take turns within each round, in one process; a turn repeats its arm for at least 20 ms. "fused" is this package's
-operator (one kernel launch on a GPU with Triton, plain torch elsewhere) and the core; "grouped" the same with one
-batched product per shape in plain torch; "compiled" that under torch.compile. Times are in milliseconds, bandwidth
-counts every factor element once (forward) or read, read again and written (both), and its share is of a copy of 256 MiB
-measured in the same run. On a GPU where liger-kernel is installed, its Sinkhorn kernel is compared with ours on the
-mixing matrices alone.
+Arms take turns within each round, in one process; a turn repeats its arm for at least 20 ms. "fused" is what this
+package does (kernels on a GPU with Triton, the formulas elsewhere); "grouped" the formulas with one batched product per
+shape in plain torch; "compiled" that under torch.compile; "graph", on a GPU, "fused" replayed as a CUDA graph. Times
+are in milliseconds, bandwidth counts every factor element once (forward) or read, read again and written (both), and its
+share is of a copy of 256 MiB measured in the same run. On a GPU where liger-kernel is installed, its Sinkhorn kernel is
+compared with ours on the mixing matrices alone.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks.rows import save_rows
 from hyperadapt import normalize
+from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS
-from hyperadapt.normalization.gram import grams, grams_reference
+from hyperadapt.normalization.gram import grams_reference
 from hyperadapt.normalization.matrix_functions import sinkhorn
 
 # Layers, and (in, out, count) of the linear layers of each.
@@ -86,33 +87,37 @@ def draw_factors(model: str, r: int, tasks: int, dtype: torch.dtype, device: tor
         device: Their device.
 
     Returns:
-        First the A of each shape, ``(tasks · positions, r, in)``, then the Bᵀ, ``(tasks · positions, r, out)``.
+        First the A of each shape, ``(tasks, positions, r, in)``, then the Bᵀ, ``(tasks, positions, r, out)``.
     """
     layers, shapes = MODELS[model]
-    counts = [tasks * layers * count for _, _, count in shapes]
+    counts = [layers * count for _, _, count in shapes]
     widths = [[in_features for in_features, _, _ in shapes], [out_features for _, out_features, _ in shapes]]
     return [
-        torch.randn(count, r, width, device=device).to(dtype).requires_grad_()
+        torch.randn(tasks, count, r, width, device=device).to(dtype).requires_grad_()
         for side in widths
         for count, width in zip(counts, side, strict=True)
     ]
 
 
-def core_of(parts: list[Tensor], method: str, logits: Tensor) -> Tensor:
-    """Cores of all adapters from their Gram matrices.
+def graphed(arm: Arm) -> Arm:
+    """Replay of an arm as a CUDA graph.
 
     Args:
-        parts: Gram matrices, first of the A's, then of the B's.
-        method: The normalisation.
-        logits: Mixing logits, for ``"sinkhorn"``.
+        arm: What to capture; its inputs must stay where they are.
 
     Returns:
-        Shape ``(adapters, r, r)``.
+        The replay.
     """
-    half, record = len(parts) // 2, METHODS[method]
-    needed = {"bound": 1.0, "logits": logits}
-    options = {**record.options, **{name: needed[name] for name in record.needs}}
-    return record.core(torch.cat(parts[:half]), torch.cat(parts[half:]), **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            arm()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        arm()
+    return graph.replay
 
 
 def whole_model(
@@ -133,14 +138,16 @@ def whole_model(
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     factors = draw_factors(model, r, tasks, dtype, device)
-    sizes = [len(factor) for factor in factors]
-    logits = torch.randn(sum(sizes) // 2, r, r, device=device)
+    half, record = len(factors) // 2, METHODS[method]
+    pairs = sum(factor.shape[1] for factor in factors[:half])
+    needed = {"bound": torch.ones(pairs, device=device), "logits": torch.randn(tasks, pairs, r, r, device=device)}
+    given = {**record.options, **{name: needed[name] for name in record.needs}}
 
     def fused() -> Tensor:
-        return core_of(grams(factors), method, logits)
+        return cores(factors[:half], factors[half:], record, given)
 
     def grouped() -> Tensor:
-        return core_of(list(torch.split(grams_reference(factors), sizes)), method, logits)
+        return record.core(*grams_reference(factors).chunk(2, dim=1), **given)
 
     forwards: dict[str, Callable[[], Tensor]] = {"fused": fused, "grouped": grouped}
     if options.compile:
@@ -162,7 +169,10 @@ def whole_model(
         ("forward", 1, forwards),
         ("forward and backward", 4, {arm: both(forward) for arm, forward in forwards.items()}),
     ):
-        measured = quantiles(dict(arms), options.rounds, device)
+        timed: dict[str, Arm] = dict(arms)
+        if device.type == "cuda":
+            timed["graph"] = graphed(timed["fused"])
+        measured = quantiles(timed, options.rounds, device)
         for arm, (low, median, high) in measured.items():
             speed = passes * size / median / 1e6
             rows.append(

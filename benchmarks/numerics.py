@@ -1,12 +1,14 @@
 """Error of every normalisation against float64, over hard spectra: `python -m benchmarks.numerics`.
 
-The error is ‖B·(S - S₆₄)·A‖_F / ‖B·S₆₄·A‖_F, where S₆₄ is the core of the same rounded factors in float64. It is the
-largest over seeds; "-" marks a case where both updates are zero.
+The error is ‖B·(S - S₆₄)·A‖_F / ‖B·S₆₄·A‖_F, where S₆₄ is the core of the same rounded factors in float64, and that of
+the gradients of A and of B likewise, the larger of the two. It is the largest over seeds; "-" marks a case where both
+sides are zero. `TRITON_INTERPRET=1 python -m benchmarks.numerics --kernels --seeds 2` has the kernels instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from benchmarks.rows import save_rows
 from hyperadapt import normalize
+from hyperadapt.normalization import cores, gram
 from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS
 
-R, IN, OUT, SEEDS = 8, 256, 192, 15
+R, IN, OUT = 8, 256, 192
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -88,51 +91,112 @@ CASES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 }
 
 
-def largest_error(method: str, draw: Callable[[], tuple[Tensor, Tensor]], dtype: torch.dtype) -> float | None:
-    """Largest relative error over seeds.
+def largest_errors(
+    method: str, draw: Callable[[], tuple[Tensor, Tensor]], dtype: torch.dtype, seeds: int
+) -> tuple[float | None, float | None]:
+    """Largest relative errors over seeds.
 
     Args:
         method: The normalisation.
         draw: Draws the factors.
         dtype: What the factors are rounded to.
+        seeds: Number of draws.
 
     Returns:
-        The error, dimensionless; None if both updates are zero; infinite if only one is, or a core is not finite.
+        The errors of the update and of its gradients, dimensionless; None if what is compared is zero on both sides;
+        infinite if only one is, or something is not finite.
     """
     errors = []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         torch.manual_seed(seed)
         lora_A, lora_B = (factor.to(dtype) for factor in draw())
         needed = {"bound": 0.5, "logits": torch.randn(R, R) + 4 * torch.eye(R)}
         options = {name: needed[name] for name in METHODS[method].needs}
-        core = normalize(lora_A, lora_B, method, **options).double()
-        exact = normalize(lora_A.double(), lora_B.double(), method, **options)
-        if not core.isfinite().all():
-            return float("inf")
-        size = torch.linalg.matrix_norm(lora_B.double() @ exact @ lora_A.double())
-        error = torch.linalg.matrix_norm(lora_B.double() @ (core - exact) @ lora_A.double())
-        if size == 0:
-            if error > 0:
-                return float("inf")
-            continue
-        errors.append(float(error / size))
-    return max(errors, default=None)
+        direction = torch.randn(OUT, IN, dtype=torch.float64)
+        core, *gradients = core_and_gradients(lora_A, lora_B, method, options, direction)
+        exact, *exact_gradients = core_and_gradients(lora_A.double(), lora_B.double(), method, options, direction)
+        outer, inner = lora_B.double(), lora_A.double()
+        value = relative_error(outer @ core @ inner, outer @ exact @ inner)
+        pairs = zip(gradients, exact_gradients, strict=True)
+        found = [error for error in (relative_error(*pair) for pair in pairs) if error is not None]
+        errors.append((value, max(found, default=None)))
+    values, slopes = ([error for error in column if error is not None] for column in zip(*errors, strict=True))
+    return max(values, default=None), max(slopes, default=None)
+
+
+def core_and_gradients(
+    lora_A: Tensor, lora_B: Tensor, method: str, options: dict[str, object], direction: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The core, and the gradients of ⟨direction, B·S·A⟩ with the products around the core in float64.
+
+    Args:
+        lora_A: Shape ``(r, in)``.
+        lora_B: Shape ``(out, r)``.
+        method: The normalisation.
+        options: Its options.
+        direction: Shape ``(out, in)``.
+
+    Returns:
+        The core and the gradients of A and B, float64.
+    """
+    lora_A, lora_B = lora_A.clone().requires_grad_(), lora_B.clone().requires_grad_()
+    core = normalize(lora_A, lora_B, method, **options).double()  # type: ignore[arg-type]
+    update = lora_B.double() @ core @ lora_A.double()
+    grad_A, grad_B = torch.autograd.grad(update, (lora_A, lora_B), direction)
+    return core.detach(), grad_A.double(), grad_B.double()
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float | None:
+    """Norm of a difference over the exact matrix's.
+
+    Args:
+        actual: A matrix.
+        exact: What it should be.
+
+    Returns:
+        The error; None if both are zero, infinite if only one is, or something is not finite.
+    """
+    size, error = torch.linalg.matrix_norm(exact), torch.linalg.matrix_norm(actual - exact)
+    if not error.isfinite():
+        return float("inf")
+    if size == 0:
+        return float("inf") if error > 0 else None
+    return float(error / size)
+
+
+def serve_kernels() -> None:
+    """Let kernels serve on the CPU, where Triton interprets them; its interpreter multiplies bfloat16 wrongly."""
+    for module in (gram, cores):
+        module.kernels_serve = lambda tensor: tensor.dtype == torch.float32  # type: ignore[attr-defined]
 
 
 def main() -> None:
     """Print a table for each dtype, and save the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=15)
+    parser.add_argument("--methods", nargs="+", choices=NORMALIZATIONS, default=list(NORMALIZATIONS))
+    parser.add_argument("--kernels", action="store_true", help="the kernels, in Triton's interpreter: slow")
     parser.add_argument("--output", type=Path, default=Path("runs/numerics"))
     options = parser.parse_args()
+    if options.kernels and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--kernels needs TRITON_INTERPRET=1 in the environment")
+    if options.kernels:
+        serve_kernels()
     torch.set_num_threads(1)
     rows = []
-    for dtype in DTYPES:
-        print(f"\nfactors in {dtype}, r = {R}, in = {IN}, out = {OUT}: largest relative error over {SEEDS} seeds")
-        print(f"{'':<16}" + "".join(f"{case:>11}" for case in CASES))
-        for method in NORMALIZATIONS:
-            errors = {case: largest_error(method, draw, dtype) for case, draw in CASES.items()}
-            print(f"{method:<16}" + "".join(f"{'-' if e is None else f'{e:.1e}':>11}" for e in errors.values()))
-            rows.append({"dtype": str(dtype), "method": method, "r": R, "in": IN, "out": OUT} | errors)
+    for dtype in DTYPES[:1] if options.kernels else DTYPES:
+        print(
+            f"\nfactors in {dtype}, r = {R}, in = {IN}, out = {OUT}: largest relative error over {options.seeds} seeds"
+        )
+        print(f"{'':<27}" + "".join(f"{case:>11}" for case in CASES), flush=True)
+        for method in options.methods:
+            errors = {case: largest_errors(method, draw, dtype, options.seeds) for case, draw in CASES.items()}
+            for place, kind in enumerate(("update", "gradients")):
+                found = {case: both[place] for case, both in errors.items()}
+                texts = "".join(f"{'-' if e is None else f'{e:.1e}':>11}" for e in found.values())
+                print(f"{method:<16}{kind:<11}{texts}", flush=True)
+                row = {"dtype": str(dtype), "method": method, "of": kind, "r": R, "in": IN, "out": OUT}
+                rows.append(row | {"by": "kernels" if options.kernels else "formulas"} | found)
     save_rows(options.output / "rows.jsonl", rows)
 
 

@@ -111,6 +111,8 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[str, Tensor, Tensor | None, list[float]], output: list[Tensor]) -> None:
     ctx.kernel, joined, extra, ctx.numbers = inputs
     ctx.save_for_backward(joined, extra, *output)
+    # Zeros for what is saved would be more launches.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[None, Tensor, Tensor | None, list[None] | None]:

@@ -66,6 +66,8 @@ def _setup_context(ctx: Any, inputs: tuple[list[Tensor], Tensor | None], output:
     tensors, bounds = inputs
     ctx.save_for_backward(bounds, *output, *tensors)
     ctx.mark_non_differentiable(output[1])
+    # Zeros for it would be another launch.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor], Tensor | None]:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import normalization, numerics
+from benchmarks import launches, normalization, numerics
 from benchmarks.rows import read_rows
 from hyperadapt.normalization import NORMALIZATIONS
+from hyperadapt.normalization.formulas import METHODS
 
 ENVIRONMENT = {"torch", "transformers", "peft", "hyperadapt", "python", "device", "threads", "date", "commit"}
 
@@ -26,13 +27,35 @@ def test_normalization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_numerics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "SEEDS", 1)
-    monkeypatch.setattr("sys.argv", ["numerics", "--output", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["numerics", "--seeds", "1", "--output", str(tmp_path)])
     numerics.main()
     rows = read_rows(tmp_path / "rows.jsonl")
-    assert [row["method"] for row in rows] == 2 * list(NORMALIZATIONS)
+    assert [(row["method"], row["of"]) for row in rows] == 2 * [
+        (method, kind) for method in NORMALIZATIONS for kind in ("update", "gradients")
+    ]
     for row in rows:
-        assert row["zero"] is None
         errors = [row[case] for case in numerics.CASES if case not in ("zero", "cancelling")]
+        if row["of"] == "gradients":
+            assert all(error < float("inf") for error in errors)
+            continue
+        assert row["zero"] is None
         # What the documentation says of the hardest spectra.
         assert max(errors) < (2e-2 if row["method"] == "whitening" else 1e-4)
+
+
+def test_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["launches", "--output", str(tmp_path)])
+    launches.main()
+    rows = read_rows(tmp_path / "rows.jsonl")
+    counted = {
+        row["method"]: (row["forward"], row["backward"])
+        for row in rows
+        if row.get("by") == "kernels" and "method" in row
+    }
+    assert counted.keys() == set(NORMALIZATIONS)
+    for method, calls in counted.items():
+        if METHODS[method].kernel:
+            number = METHODS[method].kernel == "scale"
+            assert calls == ((1, 1) if number else (2, 2)), method
+    steps = {(row["arm"], row["by"]): row["step"] for row in rows if row.get("tasks") == 1}
+    assert steps["hyperadapt mixed", "kernels"] < steps["hyperadapt mixed", "formulas"]

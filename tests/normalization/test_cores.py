@@ -11,13 +11,13 @@ from torch.testing import assert_close
 from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS
 from tests.support.dense_updates import EACH, WHITENING_A
-from tests.support.kernels import INTERPRETED, NEEDS_KERNELS, PLACE, let_kernels_serve
+from tests.support.kernels import INTERPRETED, NEEDS_KERNELS, PLACE, let_kernels_serve, run_interpreted
 from tests.support.tolerances import FLOAT32_CONDITIONED, FLOAT32_FORMULA
 
 KERNEL_METHODS = [(name, options) for name, options in [*EACH, WHITENING_A] if METHODS[name].kernel]
-# Widths of A and of B of two groups with two positions and one, and two tasks.
-SHAPES = [(2, 48, 32), (1, 21, 70)]
-TASKS, POSITIONS = 2, 3
+# Count, and widths of A and of B, of two groups.
+SHAPES = [(1, 48, 32), (1, 21, 70)]
+TASKS, POSITIONS = 1, 2
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,8 @@ def make_inputs(method: str, options: dict[str, Any], r: int) -> dict[str, list[
     inputs: dict[str, list[Tensor]] = {"A": [], "B": []}
     for count, inside, out in SHAPES:
         for name, width in (("A", inside), ("B", out)):
+            # Of full rank, also where r is large.
+            width += 2 * r
             inputs[name].append(torch.randn(TASKS, count, r, width, dtype=torch.float64) / width**0.5)
     if "bound" in options:
         # Some singular values are above bound/√r, some below.
@@ -71,22 +73,18 @@ def round_inputs(inputs: dict[str, list[Tensor]], dtype: torch.dtype) -> dict[st
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize("r", [1, 5, 16])
-@pytest.mark.parametrize(("method", "options"), KERNEL_METHODS, ids=str)
-def test_kernels_equal_the_formulas(method: str, options: dict[str, Any], r: int) -> None:
-    check_against_float64(method, options, r, torch.float32)
-
-
-@NEEDS_KERNELS
-@pytest.mark.parametrize("r", [32, 64])
-@pytest.mark.parametrize(("method", "options"), KERNEL_METHODS, ids=str)
-def test_kernels_of_large_ranks(method: str, options: dict[str, Any], r: int) -> None:
-    check_against_float64(method, options, r, torch.float32)
-
-
-@NEEDS_KERNELS
-def test_kernels_equal_the_formula_in_half_precision() -> None:
-    check_against_float64("soft_frobenius", {"bound": 2.0}, 5, torch.float16)
+@pytest.mark.parametrize(
+    ("method", "options", "r", "dtype"),
+    [
+        *((method, options, r, torch.float32) for r in (5, 64) for method, options in KERNEL_METHODS),
+        *(("soft_polar", {"bound": 2.0}, r, torch.float32) for r in (1, 16, 32)),
+        ("soft_frobenius", {"bound": 2.0}, 5, torch.float16),
+        ("soft_polar", {"bound": 2.0}, 5, torch.float16),
+    ],
+    ids=str,
+)
+def test_kernels_equal_the_formulas(method: str, options: dict[str, Any], r: int, dtype: torch.dtype) -> None:
+    check_against_float64(method, options, r, dtype)
 
 
 def check_against_float64(method: str, options: dict[str, Any], r: int, dtype: torch.dtype) -> None:
@@ -100,3 +98,113 @@ def check_against_float64(method: str, options: dict[str, Any], r: int, dtype: t
     for gradient, wanted in zip(gradients, exact_gradients, strict=True):
         limit = (error + torch.finfo(dtype).eps) * float(wanted.abs().max())
         assert_close(gradient.cpu().double(), wanted, rtol=error, atol=limit)
+
+
+def hard_factors(case: str, r: int = 5) -> dict[str, list[Tensor]]:
+    """One pair whose spectrum is hard, far above any bound where that matters."""
+    torch.manual_seed(0)
+    lora_A, lora_B = torch.randn(r, 40, dtype=torch.float64), torch.randn(r, 30, dtype=torch.float64)
+    if case == "zero":
+        lora_B = torch.zeros_like(lora_B)
+    elif case == "repeated":
+        lora_A, lora_B = (torch.linalg.qr(factor.mT)[0].mT for factor in (lora_A, lora_B))
+    elif case == "deficient":
+        lora_A[-2:], lora_B = 1.37 * lora_A[:2], 1e7 * lora_B
+    elif case == "graded":
+        lora_A, lora_B = lora_A * torch.logspace(0, -4, r)[:, None], 1e7 * lora_B
+    elif case == "cancelling":
+        lora_A[2:4] = -lora_A[:2] + 1e-3 * lora_A[2:4]
+        lora_B[2:4] = lora_B[:2] + 1e-3 * lora_B[2:4]
+        lora_B = 1e5 * lora_B
+    return {"A": [lora_A.float().double()[None, None]], "B": [lora_B.float().double()[None, None]]}
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize(
+    ("method", "options", "case"),
+    [
+        *(("soft_polar", {"bound": 2.0}, case) for case in ("repeated", "graded", "cancelling")),
+        *((method, options, case) for method, options in KERNEL_METHODS for case in ("zero", "deficient")),
+    ],
+    ids=str,
+)
+def test_kernels_stay_finite_and_bounded_on_hard_spectra(method: str, options: dict[str, Any], case: str) -> None:
+    inputs = hard_factors(case)
+    if "bound" in options:
+        inputs["bound"] = [torch.tensor([options["bound"]], dtype=torch.float64)]
+    if "logits" in METHODS[method].needs:
+        inputs["logits"] = [torch.zeros(1, 1, 5, 5, dtype=torch.float64)]
+    core, gradients = core_and_gradients(method, options, inputs, torch.float32, PLACE)
+    assert core.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    outer, inner = inputs["B"][0][0, 0].mT, inputs["A"][0][0, 0]
+    size = core.cpu().double()[0, 0]
+    update = outer @ (size if size.shape[0] > 1 else size * torch.eye(5)) @ inner
+    if METHODS[method].bounds_singular_values and case != "cancelling":
+        assert torch.linalg.matrix_norm(update, ord=2) <= options["bound"] / 5**0.5 * (1 + FLOAT32_FORMULA)
+    if case == "zero" and METHODS[method].is_bounded:
+        assert torch.equal(size, torch.eye(len(size), dtype=torch.float64))
+
+
+@NEEDS_KERNELS
+def test_kernels_give_nan_for_what_is_not_finite() -> None:
+    inputs = hard_factors("repeated")
+    inputs["B"][0][..., 0] = torch.nan
+    for method in ("soft_polar", "soft_frobenius"):
+        given = inputs | {"bound": [torch.ones(1, dtype=torch.float64)]}
+        core, _ = core_and_gradients(method, {"bound": 1.0}, given, torch.float32, PLACE)
+        assert core.isnan().all()
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("method", ["soft_frobenius", "soft_polar", "sinkhorn"])
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
+def test_kernels_compile_into_one_graph_and_repeat_their_bits(method: str) -> None:
+    options = dict(EACH)[method]
+    inputs = make_inputs(method, options, 5)
+    given = {name: [tensor.to(PLACE, torch.float32) for tensor in some] for name, some in inputs.items()}
+    named = {name: given[name][0] for name in ("bound", "logits") if name in given}
+
+    # Of the first group, which has one position.
+    named = {name: value[:, :1] if name == "logits" else value[:1] for name, value in named.items()}
+
+    def loss(A: Tensor, B: Tensor) -> Tensor:
+        return cores([A], [B], METHODS[method], named).square().sum()
+
+    factors = [given[name][0].requires_grad_() for name in "AB"]
+    torch.compiler.reset()
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*factors), factors)
+    for actual, expected in zip(compiled, torch.autograd.grad(loss(*factors), factors), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["soft_frobenius", "soft_polar"])
+def test_a_cuda_graph_replays_the_kernels(method: str) -> None:
+    inputs = make_inputs(method, dict(EACH)[method], 16)
+    given = {name: [tensor.cuda().float() for tensor in some] for name, some in inputs.items()}
+    factors = [tensor.requires_grad_() for name in "AB" for tensor in given[name]]
+
+    def run() -> list[Tensor]:
+        core = cores(given["A"], given["B"], METHODS[method], {"bound": given["bound"][0]})
+        return [core, *torch.autograd.grad(core.square().sum(), factors)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        for factor in factors:
+            factor.mul_(1.5)
+    graph.replay()
+    for actual, expected in zip(captured, run(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
+def test_kernels_under_the_interpreter() -> None:
+    run_interpreted(__file__, "kernels_ and not interpreter", "passed")
