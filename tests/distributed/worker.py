@@ -18,7 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hyperadapt import export_lora
 from hyperadapt.trainer.monitor import PositionMonitor
-from tests.support.helpers import adapted_model, adapter_parameters, enable_checkpointing, example_batch, letters
+from tests.support.example_rows import rows_of
+from tests.support.helpers import (
+    TASKS,
+    adapted_model,
+    adapter_parameters,
+    enable_checkpointing,
+    example_batch,
+    letters,
+)
 
 PROCESSES = 2
 STEPS = 3
@@ -40,12 +48,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "text_encoder": letters,
         "conditioning": "gated",
     },
+    # One row of each task, so that it is no matter which are drawn.
+    "examples": {"task_embedding": "examples", "task_type": "CAUSAL_LM"},
 }
 ENGINES = ("ddp", "fsdp2", "fsdp2_network_apart", "zero2", "zero3")
 
 
 def make_model(method: str, checkpointing: str) -> PeftModel:
     model = adapted_model("llama", **METHODS[method]).train()
+    if method == "examples":
+        model.set_examples({task: rows_of("llama", 1, seed) for seed, task in enumerate(TASKS)})
     use_reentrant = CHECKPOINTING[checkpointing]
     if use_reentrant is not None:
         model.config.use_cache = False

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import CompileConfig, Trainer, TrainingArguments
 
 from hyperadapt import use_tasks
+from tests.support.example_rows import MIXED_SOURCES, with_examples
 from tests.support.helpers import (
     MIXED,
     TASKS,
@@ -121,6 +122,20 @@ def test_descriptions_are_part_of_the_graph() -> None:
         assert_close(actual.logits, expected.logits, **CLOSE)
     assert counter.frame_count == 1
     # In training the graph draws descriptions.
+    graph.train()
+    graph(**batch, tasks=torch.tensor([0, 1, 2, 1])).loss.backward()
+    assert all(value.isfinite().all() for value in gradients(model).values())
+
+
+def test_examples_are_part_of_the_graph() -> None:
+    model = with_examples("llama", MIXED_SOURCES).double()
+    graph, counter = compiled(model)
+    batch = double(example_batch("llama"))
+    for mix in MIXES:
+        expected, actual = (module(**batch, tasks=torch.tensor(mix) % 3) for module in (model, graph))
+        assert_close(actual.logits, expected.logits, **CLOSE)
+    assert counter.frame_count == 1
+    # In training the graph draws rows.
     graph.train()
     graph(**batch, tasks=torch.tensor([0, 1, 2, 1])).loss.backward()
     assert all(value.isfinite().all() for value in gradients(model).values())
