@@ -49,13 +49,13 @@ def identity_matrix(P: tl.constexpr):  # type: ignore[no-untyped-def]
     return (i[:, None] == i[None, :]).to(tl.float64)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def multiply(x, y, plus=None):  # type: ignore[no-untyped-def]
     """X·Y, added to what is given."""
     return tl.dot(x, y, plus, input_precision="ieee", out_dtype=tl.float64)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def inner_product(x, y):  # type: ignore[no-untyped-def]
     """Sum over the products of entries."""
     return tl.sum(tl.sum(x * y, axis=1), axis=0)
@@ -68,7 +68,7 @@ def trace_of(x, P: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], x, 0.0), axis=1), axis=0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _factor(low):  # type: ignore[no-untyped-def]
     """Best ρ of a Newton-Schulz step x ↦ ρx(3 - ρ²x²)/2 for x in [low, 1]: it brings them closest to 1."""
     return tl.sqrt(3 / (1 + low + low * low))
