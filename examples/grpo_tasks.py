@@ -1,7 +1,7 @@
-"""Teach a language model three ways to answer by rewards alone: `python -m examples.grpo_tasks`, 15 minutes on a CPU.
+"""Teach a language model three ways to answer by rewards alone: `python -m examples.grpo_tasks`.
 
 All tasks have the same questions; they differ in what GRPO rewards. Compared are rewards on other questions, before
-and after. With --fast it takes a minute and teaches little.
+and after. With --fast it runs two small steps, which teach little.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """Ready trainers: one task is trained as TRL trains it pinned, and a mixed batch as its tasks' rows."""
 
+import importlib
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import TrainingArguments
 
-from tests.support.helpers import TASKS, adapted_model, adapter_parameters, base_model, run_python
+from tests.support.helpers import TASKS, adapted_model, adapter_parameters, base_model
 from tests.support.tolerances import FLOAT32_TRAINED
 from tests.support.trl_runs import WORDS, policy, settings, tokenizer
 
@@ -352,10 +354,13 @@ def test_a_task_whose_rows_are_all_too_long_is_refused(tmp_path: Path) -> None:
         train("DPO", tmp_path, data, max_length=16)
 
 
-def test_without_trl_there_is_one_clear_error() -> None:
-    code = "import sys; sys.modules['trl'] = None\ntry:\n import hyperadapt.trl\nexcept ImportError as e: print(e)"
-    assert "hyperadapt.trl needs TRL, which could not be imported" in run_python(code).stdout
-    assert "pip install 'hyperadapt[trl]'" in run_python(code).stdout
+def test_without_trl_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "hyperadapt.trl")
+    with pytest.raises(
+        ImportError, match=r"hyperadapt\.trl needs TRL, which could not.*pip install 'hyperadapt\[trl\]'"
+    ):
+        importlib.import_module("hyperadapt.trl")
 
 
 def test_a_data_set_of_all_tasks(tmp_path: Path) -> None:
