@@ -1,7 +1,7 @@
 """What the kernels are compiled to, without a GPU: `python -m benchmarks.kernels`.
 
 Every kernel is compiled ahead of time for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942, at each rank. A row has
-its registers for each thread, its spilled bytes or registers (they must be 0), its shared memory in bytes, and its
+its registers for each thread, its spilled bytes (they must be 0), its shared memory in bytes, and its
 warps. Nothing is run, so no time is measured.
 """
 
@@ -89,7 +89,7 @@ def compile_kernel(name: str, r: int, target: str, dtype: str = "fp32") -> Any:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers of a thread, what spills to the stack, and shared memory in bytes.
+    """Registers of a thread, the bytes that they spill, and shared memory in bytes.
 
     Args:
         compiled: What ``compile_kernel`` returns.
@@ -97,26 +97,19 @@ def resources(compiled: Any) -> dict[str, int]:
     Returns:
         The figures by name.
     """
+    shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
-        found = {
-            name: _found(rf"\.{name}:\s*(\d+)", compiled.asm["amdgcn"]) for name in ("vgpr_count", "vgpr_spill_count")
-        }
-        return {
-            "registers": found["vgpr_count"],
-            "spilled": found["vgpr_spill_count"],
-            "shared": compiled.metadata.shared,
-        }
+        # What is spilled to accumulation registers takes no memory.
+        code = compiled.asm["amdgcn"]
+        spilled = _found(r"\.private_segment_fixed_size:\s*(\d+)", code)
+        return {"registers": _found(r"\.vgpr_count:\s*(\d+)", code), "spilled": spilled, "shared": shared}
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
     text = usage.stdout + usage.stderr
-    return {
-        "registers": _found(r"REG:(\d+)", text),
-        "spilled": _found(r"STACK:(\d+)", text),
-        "shared": compiled.metadata.shared,
-    }
+    return {"registers": _found(r"REG:(\d+)", text), "spilled": _found(r"STACK:(\d+)", text), "shared": shared}
 
 
 def _found(pattern: str, text: str) -> int:

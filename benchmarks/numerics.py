@@ -195,7 +195,15 @@ def main() -> None:
                 found = {case: both[place] for case, both in errors.items()}
                 texts = "".join(f"{'-' if e is None else f'{e:.1e}':>11}" for e in found.values())
                 print(f"{method:<16}{kind:<11}{texts}", flush=True)
-                row = {"dtype": str(dtype), "method": method, "of": kind, "r": R, "in": IN, "out": OUT}
+                row = {
+                    "dtype": str(dtype),
+                    "method": method,
+                    "of": kind,
+                    "r": R,
+                    "in": IN,
+                    "out": OUT,
+                    "seeds": options.seeds,
+                }
                 rows.append(row | {"by": "kernels" if options.kernels else "formulas"} | found)
     save_rows(options.output / "rows.jsonl", rows)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperadapt.normalization import root_triton
-from hyperadapt.normalization.matrix_triton import inner_product, load_matrix, multiply, store_matrix
+from hyperadapt.normalization.matrix_triton import inner_product, inverse_of, load_matrix, multiply, store_matrix
 
 # Warps by padded r: of those that need no more registers than there are, the fewest.
 WARPS = {16: 2, 32: 4, 64: 8}
@@ -23,7 +23,7 @@ WARPS = {16: 2, 32: 4, 64: 8}
 def _spectral_forward_kernel(grams, cores, vectors, pairs, R: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
     """1/σ, and vectors p and q = G_B·p/σ with G_A·G_B·p = σ²·p and pᵀ·G_B·p = 1, for the largest singular value σ.
 
-    Squaring G_A·G_B 26 times leaves the projection on the space of p, of which a longest column is taken, where the
+    Squaring G_A·G_B 27 times leaves the projection on the space of p, of which a longest column is taken, where the
     next eigenvalue is smaller by 1e-6 of σ². σ is a Rayleigh quotient, whose error is the square of p's.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -33,7 +33,7 @@ def _spectral_forward_kernel(grams, cores, vectors, pairs, R: tl.constexpr, P: t
     power = multiply(load_matrix(gram_A, R, P), load_matrix(gram_B, R, P))
     for _ in range(27):
         size = tl.sqrt(inner_product(power, power))
-        power = power * tl.where(size > 0, 1 / size, 0.0)
+        power = power * inverse_of(size)
         power = multiply(power, power)
     i = tl.arange(0, P)
     best = tl.argmax(tl.sum(power * power, axis=0), axis=0)
@@ -45,10 +45,10 @@ def _spectral_forward_kernel(grams, cores, vectors, pairs, R: tl.constexpr, P: t
     )
     square = tl.sum(tl.sum(load_matrix(gram_A, R, P) * image[:, None] * image[None, :], axis=1), axis=0)
     # In units of p's length.
-    inverse_length = tl.where(length > 0, 1 / length, 0.0)
+    inverse_length = inverse_of(length)
     sigma = tl.sqrt(tl.maximum(square, 0.0)) * inverse_length
     # Of zero and subnormal numbers, zero; what is not finite stays so.
-    inverse = tl.where(sigma < 1.1754943508222875e-38, 0.0, 1 / sigma)
+    inverse = tl.where(sigma < 1.1754943508222875e-38, 0.0, inverse_of(sigma))
     tl.store(cores + program, inverse.to(tl.float32))
     tl.store(vectors + place_A * R + i, image * (inverse_length * inverse), mask=i < R)
     tl.store(vectors + (place_A + pairs) * R + i, column * inverse_length, mask=i < R)

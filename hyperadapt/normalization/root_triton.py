@@ -11,6 +11,7 @@ import triton.language as tl
 from hyperadapt.normalization.matrix_triton import (
     identity_matrix,
     inner_product,
+    inverse_of,
     inverse_root,
     load_matrix,
     load_transposed,
@@ -99,7 +100,7 @@ def _whiten(gram, root, shift_of, ridge, R: tl.constexpr, P: tl.constexpr):  # t
     """Store and return (G + shift·I)^(-1/2), zero for zero; the shift is ridge·tr(G)/r, or more where that fails."""
     G = load_matrix(gram, R, P)
     trace = trace_of(G, P)
-    unit = tl.where(trace > 0, 1 / trace, 0.0)
+    unit = inverse_of(trace)
     inverse, residual, share, low = identity_matrix(P), trace * 0 + 1.0, trace * 0 + ridge / R / 1000, trace * 0
     # Not below, also where it is not a number.
     while (share < 1e-2) & ((residual < 1e-6) == 0):
@@ -140,7 +141,7 @@ def _unwhiten(gram, root, share, right, scratch, R: tl.constexpr, P: tl.constexp
     low = tl.sqrt(share / (1 + share))
     # In units of the largest eigenvalue of T.
     half = tl.sqrt(trace * (1 + share))
-    inverse_half = tl.where(trace > 0, 1 / half, 0.0)
+    inverse_half = inverse_of(half)
     T = multiply(plus_diagonal(G * inverse_half, share * trace * inverse_half, P), load_matrix(root, R, P))
     store_matrix(scratch, tl.where(trace > 0, T, identity_matrix(P)), P, P)
     store_matrix(scratch + P * P, right * -inverse_half, P, P)

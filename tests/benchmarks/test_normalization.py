@@ -18,8 +18,8 @@ def test_normalization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("sys.argv", ["normalization", *arguments])
     normalization.main()
     rows = read_rows(tmp_path / "rows.jsonl")
-    # Two arms of the dense norm, two of the spectral one, Sinkhorn alone, and two arms in two passes for both methods.
-    assert len(rows) == 2 + 2 + 1 + 2 * 2 * 2
+    # Two arms of the dense norm, two of the spectral one, two of Sinkhorn alone; two arms in two passes of two methods.
+    assert len(rows) == 2 + 2 + 2 + 2 * 2 * 2
     for row in rows:
         assert row.keys() >= ENVIRONMENT | {"model", "r", "tasks", "method", "dtype", "pass", "arm", "ratio_to_fused"}
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
