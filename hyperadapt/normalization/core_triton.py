@@ -13,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperadapt.normalization import root_triton
-from hyperadapt.normalization.matrix_triton import inner_product, inverse_of, load_matrix, multiply, store_matrix
+from hyperadapt.normalization.matrix_triton import (
+    inner_product,
+    inverse_of,
+    load_matrix,
+    multiply,
+    not_negative,
+    store_matrix,
+)
 
 # Warps by padded r: of those that need no more registers than there are, the fewest.
 WARPS = {16: 2, 32: 4, 64: 8}
@@ -40,13 +47,11 @@ def _spectral_forward_kernel(grams, cores, vectors, pairs, R: tl.constexpr, P: t
     column = tl.sum(tl.where(i[None, :] == best, power, 0.0), axis=1)
     # The next two are symmetric, so that columns may be summed for rows.
     image = tl.sum(load_matrix(gram_B, R, P) * column[:, None], axis=0)
-    length = tl.sqrt(
-        tl.maximum(tl.sum(tl.sum(load_matrix(gram_B, R, P) * column[:, None] * column[None, :], axis=1), axis=0), 0.0)
-    )
+    length = tl.sqrt(not_negative(inner_product(load_matrix(gram_B, R, P), column[:, None] * column[None, :])))
     square = tl.sum(tl.sum(load_matrix(gram_A, R, P) * image[:, None] * image[None, :], axis=1), axis=0)
     # In units of p's length.
     inverse_length = inverse_of(length)
-    sigma = tl.sqrt(tl.maximum(square, 0.0)) * inverse_length
+    sigma = tl.sqrt(not_negative(square)) * inverse_length
     # Of zero and subnormal numbers, zero; what is not finite stays so.
     inverse = tl.where(sigma < 1.1754943508222875e-38, 0.0, inverse_of(sigma))
     tl.store(cores + program, inverse.to(tl.float32))

@@ -114,7 +114,9 @@ def _scale_forward_kernel(  # type: ignore[no-untyped-def]
     _store_square(grams + first.to(tl.int64) * R * R, gram_A, R, R_PADDED)
     gram_B = _gram(tensors, table, second, 2 * positions, R, R_PADDED, TILE, ALIGNED, PRECISION)
     _store_square(grams + second.to(tl.int64) * R * R, gram_B, R, R_PADDED)
-    f_squared = tl.maximum(tl.sum(tl.sum(gram_A * gram_B, axis=1), axis=0), 0.0).to(tl.float64)
+    f_squared = tl.sum(tl.sum(gram_A * gram_B, axis=1), axis=0).to(tl.float64)
+    # NaN stays; a maximum would leave it out.
+    f_squared = tl.where(f_squared < 0, 0.0, f_squared)
     if SOFT:
         c = tl.load(bounds + task * stride_task + position * stride_position).to(tl.float64)
         scale = 1 / tl.sqrt(1 + f_squared / (c * c))

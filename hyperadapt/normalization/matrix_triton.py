@@ -69,6 +69,12 @@ def trace_of(x, P: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def not_negative(x):  # type: ignore[no-untyped-def]
+    """A number, and 0 for what is below; NaN for NaN, which a maximum would leave out."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
 def inverse_of(x):  # type: ignore[no-untyped-def]
     """1/x of a number, and 0 for 0."""
     return tl.where(x == 0, 0.0, 1 / tl.where(x == 0, 1.0, x))
@@ -82,7 +88,7 @@ def _factor(low):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def inverse_root(matrix, low, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """M^(-1/2) of a matrix with eigenvalues in [low², 1], and the residual, the largest |I - M^(-1/2)·M^(1/2)|.
+    """M^(-1/2) of a matrix with eigenvalues in [low², 1], and the residual, the norm of I - M^(-1/2)·M^(1/2).
 
     Y → M^(1/2), Z → M^(-1/2) by W = ρ(3 - ρ²·Z·Y)/2, Y ← Y·W, Z ← W·Z. The eigenvalues of (Z·Y)^(1/2) are in [low, 1],
     with a `low` that follows the same polynomial; near 1 each step squares its distance from there.
@@ -94,7 +100,9 @@ def inverse_root(matrix, low, P: tl.constexpr):  # type: ignore[no-untyped-def]
         root = multiply(root, step)
         inverse = multiply(step, inverse)
         low = rho * low * (3 - rho * rho * low * low) / 2
-    return inverse, tl.max(tl.max(tl.abs(plus_diagonal(multiply(inverse, root), -1.0, P)), axis=1), axis=0)
+    # A sum, since a maximum would leave NaN out.
+    rest = plus_diagonal(multiply(inverse, root), -1.0, P)
+    return inverse, tl.sqrt(inner_product(rest, rest))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -16,6 +16,7 @@ from hyperadapt.normalization.matrix_triton import (
     load_matrix,
     load_transposed,
     multiply,
+    not_negative,
     plus_diagonal,
     solve_sylvester,
     store_matrix,
@@ -40,7 +41,7 @@ def soft_polar_forward_kernel(  # type: ignore[no-untyped-def]
     bound = tl.load(bounds + task * stride_task + position * stride_position).to(tl.float64)
     weight = R / (bound * bound)
     A, B = load_matrix(gram_A, R, P), load_matrix(gram_B, R, P)
-    trace = tl.maximum(inner_product(A, B) * weight, 0.0)
+    trace = not_negative(inner_product(A, B) * weight)
     size = tl.sqrt(inner_product(A, A)) * tl.sqrt(inner_product(B, B)) * weight
     inverse, shift = identity_matrix(P), trace * 0
     share, residual = size * 0 + 1e-13, size * 0 + 1.0
@@ -74,8 +75,8 @@ def soft_polar_backward_kernel(  # type: ignore[no-untyped-def]
     bound = tl.load(bounds + task * stride_task + position * stride_position).to(tl.float64)
     weight = R / (bound * bound)
     shift = tl.load(shifts + program)
-    total = shift + tl.maximum(
-        inner_product(load_matrix(grams + place_A, R, P), load_matrix(grams + place_B, R, P)) * weight, 0.0
+    total = shift + not_negative(
+        inner_product(load_matrix(grams + place_A, R, P), load_matrix(grams + place_B, R, P)) * weight
     )
     half = tl.sqrt(total)
     # In units of the largest eigenvalue, half² = total.

@@ -143,7 +143,8 @@ def test_kernels_stay_finite_and_bounded_on_hard_spectra(method: str, options: d
     size = core.cpu().double()[0, 0]
     update = outer @ (size if size.shape[0] > 1 else size * torch.eye(5)) @ inner
     if METHODS[method].bounds_singular_values and case != "cancelling":
-        assert torch.linalg.matrix_norm(update, ord=2) <= options["bound"] / 5**0.5 * (1 + FLOAT32_FORMULA)
+        # Rounding the core to float32 counts in units of its largest entry, that of lost directions.
+        assert torch.linalg.matrix_norm(update, ord=2) <= options["bound"] / 5**0.5 * (1 + FLOAT32_CONDITIONED)
     if case == "zero" and METHODS[method].is_bounded:
         assert torch.equal(size, torch.eye(len(size), dtype=torch.float64))
 
