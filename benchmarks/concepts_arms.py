@@ -1,0 +1,175 @@
+"""The arms of the concept study: what is adapted, and where a description enters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, layer_norm, normalize
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from benchmarks.concepts_data import ConceptData, pooled
+from benchmarks.concepts_tasks import LAST, Task
+from hyperadapt import HyperAdapterConfig
+
+RANK = 8
+TARGETS = ["query", "key", "value", "dense"]
+SCALE = 20.0
+SHIFT = 0.2
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to tell yes from no.
+
+    Attributes:
+        is_hyperadapter: Whether a hypernetwork makes the adapter of each row's description; else one LoRA serves all.
+        head: ``"logits"``: two, the same for all tasks; ``"match"``: by the cosine of text and description.
+        reads: Whether the description stands behind the text, in the input.
+        fields: Of the hyperadapter's configuration.
+        vectors: Changes the descriptions' vectors before the hypernetwork reads them; the others are trained ones.
+        smoothing: Of the labels.
+    """
+
+    is_hyperadapter: bool = False
+    head: str = "logits"
+    reads: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+    vectors: Callable[[Tensor, Tensor], Tensor] | None = None
+    smoothing: float = 0.0
+
+
+def centred(vectors: Tensor, trained: Tensor) -> Tensor:
+    """Without what the trained descriptions have in common."""
+    return vectors - trained.mean(0)
+
+
+def whitened(vectors: Tensor, trained: Tensor) -> Tensor:
+    """With directions of the same variance, up to a share of the mean variance; mean 0."""
+    mean = trained.mean(0)
+    values, directions = torch.linalg.eigh(torch.cov(trained.T))
+    scales = (values.clamp(min=0) + values.mean()).rsqrt()
+    return (vectors - mean) @ (directions * scales) @ directions.T
+
+
+HYPER = Arm(is_hyperadapter=True)
+ARMS: dict[str, Arm] = {
+    "hyperadapter": HYPER,
+    "lora": Arm(),
+    "bi-encoder": Arm(head="match"),
+    "hyperadapter in bi-encoder": Arm(is_hyperadapter=True, head="match"),
+    "cross-encoder": Arm(reads=True),
+}
+VARIANTS: dict[str, Arm] = {
+    "width 64": Arm(is_hyperadapter=True, fields={"hypernetwork_dim": 64}),
+    "soft_frobenius": Arm(is_hyperadapter=True, fields={"normalization": "soft_frobenius"}),
+    "additive": Arm(is_hyperadapter=True, fields={"conditioning": "additive"}),
+    "centred": Arm(is_hyperadapter=True, vectors=centred),
+    "whitened": Arm(is_hyperadapter=True, vectors=whitened),
+    "smoothing 0.1": Arm(is_hyperadapter=True, smoothing=0.1),
+}
+"""The arm "hyperadapter" with one thing changed."""
+
+
+class TwoLogits(nn.Module):
+    """No and yes from a text's vector, the same for all tasks."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, 2)
+
+    def forward(self, vector: Tensor, about: Tensor | None) -> Tensor:
+        """Logits ``(batch, 2)``."""
+        logits: Tensor = self.linear(layer_norm(vector, vector.shape[-1:]))
+        return logits
+
+
+class Match(nn.Module):
+    """No and yes from the cosine of a text's vector with that of a description."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Learned in units of where they start, so that one learning rate suits all.
+        self.scale = nn.Parameter(torch.ones(()))
+        self.shift = nn.Parameter(torch.ones(()))
+
+    def forward(self, vector: Tensor, about: Tensor | None) -> Tensor:
+        """Logits ``(batch, 2)``."""
+        assert about is not None
+        cosine = (normalize(vector, dim=-1) * normalize(about, dim=-1)).sum(-1)
+        logit = SCALE * self.scale * (cosine - SHIFT * self.shift)
+        return torch.stack([-logit / 2, logit / 2], dim=-1)
+
+
+class ConceptReader(nn.Module):
+    """The upper layers of an encoder, and a head for yes or no."""
+
+    def __init__(self, bert: nn.Module, head: str) -> None:
+        super().__init__()
+        self.config = bert.config
+        self.bert = bert
+        self.head = TwoLogits(bert.config.hidden_size) if head == "logits" else Match()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        about: Tensor | None = None,
+        about_states: Tensor | None = None,
+        about_mask: Tensor | None = None,
+        about_rows: Tensor | None = None,
+        smoothing: float = 0.0,
+    ) -> SequenceClassifierOutput:
+        """Logits ``(batch, 2)`` and the loss, from the lower layers' states.
+
+        What it is about is given as vectors ``(batch, hidden_size)``; or as states, which are adapted, too, and of
+        which each row has one.
+        """
+        vector = self._vector(input_ids, attention_mask)
+        if about_states is not None:
+            about = self._vector(about_states, about_mask)[about_rows]
+        logits = self.head(vector, about)
+        loss = None if labels is None else cross_entropy(logits, labels, label_smoothing=smoothing)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _vector(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        assert mask is not None
+        return pooled(self.bert(states, mask).last_hidden_state, mask)
+
+
+def build(arm: Arm, data: ConceptData, tasks: Sequence[Task], seed: int) -> PeftModel:
+    """A copy of the base model with an arm's adapter for these tasks, whose weights a seed draws."""
+    torch.manual_seed(seed)
+    model = ConceptReader(copy.deepcopy(data.encoder.upper), arm.head)
+    shared: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS, "modules_to_save": ["head"]}
+    if not arm.is_hyperadapter:
+        return get_peft_model(model, LoraConfig(**shared))
+    config = HyperAdapterConfig(
+        tasks={task.name: trained_wordings(task) for task in tasks},
+        task_embedding="text",
+        text_encoder=text_encoder(arm, data, tasks),
+        **shared | arm.fields,
+    )
+    return get_peft_model(model, config)
+
+
+def trained_wordings(task: Task) -> list[str]:
+    """The descriptions of a task that take part in training."""
+    return list(task.wordings[:-LAST])
+
+
+def text_encoder(arm: Arm, data: ConceptData, tasks: Sequence[Task]) -> Callable[[list[str]], Tensor]:
+    """What gives the vectors of descriptions, as the arm changes them."""
+    known = [wording for task in tasks for wording in trained_wordings(task)]
+
+    def encode(texts: list[str]) -> Tensor:
+        vectors = data.described.vectors(texts)
+        return vectors if arm.vectors is None else arm.vectors(vectors, data.described.vectors(known))
+
+    return encode

@@ -1,0 +1,126 @@
+"""What the concept study measures: accuracy and area under the curve, by true descriptions and by wrong ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from benchmarks.concepts_arms import Arm, trained_wordings
+from benchmarks.concepts_data import ConceptData
+from benchmarks.concepts_tasks import Task
+from benchmarks.transfer_data import BLANK, UNRELATED
+
+TRUE = "true"
+TRAINED = "trained"
+NEW_WORDING = "trained, new wording"
+
+# Condition -> family -> task -> accuracy and area under the curve.
+Scores = dict[str, dict[str, dict[str, tuple[float, float]]]]
+# Places of texts, the description for the adapter, and that for the head or the input -> logit of yes less that of no.
+Margins = Callable[[Sequence[int], str, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is trained and evaluated: steps, tasks of a batch, and texts of either answer, by family."""
+
+    steps: int
+    tasks: int = 16
+    atomic: int = 16
+    others: int = 8
+    trained: int = 8
+
+    def most(self, task: Task) -> int:
+        """Texts of either answer to evaluate a task on."""
+        if task.role == "train":
+            return self.trained
+        return self.atomic if task.family == "atomic" else self.others
+
+
+@dataclass
+class Evaluation:
+    """Asks an arm that was trained on some tasks."""
+
+    data: ConceptData
+    arm: Arm
+    tasks: Sequence[Task]
+    amount: Amount
+    seed: int
+
+    def held_out(self, margins: Margins, role: str) -> Scores:
+        """Scores of tasks that were never trained; on validation by their true descriptions alone."""
+        scores: Scores = defaultdict(lambda: defaultdict(dict))
+        for task in self.data.tasks[role]:
+            if rows := self.data.evaluation(task, role, self.amount.most(task)):
+                conditions = {TRUE: 2 * (self._wording(task),)} if role == "validation" else self._conditions(task)
+                for condition, (adapter, head) in conditions.items():
+                    scores[condition][task.family][task.name] = measured(margins(rows[0], adapter, head), rows[1])
+        return {condition: dict(families) for condition, families in scores.items()}
+
+    def trained(self, margins: Margins) -> Scores:
+        """Scores of trained atomic tasks on new texts, by a wording that was trained and by one that was not."""
+        scores: Scores = {TRAINED: {"atomic": {}}, NEW_WORDING: {"atomic": {}}}
+        for task in self.tasks:
+            if task.family == "atomic" and (rows := self.data.evaluation(task, "test", self.amount.most(task))):
+                for condition, wording in {TRAINED: task.wordings[0], NEW_WORDING: task.wordings[-1]}.items():
+                    scores[condition]["atomic"][task.name] = measured(margins(rows[0], wording, wording), rows[1])
+        return scores
+
+    def _conditions(self, task: Task) -> dict[str, tuple[str, str]]:
+        """Name -> description for the adapter, and the one for the head or the input."""
+        true, generator = self._wording(task), self._generator(task)
+        conditions = {TRUE: (true, true)}
+        if not self.arm.is_hyperadapter:
+            return conditions
+        others = [one for one in self.data.tasks[task.role] if one.family == task.family]
+        # A pair that shares a concept with this one is no control.
+        others = [one for one in others if not set(one.parts) & set(task.parts)]
+        near = [one for one in others if one.corpus == task.corpus]
+        far = [one for one in others if one.corpus != task.corpus]
+        shuffled = self._wording((near or far)[generator.integers(len(near or far))])
+        if self.arm.head == "match":
+            return conditions | {"shuffled for the adapter": (shuffled, true)}
+        wrong = {"shuffled": shuffled}
+        if task.family == "atomic":
+            wrong |= {
+                "across corpora": self._wording(far[generator.integers(len(far))]),
+                "blank": BLANK,
+                "unrelated": UNRELATED[generator.integers(len(UNRELATED))],
+                "nearest trained": self._nearest(true),
+            }
+        return conditions | {name: (text, text) for name, text in wrong.items()}
+
+    def _wording(self, task: Task) -> str:
+        return str(self._generator(task).choice(task.wordings))
+
+    def _generator(self, task: Task) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *task.name.encode()])
+
+    @cached_property
+    def _known(self) -> tuple[list[str], Tensor]:
+        texts = [wording for task in self.tasks for wording in trained_wordings(task)]
+        return texts, self.data.described.vectors(texts)
+
+    def _nearest(self, description: str) -> str:
+        """The trained description whose vector is closest."""
+        texts, vectors = self._known
+        return texts[int((vectors @ self.data.described.vectors([description])[0]).argmax())]
+
+
+def measured(margins: Tensor, answers: Sequence[bool]) -> tuple[float, float]:
+    """Accuracy and area under the curve."""
+    accuracy = float(((margins > 0) == torch.tensor(answers)).float().mean())
+    return round(accuracy, 4), round(float(roc_auc_score(answers, margins.float())), 4)
+
+
+def mean_scores(scores: Scores, condition: str, family: str = "atomic") -> tuple[float, float]:
+    """Mean accuracy and area over the tasks of a family."""
+    accuracy, area = np.mean(list(scores[condition][family].values()), axis=0)
+    return float(accuracy), float(area)
