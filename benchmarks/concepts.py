@@ -37,16 +37,17 @@ import torch
 from benchmarks.concepts_arms import ARMS, VARIANTS
 from benchmarks.concepts_data import ConceptData, Size, load_data
 from benchmarks.concepts_evaluation import Amount
-from benchmarks.concepts_plan import ALL, COSINE, SEPARATE, STAGES, Run, Settings, Study, durations
+from benchmarks.concepts_plan import ALL, COSINE, OURS, SEPARATE, STAGES, Run, Settings, Study, durations
 from benchmarks.concepts_report import report
 from benchmarks.concepts_runs import run_cosine, run_once, run_separate
 from benchmarks.concepts_tasks import Task, subset, tasks_of
 from benchmarks.rows import Row, append_row, environment
 
 FAST = Settings(
-    size=Size(corpora=("exams",), texts=24),
-    amount=Amount(steps=2, tasks=2, atomic=3, others=0, trained=3),
-    choosing=Amount(steps=1, tasks=2, atomic=3, others=0, trained=3),
+    size=Size(corpora=("exams", "articles"), texts=24),
+    amount=Amount(steps=2, tasks=2, atomic=3, others=3, trained=3),
+    choosing=Amount(steps=1, tasks=2, atomic=3, others=0),
+    arms={arm: rates[: 2 if arm == OURS else 1] for arm, rates in Settings().arms.items()},
     variants=("whitened",),
     seeds=(1,),
     curve=(4,),

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.concepts_bank import CLASSES
 from benchmarks.concepts_predicates import PREDICATES
-from benchmarks.concepts_tasks import ROLES, Concept, Task, concepts, digest, tasks_of
+from benchmarks.concepts_tasks import CORPORA, ROLES, Concept, Task, concepts, digest, tasks_of
 from benchmarks.stability_data import split_encoder
 from examples.support.encoder import load_base, load_tokenizer
 from examples.support.text_tasks import locate
@@ -58,7 +58,7 @@ class Pool(NamedTuple):
 class Size:
     """How much is read: corpora, texts of a class at most, tokens of a text, lower layers that stay frozen."""
 
-    corpora: tuple[str, ...] = tuple(CLASSES)
+    corpora: tuple[str, ...] = CORPORA
     texts: int = 80
     max_length: int = 24
     frozen_layers: int = 4
@@ -238,8 +238,9 @@ def pooled(states: Tensor, mask: Tensor) -> Tensor:
 
 def _texts(tokenizer: PreTrainedTokenizerBase, size: Size) -> tuple[list[Text], list[Concept]]:
     """The texts, ordered by their hash, and the concepts."""
-    labels = {f"{corpus}/{name}" for corpus in size.corpora for name in CLASSES[corpus]}
-    read = {text: label for corpus in size.corpora for text, label in READERS[corpus]() if label in labels}
+    corpora = [corpus for corpus in size.corpora if corpus in CLASSES]
+    labels = {f"{corpus}/{name}" for corpus in corpora for name in CLASSES[corpus]}
+    read = {text: label for corpus in corpora for text, label in READERS[corpus]() if label in labels}
     taken: dict[str, list[str]] = defaultdict(list)
     for text in sorted(read, key=digest):
         taken[read[text]].append(text)
@@ -251,7 +252,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, size: Size) -> tuple[list[Text], 
         for text, offsets in zip(starts, encoded["offset_mapping"], strict=True):
             found[text[: max(end for _, end in offsets)]].add(label)
     kept = [(text, *found[text]) for text in sorted(found, key=digest) if text and len(found[text]) == 1]
-    bank = concepts(Counter(label for _, label in kept))
+    bank = concepts(size.corpora, Counter(label for _, label in kept))
     roles = {concept.name: concept.role for concept in bank}
     return [_tagged(text, label, roles[label]) for text, label in kept], bank
 

@@ -23,6 +23,8 @@ HELD_OUT = {
     "predicates": (3, 6),
 }
 """Corpus -> how many whole concepts are for validation and for the test, and never trained."""
+CORPORA = tuple(HELD_OUT)
+"""All of them; predicates are of the texts of all others."""
 LEAST_TEXTS = 20
 """Texts that a class must have to be held out."""
 LAST = 2
@@ -67,14 +69,15 @@ class Task:
         return any(has) != (self.family == "not")
 
 
-def concepts(counts: Counter[str]) -> list[Concept]:
-    """All concepts with their roles, which only names decide; of a class that is held out, there are enough texts."""
+def concepts(corpora: Sequence[str], counts: Counter[str]) -> list[Concept]:
+    """The concepts of some corpora with their roles, which only names decide; counts are those of a class's texts."""
     members: dict[str, dict[str, tuple[str, str]]] = {
         **CLASSES,
         "predicates": {name: predicate.phrases for name, predicate in PREDICATES.items()},
     }
     bank = []
-    for corpus, phrases in members.items():
+    for corpus in corpora:
+        phrases = members[corpus]
         names = {name: f"{corpus}/{name}" for name in phrases if corpus == "predicates" or counts[f"{corpus}/{name}"]}
         enough = [name for name in names.values() if corpus == "predicates" or counts[name] >= LEAST_TEXTS]
         validation, test = HELD_OUT[corpus]
