@@ -20,6 +20,7 @@ from benchmarks.transfer_data import BLANK, UNRELATED
 TRUE = "true"
 TRAINED = "trained"
 NEW_WORDING = "trained, new wording"
+SHUFFLED_ADAPTER = "shuffled for the adapter"
 
 # Condition -> family -> task -> accuracy and area under the curve.
 Scores = dict[str, dict[str, dict[str, tuple[float, float]]]]
@@ -59,8 +60,8 @@ class Evaluation:
         scores: Scores = defaultdict(lambda: defaultdict(dict))
         for task in self.data.tasks[role]:
             if rows := self.data.evaluation(task, role, self.amount.most(task)):
-                conditions = {TRUE: 2 * (self._wording(task),)} if role == "validation" else self._conditions(task)
-                for condition, (adapter, head) in conditions.items():
+                conditions = self.wrong(task) if role == "test" else {}
+                for condition, (adapter, head) in {TRUE: self.true(task), **conditions}.items():
                     scores[condition][task.family][task.name] = measured(margins(rows[0], adapter, head), rows[1])
         return {condition: dict(families) for condition, families in scores.items()}
 
@@ -73,12 +74,15 @@ class Evaluation:
                     scores[condition]["atomic"][task.name] = measured(margins(rows[0], wording, wording), rows[1])
         return scores
 
-    def _conditions(self, task: Task) -> dict[str, tuple[str, str]]:
-        """Name -> description for the adapter, and the one for the head or the input."""
-        true, generator = self._wording(task), self._generator(task)
-        conditions = {TRUE: (true, true)}
+    def true(self, task: Task) -> tuple[str, str]:
+        """A task's own description, for the adapter and for the head or the input."""
+        return self._wording(task), self._wording(task)
+
+    def wrong(self, task: Task) -> dict[str, tuple[str, str]]:
+        """Condition -> descriptions likewise, of which that of the adapter is not the task's own."""
         if not self.arm.is_hyperadapter:
-            return conditions
+            return {}
+        (true, _), generator = self.true(task), self._generator(task)
         others = [one for one in self.data.tasks[task.role] if one.family == task.family]
         # A pair that shares a concept with this one is no control.
         others = [one for one in others if not set(one.parts) & set(task.parts)]
@@ -86,7 +90,7 @@ class Evaluation:
         far = [one for one in others if one.corpus != task.corpus]
         shuffled = self._wording((near or far)[generator.integers(len(near or far))])
         if self.arm.head == "match":
-            return conditions | {"shuffled for the adapter": (shuffled, true)}
+            return {SHUFFLED_ADAPTER: (shuffled, true)}
         wrong = {"shuffled": shuffled}
         if task.family == "atomic":
             wrong |= {
@@ -95,7 +99,7 @@ class Evaluation:
                 "unrelated": UNRELATED[generator.integers(len(UNRELATED))],
                 "nearest trained": self._nearest(true),
             }
-        return conditions | {name: (text, text) for name, text in wrong.items()}
+        return {name: (text, text) for name, text in wrong.items()}
 
     def _wording(self, task: Task) -> str:
         return str(self._generator(task).choice(task.wordings))

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.concepts_evaluation import NEW_WORDING, TRAINED, TRUE
+from benchmarks.concepts_evaluation import NEW_WORDING, SHUFFLED_ADAPTER, TRAINED, TRUE
 from benchmarks.concepts_plan import ALL, CHOOSING_SEED, COSINE, OURS, SEPARATE, Study, area
 from benchmarks.concepts_tasks import FAMILIES
 from benchmarks.plots import save_plot
@@ -19,7 +19,6 @@ from benchmarks.rows import Row, write_rows
 DRAWS = 2000
 ACCURACY, AREA = 0, 1
 BI_ENCODER, INSIDE, CROSS = "bi-encoder", "hyperadapter in bi-encoder", "cross-encoder"
-SHUFFLED_ADAPTER = "shuffled for the adapter"
 CONTROLS = ("shuffled", "across corpora", "blank", "unrelated", "nearest trained")
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
@@ -60,11 +59,9 @@ def cell_of(rows: Sequence[Row], condition: str, family: str, measure: int) -> C
 def estimate(values: np.ndarray) -> Estimate:
     """The mean of ``(seeds, tasks)`` values, and what 95% of the means are of seeds and tasks that are drawn anew."""
     generator = np.random.default_rng(0)
-    seeds, tasks = values.shape
-    means = [
-        values[np.ix_(generator.integers(seeds, size=seeds), generator.integers(tasks, size=tasks))].mean()
-        for _ in range(DRAWS)
-    ]
+    # How often each seed and each task is drawn, as a share.
+    seeds, tasks = (generator.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in values.shape)
+    means = (seeds @ values * tasks).sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Estimate(float(values.mean()), float(low), float(high))
 

@@ -59,6 +59,11 @@ BFLOAT16_NETWORK = 0.1
 # 2·u.
 BFLOAT16_PRODUCT = 2.5 * EPS_BFLOAT16
 
+# Cosines of a mean over tokens from two bfloat16 layers, where batches that are padded differently round some
+# entries otherwise: a few roundings of u = 4e-3 in each entry, independent of each other, so that the vector turns
+# by that angle; times √(2·12 products).
+COSINE_BFLOAT16 = 2.5 * EPS_BFLOAT16
+
 
 def norm_error(length: int, eps: float) -> float:
     """Relative error of a norm, or of a bound on it, that was computed from sums of `length` products.
