@@ -45,7 +45,7 @@ from benchmarks.rows import Row, append_row, environment
 
 FAST = Settings(
     size=Size(corpora=("exams", "articles"), texts=24),
-    amount=Amount(steps=2, tasks=2, atomic=3, others=3, trained=3),
+    amount=Amount(steps=2, tasks=2, atomic=3, others=0, trained=3),
     choosing=Amount(steps=1, tasks=2, atomic=3, others=0),
     arms={arm: rates[: 2 if arm == OURS else 1] for arm, rates in Settings().arms.items()},
     variants=("whitened",),
