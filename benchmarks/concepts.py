@@ -59,7 +59,7 @@ def main() -> None:
     """Run what is missing of the stages, as long as there is time."""
     options = parse_options()
     torch.set_num_threads(1)
-    study = Study(options.output, FAST if options.fast else Settings())
+    study = Study(options.output, FAST if options.fast else Settings(), options.rate)
     deadline = time.monotonic() + 60 * options.minutes
     data: ConceptData | None = None
     for stage in options.stage or (*STAGES, "report"):
@@ -80,6 +80,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--stage", nargs="+", choices=(*STAGES, "report"))
     parser.add_argument("--arm", nargs="+", choices=list(Settings().arms), help="by default all")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the stages test and curve")
+    parser.add_argument("--rate", type=float, help="instead of those that the stage tune chose")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run that would end later")
     parser.add_argument("--fast", action="store_true", help="one corpus and a few steps: a test")
     parser.add_argument("--output", type=Path, default=Path("runs/concepts"), help="folder of the rows")

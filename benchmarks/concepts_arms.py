@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,21 +57,22 @@ def whitened(vectors: Tensor, trained: Tensor) -> Tensor:
     return (vectors - mean) @ (directions * scales) @ directions.T
 
 
-HYPER = Arm(is_hyperadapter=True)
+WIDTH = {"hypernetwork_dim": 64}
+HYPER = Arm(is_hyperadapter=True, fields=WIDTH)
 ARMS: dict[str, Arm] = {
     "hyperadapter": HYPER,
     "lora": Arm(),
     "bi-encoder": Arm(head="match"),
-    "hyperadapter in bi-encoder": Arm(is_hyperadapter=True, head="match"),
+    "hyperadapter in bi-encoder": replace(HYPER, head="match"),
     "cross-encoder": Arm(reads=True),
 }
 VARIANTS: dict[str, Arm] = {
-    "width 64": Arm(is_hyperadapter=True, fields={"hypernetwork_dim": 64}),
-    "soft_frobenius": Arm(is_hyperadapter=True, fields={"normalization": "soft_frobenius"}),
-    "additive": Arm(is_hyperadapter=True, fields={"conditioning": "additive"}),
-    "centred": Arm(is_hyperadapter=True, vectors=centred),
-    "whitened": Arm(is_hyperadapter=True, vectors=whitened),
-    "smoothing 0.1": Arm(is_hyperadapter=True, smoothing=0.1),
+    "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
+    "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),
+    "additive": replace(HYPER, fields=WIDTH | {"conditioning": "additive"}),
+    "centred": replace(HYPER, vectors=centred),
+    "whitened": replace(HYPER, vectors=whitened),
+    "smoothing 0.1": replace(HYPER, smoothing=0.1),
 }
 """The arm "hyperadapter" with one thing changed."""
 

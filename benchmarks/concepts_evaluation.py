@@ -35,8 +35,8 @@ class Amount:
     steps: int
     tasks: int = 16
     atomic: int = 16
-    others: int = 8
-    trained: int = 8
+    others: int = 6
+    trained: int = 4
 
     def most(self, task: Task) -> int:
         """Texts of either answer to evaluate a task on."""

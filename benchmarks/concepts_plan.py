@@ -47,15 +47,15 @@ class Settings:
     """
 
     size: Size = field(default_factory=Size)
-    amount: Amount = field(default_factory=lambda: Amount(steps=500))
+    amount: Amount = field(default_factory=lambda: Amount(steps=400))
     choosing: Amount = field(default_factory=lambda: Amount(steps=200))
     arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
             OURS: (2e-3, 5e-3),
             COSINE: (0.0,),
+            "lora": (2e-3, 5e-3),
             "hyperadapter in bi-encoder": (2e-3, 5e-3),
             "bi-encoder": (2e-3, 5e-3),
-            "lora": (2e-3, 5e-3),
             "cross-encoder": (2e-3, 5e-3),
             SEPARATE: (5e-3,),
         }
@@ -78,8 +78,8 @@ CHOOSING_SEED = 0
 class Study:
     """A folder with a file of rows."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.path, self.settings = folder / "rows.jsonl", settings
+    def __init__(self, folder: Path, settings: Settings, rate: float | None = None) -> None:
+        self.path, self.settings, self._rate = folder / "rows.jsonl", settings, rate
         folder.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[Row]:
@@ -100,8 +100,10 @@ class Study:
         return [run for run in self._runs(stage, list(arms), list(seeds)) if run not in done]
 
     def rate(self, arm: str) -> float:
-        """The learning rate whose area under the curve is largest on validation concepts."""
+        """The given learning rate, or the one whose area under the curve is largest on validation concepts."""
         rates = self.settings.arms[arm]
+        if self._rate is not None and len(rates) > 1:
+            return self._rate
         if len(rates) == 1:
             return rates[0]
         areas = {row["rate"]: area(row) for row in self.rows() if row["stage"] == "tune" and row["arm"] == arm}

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.concepts_arms import Arm, build, text_encoder, trained_wordings
 from benchmarks.concepts_data import ConceptData, padded
@@ -20,8 +19,12 @@ from benchmarks.concepts_evaluation import TRAINED, Amount, Evaluation, Margins,
 from benchmarks.concepts_tasks import Task
 
 WARMUP = 0.05
+ALONE = 0.75
+"""Share of the steps in which concepts stand alone; then come compositions, and the learning rate falls to zero.
+
+Early on, a contrary looks like its concept and has the opposite answers, so that nothing is learned of either."""
 WEIGHTS = {"atomic": 3.0, "not": 1.0, "or": 1.0, "versus": 1.0}
-"""How often a task of a family is drawn, in proportion."""
+"""How often a task of a family is drawn then, in proportion."""
 SEPARATE_SHARE = 0.1
 """Steps of one of several LoRAs, as a share of those of an adapter for all tasks."""
 
@@ -42,9 +45,11 @@ class Drawn(NamedTuple):
 def draws(data: ConceptData, tasks: Sequence[Task], amount: Amount, seed: int) -> Iterator[Drawn]:
     """The steps of a seed, the same for all arms."""
     generator = np.random.default_rng(seed)
-    weights = np.array([WEIGHTS[task.family] for task in tasks])
-    is_small = len(tasks) < amount.tasks
-    for _ in range(amount.steps):
+    alone = np.array([float(task.family == "atomic") for task in tasks])
+    later = np.array([WEIGHTS[task.family] for task in tasks])
+    for step in range(amount.steps):
+        weights = alone if step < ALONE * amount.steps else later
+        is_small = np.count_nonzero(weights) < amount.tasks
         indices = generator.choice(len(tasks), amount.tasks, replace=is_small, p=weights / weights.sum())
         chosen = [tasks[index] for index in indices]
         wordings = [str(generator.choice(trained_wordings(task))) for task in chosen]
@@ -134,7 +139,7 @@ def trained_model(
     model = build(arm, data, tasks, seed).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, max(1, round(WARMUP * amount.steps)), amount.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step / amount.steps))
     ids = {task.name: place for place, task in enumerate(tasks)}
     losses = []
     for drawn in draws(data, tasks, amount, seed):
@@ -148,6 +153,12 @@ def trained_model(
         schedule.step()
         optimizer.zero_grad()
     return model.eval(), losses
+
+
+def _share_of_rate(done: float) -> float:
+    """The share of the learning rate that is left when a share of the steps is done."""
+    # Not zero, so that the first step counts.
+    return min(1.0, max(0.01, done / WARMUP), (1 - done) / (1 - ALONE))
 
 
 def inputs_of(arm: Arm, data: ConceptData, places: Sequence[int], descriptions: Sequence[str]) -> dict[str, Any]:
