@@ -84,13 +84,14 @@ def report(study: Study, folder: Path) -> None:
     if not rows:
         raise SystemExit(f"{study.path} has no rows yet. Run the other stages first.")
     _print_choices(rows)
-    arms = {arm: [row for row in rows if row["stage"] == "test" and row["arm"] == arm] for arm in study.settings.arms}
-    arms = {arm: members for arm, members in arms.items() if members}
+    arms = {arm: members for arm in study.settings.arms if (members := _of(study, rows, "test", arm))}
     if arms:
         _print_arms(arms)
         _print_differences(arms)
         _print_corpora(arms)
-    curve = {count: [r for r in rows if r["stage"] == "curve" and r["concepts"] == count] for count in _counts(rows)}
+    points = _of(study, rows, "curve", OURS)
+    counts = sorted({row["concepts"] for row in points})
+    curve = {count: [row for row in points if row["concepts"] == count] for count in counts}
     _print_curve(curve, arms)
     if OURS in arms:
         _plot(arms, curve, folder)
@@ -98,8 +99,12 @@ def report(study: Study, folder: Path) -> None:
     print(f"\nrows: {folder / 'concepts.jsonl'}")
 
 
-def _counts(rows: Sequence[Row]) -> list[int]:
-    return sorted({row["concepts"] for row in rows if row["stage"] == "curve"})
+def _of(study: Study, rows: Sequence[Row], stage: str, arm: str) -> list[Row]:
+    """An arm's rows of a stage; if they have several learning rates, those of the one that was chosen."""
+    members = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
+    if len({row["rate"] for row in members}) > 1:
+        members = [row for row in members if row["rate"] == study.rate(arm)]
+    return members
 
 
 def _print_choices(rows: Sequence[Row]) -> None:
@@ -125,12 +130,12 @@ def _print_arms(arms: dict[str, list[Row]]) -> None:
             accuracy = cell_of(rows, condition, "atomic", ACCURACY)
             shown = ["" if cell is None else str(estimate(cell.values)) for cell in (accuracy, *cells)]
             print(f"{arm:<28}{condition:<26}{len(rows):>5}  " + "".join(f"{text:<22}" for text in shown).rstrip())
-    print(f"\n{'arm':<28}{'parameters':>12}{'loss':>8}{'CPU seconds of training':>26}")
+    print(f"\n{'arm':<28}{'rate':>8}{'parameters':>12}{'loss':>8}{'CPU seconds of training':>26}")
     for arm, rows in arms.items():
         seconds = [row["train_cpu_seconds"] for row in rows if row["train_cpu_seconds"] is not None]
         losses = [row["loss"] for row in rows if row["loss"] is not None]
         texts = (f"{np.mean(losses):.3f}" if losses else "-", f"{np.median(seconds):.0f}" if seconds else "-")
-        print(f"{arm:<28}{rows[0]['parameters']:>12,}{texts[0]:>8}{texts[1]:>26}")
+        print(f"{arm:<28}{rows[0]['rate']:>8g}{rows[0]['parameters']:>12,}{texts[0]:>8}{texts[1]:>26}")
 
 
 def _print_differences(arms: dict[str, list[Row]]) -> None:

@@ -139,7 +139,7 @@ def trained_model(
     model = build(arm, data, tasks, seed).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step / amount.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step / amount.steps))
     ids = {task.name: place for place, task in enumerate(tasks)}
     losses = []
     for drawn in draws(data, tasks, amount, seed):
@@ -155,7 +155,7 @@ def trained_model(
     return model.eval(), losses
 
 
-def _share_of_rate(done: float) -> float:
+def share_of_rate(done: float) -> float:
     """The share of the learning rate that is left when a share of the steps is done."""
     # Not zero, so that the first step counts.
     return min(1.0, max(0.01, done / WARMUP), (1 - done) / (1 - ALONE))

@@ -1,6 +1,7 @@
 """The concept study: its bank, what is held out, wrong descriptions, the arms at their start, and that it runs."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from benchmarks.concepts_data import ConceptData, load_data
 from benchmarks.concepts_evaluation import SHUFFLED_ADAPTER, Evaluation
 from benchmarks.concepts_plan import COSINE, OURS, SEPARATE, Run, Study, run_of
 from benchmarks.concepts_predicates import PREDICATES
-from benchmarks.concepts_runs import best_threshold, draws, margins_of
+from benchmarks.concepts_runs import best_threshold, draws, margins_of, share_of_rate
 from benchmarks.concepts_tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
 from benchmarks.rows import read_rows
 from benchmarks.transfer_data import BLANK, UNRELATED
@@ -128,16 +129,24 @@ def test_held_out_texts_are_not_trained_and_all_texts_have_both_answers(data: Co
 
 
 def test_draws_are_balanced_right_and_the_same_again(data: ConceptData) -> None:
-    tasks = data.trainable(data.tasks["train"])
-    steps = list(draws(data, tasks, study.FAST.amount, seed=3))
-    assert len(steps) == study.FAST.amount.steps
+    tasks, amount = data.trainable(data.tasks["train"]), replace(study.FAST.amount, steps=40)
+    steps = list(draws(data, tasks, amount, seed=3))
+    assert len(steps) == 40
     for step in steps:
         for place, label, task in zip(step.places, step.labels.tolist(), 2 * step.tasks, strict=True):
             assert task.answer(data.texts[place].tags) is bool(label)
             assert data.texts[place].role == "train"
         assert all(wording in trained_wordings(task) for task, wording in zip(step.tasks, step.wordings, strict=True))
-    assert steps == list(draws(data, tasks, study.FAST.amount, seed=3))
-    assert steps != list(draws(data, tasks, study.FAST.amount, seed=4))
+    assert steps == list(draws(data, tasks, amount, seed=3))
+    assert steps != list(draws(data, tasks, amount, seed=4))
+    # Three quarters of the steps are for concepts alone.
+    assert {task.family for step in steps[:30] for task in step.tasks} == {"atomic"}
+    assert {task.family for step in steps[30:] for task in step.tasks} == set(FAMILIES)
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
+    shares = [share_of_rate(done) for done in (0.0, 0.025, 0.05, 0.5, 0.75, 0.875, 1.0)]
+    assert shares == pytest.approx([0.01, 0.5, 1, 1, 1, 0.5, 0])
 
 
 def test_wrong_descriptions_are_what_they_are_called(data: ConceptData) -> None:
@@ -227,6 +236,10 @@ def test_study_runs_and_goes_on_where_it_was(
     again = capsys.readouterr().out
     assert output.endswith(again)
     assert len(read_rows(tmp_path / "rows.jsonl")) == len(rows)
+    # A given rate counts in place of those that were chosen.
+    monkeypatch.setattr("sys.argv", ["concepts", "--fast", "--output", str(tmp_path), "--stage", "curve", "--rate=0.1"])
+    study.main()
+    assert run_of(read_rows(tmp_path / "rows.jsonl")[-1]) == Run("curve", OURS, 0.1, 4, 1)
     monkeypatch.setattr("sys.argv", ["concepts", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"has rows of another definition of the study, \w+, which is \w+ now"):
         study.main()
