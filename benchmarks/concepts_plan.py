@@ -47,7 +47,7 @@ class Settings:
     """
 
     size: Size = field(default_factory=Size)
-    amount: Amount = field(default_factory=lambda: Amount(steps=400))
+    amount: Amount = field(default_factory=lambda: Amount(steps=700))
     choosing: Amount = field(default_factory=lambda: Amount(steps=200))
     arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
