@@ -34,6 +34,8 @@ class Arm:
         fields: Of the hyperadapter's configuration.
         vectors: Changes the descriptions' vectors before the hypernetwork reads them; the others are trained ones.
         smoothing: Of the labels.
+        alone: Share of the steps, the first ones, in which concepts stand alone: as long as a contrary looks like its
+            concept, with the opposite answers, nothing is learned of either.
     """
 
     is_hyperadapter: bool = False
@@ -42,6 +44,7 @@ class Arm:
     fields: dict[str, Any] = field(default_factory=dict)
     vectors: Callable[[Tensor, Tensor], Tensor] | None = None
     smoothing: float = 0.0
+    alone: float = 0.75
 
 
 def centred(vectors: Tensor, trained: Tensor) -> Tensor:
@@ -73,6 +76,7 @@ VARIANTS: dict[str, Arm] = {
     "centred": replace(HYPER, vectors=centred),
     "whitened": replace(HYPER, vectors=whitened),
     "smoothing 0.1": replace(HYPER, smoothing=0.1),
+    "compositions from the start": replace(HYPER, alone=0.0),
 }
 """The arm "hyperadapter" with one thing changed."""
 

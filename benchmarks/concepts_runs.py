@@ -19,10 +19,8 @@ from benchmarks.concepts_evaluation import TRAINED, Amount, Evaluation, Margins,
 from benchmarks.concepts_tasks import Task
 
 WARMUP = 0.05
-ALONE = 0.75
-"""Share of the steps in which concepts stand alone; then come compositions, and the learning rate falls to zero.
-
-Early on, a contrary looks like its concept and has the opposite answers, so that nothing is learned of either."""
+DECAY = 0.25
+"""Share of the steps in which the learning rate falls to zero, the last ones."""
 WEIGHTS = {"atomic": 3.0, "not": 1.0, "or": 1.0, "versus": 1.0}
 """How often a task of a family is drawn then, in proportion."""
 SEPARATE_SHARE = 0.1
@@ -42,13 +40,13 @@ class Drawn(NamedTuple):
         return torch.tensor([1, 0]).repeat_interleave(len(self.tasks))
 
 
-def draws(data: ConceptData, tasks: Sequence[Task], amount: Amount, seed: int) -> Iterator[Drawn]:
-    """The steps of a seed, the same for all arms."""
+def draws(data: ConceptData, tasks: Sequence[Task], amount: Amount, seed: int, alone: float) -> Iterator[Drawn]:
+    """The steps of a seed, the same for all arms; in a share of them, the first ones, concepts stand alone."""
     generator = np.random.default_rng(seed)
-    alone = np.array([float(task.family == "atomic") for task in tasks])
+    first = np.array([float(task.family == "atomic") for task in tasks])
     later = np.array([WEIGHTS[task.family] for task in tasks])
     for step in range(amount.steps):
-        weights = alone if step < ALONE * amount.steps else later
+        weights = first if step < alone * amount.steps else later
         is_small = np.count_nonzero(weights) < amount.tasks
         indices = generator.choice(len(tasks), amount.tasks, replace=is_small, p=weights / weights.sum())
         chosen = [tasks[index] for index in indices]
@@ -142,7 +140,7 @@ def trained_model(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step / amount.steps))
     ids = {task.name: place for place, task in enumerate(tasks)}
     losses = []
-    for drawn in draws(data, tasks, amount, seed):
+    for drawn in draws(data, tasks, amount, seed, arm.alone):
         inputs = inputs_of(arm, data, drawn.places, 2 * drawn.wordings)
         if arm.is_hyperadapter:
             inputs["tasks"] = torch.tensor([ids[task.name] for task in drawn.tasks]).repeat(2)
@@ -158,7 +156,7 @@ def trained_model(
 def share_of_rate(done: float) -> float:
     """The share of the learning rate that is left when a share of the steps is done."""
     # Not zero, so that the first step counts.
-    return min(1.0, max(0.01, done / WARMUP), (1 - done) / (1 - ALONE))
+    return min(1.0, max(0.01, done / WARMUP), (1 - done) / DECAY)
 
 
 def inputs_of(arm: Arm, data: ConceptData, places: Sequence[int], descriptions: Sequence[str]) -> dict[str, Any]:

@@ -130,16 +130,15 @@ def test_held_out_texts_are_not_trained_and_all_texts_have_both_answers(data: Co
 
 def test_draws_are_balanced_right_and_the_same_again(data: ConceptData) -> None:
     tasks, amount = data.trainable(data.tasks["train"]), replace(study.FAST.amount, steps=40)
-    steps = list(draws(data, tasks, amount, seed=3))
+    steps = list(draws(data, tasks, amount, 3, 0.75))
     assert len(steps) == 40
     for step in steps:
         for place, label, task in zip(step.places, step.labels.tolist(), 2 * step.tasks, strict=True):
             assert task.answer(data.texts[place].tags) is bool(label)
             assert data.texts[place].role == "train"
         assert all(wording in trained_wordings(task) for task, wording in zip(step.tasks, step.wordings, strict=True))
-    assert steps == list(draws(data, tasks, amount, seed=3))
-    assert steps != list(draws(data, tasks, amount, seed=4))
-    # Three quarters of the steps are for concepts alone.
+    assert steps == list(draws(data, tasks, amount, 3, 0.75))
+    assert steps != list(draws(data, tasks, amount, 4, 0.75))
     assert {task.family for step in steps[:30] for task in step.tasks} == {"atomic"}
     assert {task.family for step in steps[30:] for task in step.tasks} == set(FAMILIES)
 
