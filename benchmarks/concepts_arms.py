@@ -77,6 +77,7 @@ VARIANTS: dict[str, Arm] = {
     "whitened": replace(HYPER, vectors=whitened),
     "smoothing 0.1": replace(HYPER, smoothing=0.1),
     "compositions from the start": replace(HYPER, alone=0.0),
+    "no compositions": replace(HYPER, alone=1.0),
 }
 """The arm "hyperadapter" with one thing changed."""
 
