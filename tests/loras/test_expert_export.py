@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,13 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_pefts_lora_reads_an_export(name: str, tmp_path: Path) -> None:
-    layers = {} if name == "deepseek v3" else {"num_hidden_layers": 2}
+    layers: dict[str, Any] = {"num_hidden_layers": 2}
     if name == "gpt-oss":
         layers["layer_types"] = ["full_attention"] * 2
-    model = adapted(mixture(name, **layers).float(), target_modules=["q_proj"] if name != "deepseek v3" else [])
+    # PEFT takes these names of linear layers, as DeepSeek has them, for those of experts before transformers 5.
+    modules = {"target_modules": "all-linear", "exclude_modules": r".*\.(gate|up|down)_proj"}
+    changes = modules if name == "deepseek v3" else {"target_modules": "all-linear"}
+    model = adapted(mixture(name, **layers).float(), **changes)
     batch = {"input_ids": token_ids(2)}
     expected = logits(model, batch, tasks=TASKS[1])
     model.base_model.set_task(TASKS[1])
