@@ -60,6 +60,10 @@ CORES = {
 }
 
 
+# What spills and is not used.
+UNUSED = {("whitening_backward", 64, "gfx942")}
+
+
 def compile_kernel(name: str, r: int, target: str, dtype: str = "fp32") -> Any:
     """Compile a kernel as a launch would.
 

@@ -37,7 +37,7 @@ def cores_of_grams(joined: Tensor, method: Normalization, options: Mapping[str, 
     options = {**method.options, **options}
     if method.kernel not in (None, "scale") and kernels_serve(joined):
         extra, numbers = _kernel_arguments(joined, options)
-        if method.kernel != "whitening" or numbers[0] >= SMALLEST_KERNEL_RIDGE:
+        if method.kernel != "whitening" or _whitening_serves(joined.shape[-1], numbers[0]):
             core: Tensor = _core(method.kernel, joined, extra, numbers)[0]
             return core
     return method.core(*joined.chunk(2, dim=1), **options)
@@ -45,6 +45,11 @@ def cores_of_grams(joined: Tensor, method: Normalization, options: Mapping[str, 
 
 # Of whitening; below, what rounding leaves of a zero eigenvalue counts, and eigenvalues must tell it apart.
 SMALLEST_KERNEL_RIDGE = 1e-6
+
+
+def _whitening_serves(r: int, ridge: float) -> bool:
+    """Whether the kernel serves: on AMD, its gradient does not fit into registers at r = 64."""
+    return ridge >= SMALLEST_KERNEL_RIDGE and (r <= 32 or torch.version.hip is None)
 
 
 def _kernel_arguments(joined: Tensor, options: Mapping[str, Any]) -> tuple[Tensor | None, list[float]]:

@@ -132,10 +132,10 @@ def whitening_forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _unwhiten(gram, root, share, right, scratch, R: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Gradient of G from X·gᵀ·X, where X = (G + shift·I)^(-1/2) has the gradient g, and shift = share·tr(G).
+def _unwhiten(gram, root, share, scratch, R: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Gradient of G from X·gᵀ·X in `scratch`, where X = (G + shift·I)^(-1/2) has the gradient g.
 
-    The gradient Y of G + shift·I solves Y·T + T·Y = -X·gᵀ·X for T = X⁻¹, and that of the trace adds share·tr(Y)·I.
+    The gradient Y of G + shift·I solves Y·T + T·Y = -X·gᵀ·X for T = X⁻¹; a shift of share·tr(G) adds share·tr(Y)·I.
     """
     G = load_matrix(gram, R, P)
     trace = trace_of(G, P)
@@ -145,8 +145,7 @@ def _unwhiten(gram, root, share, right, scratch, R: tl.constexpr, P: tl.constexp
     inverse_half = inverse_of(half)
     T = multiply(plus_diagonal(G * inverse_half, share * trace * inverse_half, P), load_matrix(root, R, P))
     store_matrix(scratch, tl.where(trace > 0, T, identity_matrix(P)), P, P)
-    store_matrix(scratch + P * P, right * -inverse_half, P, P)
-    Y = load_matrix(solve_sylvester(scratch, low, P), P, P) / 2
+    Y = load_matrix(solve_sylvester(scratch, low, P), P, P) * (-inverse_half / 2)
     # The place may be written again.
     tl.debug_barrier()
     return plus_diagonal(Y, share * trace_of(Y, P), P)
@@ -166,13 +165,14 @@ def whitening_backward_kernel(  # type: ignore[no-untyped-def]
     right = multiply(load_matrix(root_A, R, P), load_transposed(grad, R, P))
     if BOTH:
         right = multiply(right, load_matrix(root_B, R, P))
-    right = multiply(right, load_matrix(root_A, R, P))
-    H = _unwhiten(grams + place_A * R * R, root_A, tl.load(shifts + place_A), right, scratch, R, P)
+    store_matrix(scratch + P * P, multiply(right, load_matrix(root_A, R, P)), P, P)
+    H = _unwhiten(grams + place_A * R * R, root_A, tl.load(shifts + place_A), scratch, R, P)
     store_matrix(grad_grams + place_A * R * R, H, R, P)
     if BOTH:
         right = multiply(load_matrix(root_B, R, P), load_matrix(root_A, R, P))
-        right = multiply(multiply(right, load_transposed(grad, R, P)), load_matrix(root_B, R, P))
-        H = _unwhiten(grams + place_B * R * R, root_B, tl.load(shifts + place_B), right, scratch, R, P)
+        right = multiply(right, load_transposed(grad, R, P))
+        store_matrix(scratch + P * P, multiply(right, load_matrix(root_B, R, P)), P, P)
+        H = _unwhiten(grams + place_B * R * R, root_B, tl.load(shifts + place_B), scratch, R, P)
     else:
         H = H * 0
     store_matrix(grad_grams + place_B * R * R, H, R, P)

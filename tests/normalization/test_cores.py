@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from hyperadapt.normalization import cores as cores_module
 from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS
 from tests.support.dense_updates import EACH, WHITENING_A
@@ -76,8 +77,10 @@ def round_inputs(inputs: dict[str, list[Tensor]], dtype: torch.dtype) -> dict[st
 @pytest.mark.parametrize(
     ("method", "options", "r", "dtype"),
     [
-        *((method, options, r, torch.float32) for r in (5, 64) for method, options in KERNEL_METHODS),
-        *(("soft_polar", {"bound": 2.0}, r, torch.float32) for r in (1, 16, 32)),
+        *((method, options, 5, torch.float32) for method, options in KERNEL_METHODS),
+        *(("soft_polar", {"bound": 2.0}, r, torch.float32) for r in (1, 16, 32, 64)),
+        ("soft_frobenius", {"bound": 2.0}, 64, torch.float32),
+        ("sinkhorn", {}, 64, torch.float32),
         ("soft_frobenius", {"bound": 2.0}, 5, torch.float16),
         ("soft_polar", {"bound": 2.0}, 5, torch.float16),
     ],
@@ -211,4 +214,12 @@ def test_a_cuda_graph_replays_the_kernels(method: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
 def test_kernels_under_the_interpreter() -> None:
-    run_interpreted(__file__, "kernels_ and not interpreter", "passed")
+    run_interpreted(__file__, "kernels_ and not interpreter", "42 passed")
+
+
+def test_which_whitening_the_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cores_module._whitening_serves(64, 1e-5)
+    assert not cores_module._whitening_serves(64, 1e-7)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert cores_module._whitening_serves(32, 1e-5)
+    assert not cores_module._whitening_serves(64, 1e-5)
