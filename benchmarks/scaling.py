@@ -127,13 +127,13 @@ def gram_flops(shapes: Sequence[Sequence[int]], *, out_shape: Sequence[int]) -> 
     """Operations of the Gram matrices, an operator of this package that PyTorch's counter does not know.
 
     Args:
-        shapes: Shapes ``(n, r, d)`` of the factors.
+        shapes: Shapes ``(n, p, r, d)`` of the factors.
         out_shape: Shape of the output, which the counter passes along.
 
     Returns:
         The count.
     """
-    return sum(2 * n * r * r * d for n, r, d in shapes)
+    return sum(2 * n * p * r * r * d for n, p, r, d in shapes)
 
 
 def flops(module: nn.Module, *args: Tensor) -> int:

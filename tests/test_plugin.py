@@ -100,8 +100,8 @@ import hyperadapt
 assert list(peft.PeftType) == members
 assert "HYPERADAPTER" not in peft.PeftType.__members__
 import importlib
-names = ["tuner." + name for name in ("layer", "layer_types", "loading", "building", "model")]
-names = ["config.config", *names, "plugin"]
+names = ["layer", "layer_types", "loading", "building", "targeted_parameters", "saved_tuner", "model"]
+names = ["config.config", *("tuner." + name for name in names), "plugin"]
 for module in [*(importlib.import_module("hyperadapt." + name) for name in names), hyperadapt]:
     importlib.reload(module)
 import torch

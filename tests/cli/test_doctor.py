@@ -39,5 +39,5 @@ def test_the_kernels_named_are_the_kernels_used(monkeypatch: pytest.MonkeyPatch,
     else:
         monkeypatch.setenv("HYPERADAPT_KERNELS", kernels)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    serves = gram._kernel_serves([torch.ones(2, 4, 8, device=device)])
+    serves = gram.kernels_serve(torch.ones(1, 2, 4, 8, device=device))
     assert doctor.report()["kernels"]["used"] == ("triton" if serves else "torch")
