@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
 from hyperadapt.config.checks import shown
 
@@ -46,6 +46,8 @@ def fit_task_embedding(
         )
         # Trainer warns of models that say nothing about gradient accumulation.
         trainer.model_accepts_loss_kwargs = False
+        # Without a progress bar it would print its own times.
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     embedding = fitted.task_embedding.detach().to(device)
     if not embedding.isfinite().all():

@@ -42,7 +42,7 @@ def loss_of(model: PeftModel, task: str, examples: Dataset) -> float:
         return float(model(**batch, tasks=task).loss)
 
 
-def test_examples_find_the_task_and_nothing_else_changes() -> None:
+def test_examples_find_the_task_and_nothing_else_changes(capsys: pytest.CaptureFixture[str]) -> None:
     model = adapted_model("bert", normalization="frobenius")
     examples = examples_of(model, torch.linspace(-1, 1, 8))
     inputs = {name: value for name, value in BATCH.items() if name != "labels"}
@@ -52,6 +52,7 @@ def test_examples_find_the_task_and_nothing_else_changes() -> None:
     next(model.parameters()).requires_grad_(False)
     state, trained = snapshot(model.base_model.model), trainable(model)
     model.add_task("new", examples=examples)
+    assert "train_runtime" not in capsys.readouterr().out
     assert loss_of(model, "new", examples) < min(loss_of(model, task, examples) for task in TASKS)
     assert all(torch.equal(value, state[name]) for name, value in snapshot(model.base_model.model).items())
     assert trainable(model) == trained
