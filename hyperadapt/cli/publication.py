@@ -46,7 +46,9 @@ def generate(
             generator = LoraGenerator.from_pretrained(adapter, revision=revision)
             lora = generator.from_description(description or [], text_encoder=text_encoder)
         lora.save(output)
-    show({"folder": str(output), "controls": CONTROLS}, f"LoRA saved to {output}\n{CONTROLS}", as_json)
+    # They compare descriptions, so examples have none.
+    told = {"controls": CONTROLS} if examples is None else {}
+    show({"folder": str(output), **told}, "\n".join([f"LoRA saved to {output}", *told.values()]), as_json)
 
 
 def export(
