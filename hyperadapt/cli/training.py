@@ -16,13 +16,32 @@ Revision = Annotated[str | None, typer.Option(help="Revision of an adapter on th
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", exists=True, dir_okay=False)],
-    output: Annotated[Path | None, typer.Option(help="Folder to write to, instead of the recipe's.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", exists=True, dir_okay=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to, instead of the recipe's, or of the adapter's own.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a finished run in the folder.")] = False,
+    continued: Annotated[
+        str | None,
+        typer.Option("--continue", help="A trained adapter that learns on, in place of a recipe.", metavar="ADAPTER"),
+    ] = None,
+    add: Annotated[
+        Path | None,
+        typer.Option(help="With --continue: its new tasks, a YAML file.", exists=True, dir_okay=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter on all tasks of a recipe, test it, and write its card and pictures."""
+    """Train an adapter on all tasks of a recipe, test it, and write its card and pictures.
+
+    With --continue and --add a trained adapter learns new tasks, and keeps its own.
+    """
+    if continued is not None or add is not None:
+        others = {"RECIPE": recipe is not None, "--resume": resume, "--overwrite": overwrite}
+        continue_training(continued, add, output, [name for name, given in others.items() if given], as_json)
+        return
+    if recipe is None:
+        raise typer.BadParameter("Name a recipe, or a trained adapter with --continue and its new tasks with --add.")
     from hyperadapt.recipes import load_recipe
     from hyperadapt.runs import train as train_run
 
@@ -99,9 +118,7 @@ def add_task(
     from hyperadapt.runs import add_task as add_task_to_run
     from hyperadapt.runs import load_run, save_run
 
-    folder = output or Path(adapter)
-    if output is None and not folder.is_dir():
-        raise typer.BadParameter(f"{adapter!r} is no folder. Name a folder to write to with --output.")
+    folder = _folder_to_write(adapter, output)
     replayed = _replay(replay)
     with quiet_output():
         run = load_run(adapter)
@@ -126,6 +143,35 @@ def add_task(
         lines.append(CONTROLS)
         result["controls"] = CONTROLS
     show(result, "\n".join(lines), as_json)
+
+
+def continue_training(
+    adapter: str | None, add: Path | None, output: Path | None, others: list[str], as_json: bool
+) -> None:
+    """``train --continue``: have an adapter learn the tasks of a file, and write it."""
+    if adapter is None or add is None:
+        given, lacking = ("--add", "--continue ADAPTER") if adapter is None else ("--continue", "--add FILE")
+        raise typer.BadParameter(f"{given} needs {lacking}: the one names what learns on, the other its new tasks.")
+    if others:
+        raise typer.BadParameter(f"--continue does not go with {', '.join(others)}. Leave out the one or the other.")
+    folder = _folder_to_write(adapter, output)
+    from hyperadapt.recipes import load_additions
+    from hyperadapt.runs import continue_run, load_run, save_run
+
+    with quiet_output():
+        run = load_run(adapter)
+        added = continue_run(run, load_additions(add, run.recipe))
+        save_run(run, folder)
+    tasks = run.recipe.adapter_config.task_names
+    result = {"folder": str(folder), "tasks": tasks, "added": [asdict(one) for one in added]}
+    show(result, "\n".join([*map(str, added), f"{len(tasks)} tasks, saved to {folder}"]), as_json)
+
+
+def _folder_to_write(adapter: str, output: Path | None) -> Path:
+    """Where an adapter that was changed goes."""
+    if output is None and not Path(adapter).is_dir():
+        raise typer.BadParameter(f"{adapter!r} is no folder. Name a folder to write to with --output.")
+    return output or Path(adapter)
 
 
 def _replay(given: list[str] | None) -> dict[str, str] | None:

@@ -209,13 +209,7 @@ def load_recipe(
         RecipeError: If anything is wrong; it tells all problems with their lines.
     """
     path = Path(path)
-    try:
-        file = YamlFile(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise RecipeError(path, [Problem(line, f"The file is not in UTF-8 ({error}). Save it as UTF-8.")]) from None
-    if file.data is None:
-        raise RecipeError(path, file.problems)
+    file = read_yaml(path)
     if output_dir is not None and isinstance(file.data, dict):
         file.data["output_dir"] = os.fspath(output_dir)
     fields = read_fields(file, path.resolve().parent, to_train)
@@ -227,6 +221,18 @@ def load_recipe(
     if file.problems:
         raise RecipeError(path, file.problems)
     return recipe
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """A YAML file that can be read at all."""
+    try:
+        file = YamlFile(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(path, [Problem(line, f"The file is not in UTF-8 ({error}). Save it as UTF-8.")]) from None
+    if file.data is None:
+        raise RecipeError(path, file.problems)
+    return file
 
 
 def _check_together(file: YamlFile, recipe: Recipe) -> None:

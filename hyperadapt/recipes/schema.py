@@ -98,18 +98,31 @@ def read_fields(file: YamlFile, folder: Path, to_train: bool) -> dict[str, Any]:
     sections = recipe_sections(folder, to_train)
     fields = sections.pop("").checked(file, (), file.data)
     fields |= {name: kind.checked(file, (name,), fields.get(name)) for name, kind in sections.items()}
+    given, task_type = fields.get("tasks", {}), fields["adapter"].get("task_type")
+    return fields | {"tasks": checked_tasks(file, given, task_type, folder, to_train, ["train"] if to_train else [])}
+
+
+def checked_tasks(
+    file: YamlFile,
+    given: Mapping[str, Any],
+    task_type: str | None,
+    folder: Path,
+    must_exist: bool,
+    required: Collection[str],
+) -> dict[str, dict[str, Any]]:
+    """Name -> the fields of a task that are right; the file gets a problem for each of the others."""
     tasks = {}
-    for name, given in fields.get("tasks", {}).items():
+    for name, fields in given.items():
         try:
             check_task_name(name)
         except ValueError as error:
             file.refuse(("tasks", name), str(error))
             continue
-        task = {} if given is None else given
+        task = {} if fields is None else fields
         has_dataset = isinstance(task, dict) and task.get("dataset") is not None
-        section = _task_section(fields["adapter"].get("task_type"), has_dataset, folder, to_train)
-        tasks[name] = section.checked(file, ("tasks", name), task)
-    return fields | {"tasks": tasks}
+        section = _task_section(task_type, has_dataset, folder, must_exist)
+        tasks[name] = section._replace(required=required).checked(file, ("tasks", name), task)
+    return tasks
 
 
 def recipe_sections(folder: Path, to_train: bool) -> dict[str, Section]:
@@ -154,7 +167,7 @@ def recipe_sections(folder: Path, to_train: bool) -> dict[str, Section]:
         "dtype": partial(check_choice, choices=("float32", "bfloat16", "float16")),
         "output_dir": check_text,
         "max_length": partial(check_integer, maximum=2**20),
-        "tasks": _check_tasks,
+        "tasks": check_tasks,
         **dict.fromkeys(sections),
     }
     # Who writes them at the top gets their full names.
@@ -162,18 +175,18 @@ def recipe_sections(folder: Path, to_train: bool) -> dict[str, Section]:
     return {"": Section("a recipe", top, ["base_model", "output_dir", "adapter", "tasks"], misplaced)} | sections
 
 
-def _task_section(task_type: str | None, has_dataset: bool, folder: Path, to_train: bool) -> Section:
+def _task_section(task_type: str | None, has_dataset: bool, folder: Path, must_exist: bool) -> Section:
     checks: dict[str, Check | None] = {
         "description": _checked_one_or_more,
-        **dict.fromkeys(SPLITS, check_text if has_dataset else partial(checked_file, folder, to_train)),
-        "dataset": partial(_checked_source, folder, to_train),
+        **dict.fromkeys(SPLITS, check_text if has_dataset else partial(checked_file, folder, must_exist)),
+        "dataset": partial(_checked_source, folder, must_exist),
         **dict.fromkeys(("name", "revision"), check_text if has_dataset else _refuse_without_dataset),
     }
     columns = [name for kind, names in _COLUMNS.items() if task_type in (kind, None) for name in names]
     checks |= dict.fromkeys(columns, check_text) | ({"labels": checked_labels} if "labels" in columns else {})
     synonyms = {"file": "train", "valid": "validation", "dev": "validation", "sentence": "text", "config": "name"}
     owner = f"a {task_type} task" if task_type else "a task"
-    return Section(owner, checks, ["train"] if to_train else [], synonyms)
+    return Section(owner, checks, synonyms=synonyms)
 
 
 def _training_checks() -> dict[str, Check | None]:
@@ -204,7 +217,8 @@ def _check_kind(allowed: set[type], name: str, value: Any) -> None:
         raise TypeError(f"{name}={shown(value)} must be {words}, not {type(value).__name__}.{quotes}")
 
 
-def _check_tasks(name: str, value: Any) -> None:
+def check_tasks(name: str, value: Any) -> None:
+    """Refuse anything but a section that holds tasks."""
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{name} is {shown(value)}, but must hold a section for each task, under its name.")
 

@@ -1,5 +1,6 @@
 """A trained adapter with its recipe and record."""
 
+from hyperadapt.runs.continuing import continue_run
 from hyperadapt.runs.evaluation import evaluate
 from hyperadapt.runs.new_task import AddedTask, add_task, lora_from_examples
 from hyperadapt.runs.record import Record
@@ -11,6 +12,7 @@ __all__ = [
     "Record",
     "Run",
     "add_task",
+    "continue_run",
     "evaluate",
     "load_model",
     "load_record",

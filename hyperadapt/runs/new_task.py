@@ -72,6 +72,17 @@ class AddedTask:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a task is added, see ``add_task``."""
+
+    fit: bool = False
+    train: bool = False
+    replay: Mapping[str, Source] = field(default_factory=dict)
+    steps: int = STEPS
+    learning_rate: float | None = None
+
+
 def add_task(  # noqa: DOC502, DOC503
     run: Run,
     name: str,
@@ -133,24 +144,41 @@ def add_task(  # noqa: DOC502, DOC503
             if path is not None
         },
     )
-    task_type = run.recipe.task_type
-    rows = None if examples is None else read_source(task, name, task_type, task.train or examples, "examples")
-    if task_type == "SEQ_CLS":
-        task = replace(task, labels=task.labels or (rows.names if rows else None))
-        _check_known_labels(run, name, task)
-    old = read_replay(run, replay or {}) if train else None
+    rows = (
+        None if examples is None else read_source(task, name, run.recipe.task_type, task.train or examples, "examples")
+    )
+    way = Way(fit=fit, train=train, replay=replay or {}, steps=steps or STEPS, learning_rate=learning_rate)
+    return add_checked(run, name, task, rows, way, report)
+
+
+def add_checked(
+    run: Run, name: str, task: TaskRecipe, rows: TaskRows | None, way: Way, report: Report | None
+) -> AddedTask:
+    """As ``add_task``, of a task with its rows."""
+    task = with_labels(run, name, task, rows)
+    old = read_replay(run, way.replay) if way.train else None
     before = run.recipe, run.record
-    _add(run, name, task, rows, by_description=train and description is not None and _reads_text(run), fit=fit)
+    by_description = way.train and task.description is not None and _reads_text(run)
+    _add(run, name, task, rows, by_description=by_description, fit=way.fit)
     try:
         with quiet_loading() if report is None else nullcontext():
             if old is None or rows is None:
                 return _told(run, name, rows)
             with trainable(run.model):
-                return _trained(run, name, rows, old, steps or STEPS, learning_rate, report)
+                return _trained(run, name, rows, old, way, report)
     except BaseException:
         find_tuner(run.model).remove_task(name)
         run.recipe, run.record = before
         raise
+
+
+def with_labels(run: Run, name: str, task: TaskRecipe, rows: TaskRows | None) -> TaskRecipe:
+    """A task with its labels, which a classifier knows; that of a language model as it is."""
+    if run.recipe.task_type != "SEQ_CLS":
+        return task
+    task = replace(task, labels=task.labels or (rows.names if rows else None))
+    _check_known_labels(run, name, task)
+    return task
 
 
 def _check_training(train: bool, examples: Source | None, options: Mapping[str, Any]) -> None:
@@ -198,8 +226,7 @@ def _trained(
     name: str,
     rows: TaskRows,
     old: Replay,
-    steps: int,
-    learning_rate: float | None,
+    way: Way,
     report: Report | None,
 ) -> AddedTask:
     """Train a task that was added, and measure it and the old ones."""
@@ -210,7 +237,9 @@ def _trained(
     accuracies = [_accuracies(run, old)]
     own = tokenize(rows, run.recipe, run.tokenizer)
     say(f"training on {len(own)} rows of {name} and {sum(map(len, old.train.values()))} of {len(old.train)} old tasks")
-    facts = train_with_replay(run, name, own, old.train, steps=steps, learning_rate=learning_rate, report=report)
+    facts = train_with_replay(
+        run, name, own, old.train, steps=way.steps, learning_rate=way.learning_rate, report=report
+    )
     accuracies.append(_accuracies(run, old))
     told = _told(run, name, rows)
     _check_learned(told, facts)
@@ -269,8 +298,7 @@ def lora_from_examples(  # noqa: DOC502
     task = TaskRecipe(train=checked_file(Path(), True, "examples", os.fspath(examples)))
     task_type = run.recipe.task_type
     rows = sampled(read_source(task, "(new)", task_type, task.train or examples, "examples"), READ)
-    if task_type == "SEQ_CLS":
-        _check_known_labels(run, "(new)", replace(task, labels=rows.names))
+    with_labels(run, "(new)", task, rows)
     return LoraGenerator.from_model(run.model).from_examples(
         tokenize(rows, run.recipe, run.tokenizer),
         description=description,

@@ -133,6 +133,9 @@ def _check_yaml(block: Block) -> None:
     if "base_model" in content:
         Path(name[1]).write_text(block.text, encoding="utf-8")
         load_recipe(name[1])
+    elif "tasks" in content:
+        # New tasks for an adapter, which the command that names the file reads.
+        Path(name[1]).write_text(block.text, encoding="utf-8")
     else:
         launched = ROOT / "examples" / "accelerate" / name[1]
         assert content == yaml.safe_load(launched.read_text(encoding="utf-8")), f"{launched} holds something else"
