@@ -1,9 +1,12 @@
-"""All that is changed in PEFT.
+"""All that is changed in PEFT, and in transformers.
 
 - Three mappings get this method.
 - The constructor of ``PeftModel`` looks whether the model has a hyperadapter, and changes that model alone: it keeps
   ``tasks`` and what belongs to it from the base model, loads adapters with checks of its own, and publishes with our
   card. A tuner cannot do this, since it is never told which model it becomes part of.
+- ``AutoPeftModelForSequenceClassification``, and that for tokens, load the base model of a hyperadapter with as many
+  outputs as it was trained with, and their names.
+- ``pipeline("text-classification")`` answers with the labels of a task, once there is a classifier with a hyperadapter.
 - Two helpers that make optimizers for LoRA's factors refuse a model that has none.
 """
 
@@ -14,7 +17,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftModel, optimizers
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    PeftConfig,
+    PeftModel,
+    PeftModelForSequenceClassification,
+    optimizers,
+)
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -32,6 +42,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "push_to_hub": push_to_hub,
     "create_or_update_model_card": create_or_update_model_card,
 }
+CLASSIFIERS = (AutoPeftModelForSequenceClassification, AutoPeftModelForTokenClassification)
 # The third, of Riemannian preconditioning, refuses by itself a model without LoRA's factors.
 LORA_OPTIMIZERS = ("create_loraplus_optimizer", "create_lorafa_optimizer")
 
@@ -62,6 +73,9 @@ def register() -> None:
     prefixes[kind] = prefix
     if not getattr(PeftModel.__init__, "adopts_hyperadapters", False):
         PeftModel.__init__ = _adopting(PeftModel.__init__)  # type: ignore[method-assign]
+        auto: Any
+        for auto in CLASSIFIERS:
+            auto.from_pretrained = classmethod(_with_all_outputs(auto.from_pretrained.__func__))
         for name in LORA_OPTIMIZERS:
             create = getattr(optimizers, name)
             for module in (optimizers, sys.modules[create.__module__]):
@@ -82,9 +96,43 @@ def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
             model.special_peft_forward_args.update(ROUTING_ARGUMENTS)
             # Partials, unlike closures, follow the model through copy and pickle.
             vars(model).update({name: functools.partial(method, model) for name, method in METHODS.items()})
+            if isinstance(model, PeftModelForSequenceClassification):
+                # Its import waits until a pipeline could be asked for.
+                from hyperadapt.pipelines import register as register_pipeline
+
+                register_pipeline()
 
     construct_and_adopt.adopts_hyperadapters = True  # type: ignore[attr-defined]
     return construct_and_adopt
+
+
+def _with_all_outputs(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
+    """The loader of a class that finds the base model: of a hyperadapter, with the outputs that it was trained with."""
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> PeftModel:
+        given = {name: value for name, value in kwargs.items() if name not in ("config", "adapter_name")}
+        config = PeftConfig.from_pretrained(pretrained_model_name_or_path, **given)
+        if isinstance(config, HyperAdapterConfig) and config.adapted_model is not None and config.output_names():
+            own = type(cls.__name__, (cls,), {"_target_class": _Sized(cls._target_class, config)})
+            return load(own, pretrained_model_name_or_path, *args, **kwargs)
+        return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    return from_pretrained
+
+
+class _Sized:
+    """Loads a base model whose classifier suits an adapter."""
+
+    def __init__(self, loader: Any, config: HyperAdapterConfig) -> None:
+        self.loader, self.config = loader, config
+
+    def from_pretrained(self, path: str, **options: Any) -> Any:
+        """The base model; what its caller asks for comes first."""
+        if not {"num_labels", "id2label", "config"} & options.keys():
+            names = self.config.output_names()
+            options |= {"id2label": names, "label2id": {name: output for output, name in names.items()}}
+        return self.loader.from_pretrained(path, **{"ignore_mismatched_sizes": True, **options})
 
 
 def _refusing(create: Callable[..., Any]) -> Callable[..., Any]:

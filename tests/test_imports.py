@@ -30,6 +30,7 @@ ROOMS = [
     "loras",
     "hub",
     "serving",
+    "pipelines",
     "plugin",
     "trainer",
     "trl",

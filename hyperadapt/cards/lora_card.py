@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Template
 
 from hyperadapt.cards.card import MARKER, PIPELINES, template
-from hyperadapt.cards.sections import plain
+from hyperadapt.cards.sections import label_list, plain
 from hyperadapt.cards.snippets import base_model_of, lora_usage
 from hyperadapt.config.config import HyperAdapterConfig
 
@@ -25,13 +25,14 @@ def lora_card(
     base = base_model_of(config)
     made_from = "a description" if descriptions else "examples"
     title = f"LoRA for {base.name}: {plain(task) if task else f'from {made_from}'}"
+    labels = [f"Its labels: {label_list(config, task)}."] if task and config.labels_of(task) else []
     libraries = {"mlx": "mlx", "diffusers": "diffusers"}
     # Not ModelCard.from_template, which reads and parses everything anew for each card: there may be thousands.
     card: str = _template().render(
         card_data=_metadata(base.hub_id, libraries.get(format, "peft"), PIPELINES.get(config.task_type or "")),
         marker=MARKER,
         title=title,
-        summary=" ".join([f"A LoRA adapter for {base.link}.", *(plain(text) for text in descriptions)]),
+        summary=" ".join([f"A LoRA adapter for {base.link}.", *(plain(text) for text in descriptions), *labels]),
         usage=lora_usage(config, base, address, format),
         origin=(
             f"Exported from {'task `' + plain(task) + '` of ' if task else ''}a hyperadapter, a hypernetwork that "

@@ -10,20 +10,29 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.hypernetwork.saturation import REMEDY, Saturation
 
-_SHOWN_TASKS = 100
+_SHOWN_TASKS, _SHOWN_LABELS = 100, 10
 
 
 def task_table(config: HyperAdapterConfig, results: Mapping[str, Mapping[str, float]]) -> str:
-    """The tasks with their descriptions and results (task -> metric -> value), a table of at most 100 tasks."""
+    """The tasks with their descriptions, labels and results (task -> metric -> value), a table of at most 100 tasks."""
     metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
-    rows = [["task", "description", *metrics]]
+    has_labels = ["labels"] if config.task_labels else []
+    rows = [["task", "description", *has_labels, *metrics]]
     for task in config.task_names[:_SHOWN_TASKS]:
         description = (config.task_descriptions or {}).get(task, "")
         text = description if isinstance(description, str) else description[0]
         values = results.get(task, {})
-        rows.append([f"`{plain(task)}`", plain(text), *(_number(values.get(metric)) for metric in metrics)])
+        labels = [label_list(config, task)] * len(has_labels)
+        rows.append([f"`{plain(task)}`", plain(text), *labels, *(_number(values.get(metric)) for metric in metrics)])
     rest = len(config.tasks) - _SHOWN_TASKS
     return f"{_table(rows)}\n\nand {rest} more tasks." if rest > 0 else _table(rows)
+
+
+def label_list(config: HyperAdapterConfig, task: str) -> str:
+    """A task's labels in the order of the classifier's outputs, at most 10 of them."""
+    labels = list(config.labels_of(task).values())
+    rest = [f"and {len(labels) - _SHOWN_LABELS} more"] * (len(labels) > _SHOWN_LABELS)
+    return ", ".join([*(f"`{plain(label)}`" for label in labels[:_SHOWN_LABELS]), *rest])
 
 
 def normalization_text(config: HyperAdapterConfig) -> str:

@@ -81,14 +81,20 @@ def _snippet(config: HyperAdapterConfig, base: BaseModel, address: str, imports:
         arguments.append(f"num_labels={facts.num_labels}")
     if facts.dtype not in ("float32", None):
         arguments.append(f'dtype="{facts.dtype}"')
+    answers = bool(imports) and has_text and config.task_type == "SEQ_CLS" and bool(config.task_labels)
     lines = [*imports, "from peft import PeftModel"]
-    lines += [f"from transformers import {', '.join(sorted({loader, 'AutoTokenizer'} if has_text else {loader}))}", ""]
+    names = [loader, *["AutoTokenizer"] * has_text, *["pipeline"] * answers]
+    lines += [f"from transformers import {', '.join(sorted(names))}", ""]
     lines += [f"base_model = {loader}.from_pretrained({', '.join(arguments)})"]
     lines += [f"model = PeftModel.from_pretrained(base_model, {json.dumps(address)})"]
     if has_text:
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base.path)})"]
-        lines += ['inputs = tokenizer("What does the sun weigh?", return_tensors="pt")']
-        if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        if not answers:
+            lines += ['inputs = tokenizer("What does the sun weigh?", return_tensors="pt")']
+        if answers:
+            lines += ['classifier = pipeline("text-classification", model=model, tokenizer=tokenizer)']
+            lines += [f'print(classifier("What does the sun weigh?"{routing}))']
+        elif config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
             lines += [f"output = model.generate(**inputs{routing}, max_new_tokens=20)"]
             lines += ["print(tokenizer.decode(output[0], skip_special_tokens=True))"]
         else:

@@ -21,6 +21,7 @@ from hyperadapt.config.checks import (
     check_type,
     refuses_unknown_fields,
 )
+from hyperadapt.config.label_fields import Labels, all_names, by_output, checked_task_labels, of_outputs
 from hyperadapt.config.module_fields import (
     check_bias,
     check_pattern,
@@ -84,6 +85,10 @@ class HyperAdapterConfig(PeftConfig):
             After construction always the list of names.
         task_descriptions: The same dict; filled from `tasks` if that is one. Of several descriptions of a task
             training draws one each time; else their mean counts.
+        task_labels: Of a classifier, task name -> labels: a dict from output of the classifier to name, or a list of
+            names that outputs have in the base model's ``id2label``; where those have no names, a list with one for
+            each. Only a task's own labels compete; see ``docs/classifier-labels.md``. After the adapter is made always
+            dicts.
         default_task: Task of calls that name none. None takes the first, but then refuses to train several tasks
             without being told which.
         task_embedding: Where a task's embedding comes from: ``"learned"``, ``"text"`` (a projection of its
@@ -161,6 +166,9 @@ class HyperAdapterConfig(PeftConfig):
     )
     task_descriptions: dict[str, str | list[str]] | None = field(
         default=None, metadata={"help": "Task name -> description(s)."}
+    )
+    task_labels: dict[str, Labels] | None = field(
+        default=None, metadata={"help": "Of a classifier: task name -> output -> label."}
     )
     default_task: str | None = field(default=None, metadata={"help": "Task of calls that name none."})
     task_embedding: str | dict[str, str] = field(
@@ -264,6 +272,14 @@ class HyperAdapterConfig(PeftConfig):
         """Task of calls that name none: the default task, or else the first."""
         return self.default_task or self.task_names[0]
 
+    def labels_of(self, task: str) -> dict[int, str]:
+        """Output of the classifier -> label, of a task; empty if it has none."""
+        return by_output((self.task_labels or {}).get(task))
+
+    def output_names(self, task: str | None = None) -> dict[int, str]:
+        """A name for each output of the classifier, a task's own first; known of an adapter that was made."""
+        return all_names(self.base_facts, self.task_labels or {}, task)
+
     @property
     def base_facts(self) -> AdaptedModel:
         """What exports and cards tell of the base model; known of an adapter that was made."""
@@ -342,6 +358,9 @@ class HyperAdapterConfig(PeftConfig):
         self.task_embedding = checked_sources(self.task_embedding, self.tasks, self.task_descriptions)
         has_text = any(source in TEXT for source in self.task_sources)
         check_text_fields(has_text, self.text_encoder, self.text_encoder_revision, self.text_embedding_dim)
+        self.task_labels = checked_task_labels(self.task_labels, self.tasks, self.task_type)
+        if self.task_labels and self.adapted_model is not None:
+            self.task_labels = of_outputs(self.task_labels, self.base_facts)
         check_example_fields(self.has_examples, self.task_type, self.example_dim, self.example_classes)
 
     def _given_options(self) -> dict[str, Any]:

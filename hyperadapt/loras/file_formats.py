@@ -26,9 +26,16 @@ def peft_tensors(lora: Lora) -> dict[str, Tensor]:
 
 
 def _write_peft(lora: Lora, folder: Path) -> None:
-    """What PEFT, vLLM, SGLang and other servers load."""
+    """What PEFT, vLLM, SGLang and other servers load; of a task with labels also a config.json that names them."""
     lora.family.files.write(peft_tensors(lora), folder / SAFETENSORS_WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(lora.family.config_file, encoding="utf-8")
+    if lora.has_labels:
+        _write_base_config(lora, folder)
+
+
+def _write_base_config(lora: Lora, folder: Path) -> None:
+    text = json.dumps(lora.base_config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _write_gguf_ready(lora: Lora, folder: Path) -> None:
@@ -40,8 +47,7 @@ def _write_gguf_ready(lora: Lora, folder: Path) -> None:
         )
     _check_modules(lora, "gguf-ready", "linear layers (not Conv1D, which llama.cpp's converter transposes)", _is_linear)
     _write_peft(lora, folder)
-    text = json.dumps(lora.family.base.config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
+    _write_base_config(lora, folder)
 
 
 def _write_mlx(lora: Lora, folder: Path) -> None:

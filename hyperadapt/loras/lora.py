@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -104,6 +105,22 @@ class Lora:
     # None where a description or examples asked for it.
     task: str | None
     descriptions: Sequence[str]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether its task has labels, and there is a config.json to name them in."""
+        labels = self.family.adapter.labels_of(self.task) if self.task else None
+        return bool(labels) and self.family.base.config is not None
+
+    @property
+    def base_config(self) -> dict[str, Any] | None:
+        """What the base model's config.json holds, with the names of a classifier's outputs for this task, if any."""
+        config = self.family.base.config
+        if config is None or not self.has_labels:
+            return config
+        names = self.family.adapter.output_names(self.task)
+        id2label = {str(output): name for output, name in names.items()}
+        return {**config, "id2label": id2label, "label2id": {name: output for output, name in names.items()}}
 
     def named_factors(self, prefix: str) -> dict[str, Tensor]:
         """A and B of all modules by their names in a file, which start with `prefix`."""

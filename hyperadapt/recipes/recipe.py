@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.config.label_fields import Labels
 from hyperadapt.files import write_whole
 from hyperadapt.recipes.schema import SPLITS, read_fields
 from hyperadapt.recipes.yaml_lines import Problem, YamlFile, dump_yaml
@@ -113,10 +114,28 @@ class Recipe:
 
     @property
     def adapter_config(self) -> HyperAdapterConfig:
-        """A new configuration with the tasks and their descriptions."""
+        """A new configuration with the tasks, their descriptions, and the labels of a classifier's that are known."""
         given = {name: task.description for name, task in self.tasks.items() if task.description}
         descriptions = {name: text if isinstance(text, str) else list(text) for name, text in given.items()}
-        return HyperAdapterConfig(**self.adapter, tasks=list(self.tasks), task_descriptions=descriptions or None)
+        labels: dict[str, Labels] = {name: self.outputs_of(name) for name in self.tasks if self.tasks[name].labels}
+        return HyperAdapterConfig(
+            **self.adapter,
+            tasks=list(self.tasks),
+            task_descriptions=descriptions or None,
+            task_labels=labels if labels and self.adapter.get("task_type") == "SEQ_CLS" else None,
+        )
+
+    def outputs_of(self, task: str) -> dict[int, str]:
+        """Output of the classifier -> label, of a task.
+
+        Args:
+            task: Name of the task.
+
+        Returns:
+            The labels that the recipe or the data name, by their places in ``labels``.
+        """
+        known = self.labels
+        return {known.index(label): label for label in self.tasks[task].labels or ()}
 
     @property
     def labels(self) -> list[str]:

@@ -33,7 +33,15 @@ _COLUMNS = {"SEQ_CLS": ("text", "text_pair", "label", "labels"), "CAUSAL_LM": ("
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Set from other fields of the recipe, or by PEFT.
 _NO_ADAPTER_FIELDS = {
-    *("tasks", "task_descriptions", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path"),
+    *(
+        "tasks",
+        "task_descriptions",
+        "task_labels",
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+    ),
     *(
         "revision",
         "inference_mode",

@@ -204,6 +204,9 @@ def _add(run: Run, name: str, task: TaskRecipe, rows: TaskRows | None, *, by_des
         data_collator=collator(run.tokenizer, run.recipe.task_type),
         fit=fit,
     )
+    if task.labels:
+        known = run.recipe.labels
+        find_tuner(run.model).set_labels(name, {known.index(label): label for label in task.labels})
     adapter = {**run.recipe.adapter, "task_embedding": active_network(run.model)[1].config.task_embedding}
     run.recipe = replace(run.recipe, adapter=adapter, tasks={**run.recipe.tasks, name: task})
 

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftConfig, PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hyperadapt.diagnosis import measure
@@ -20,8 +26,13 @@ from hyperadapt.recipes.recipe import Recipe, load_recipe
 from hyperadapt.runs.folder import RECIPE, find_folder
 from hyperadapt.runs.record import RECORD, Record
 from hyperadapt.runs.report import write_report
+from hyperadapt.tuner.active import active_network, find_tuner
 
-_AUTO_CLASSES = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM}
+_AUTO_CLASSES = {
+    "CAUSAL_LM": AutoPeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM,
+    "SEQ_CLS": AutoPeftModelForSequenceClassification,
+}
 
 
 @dataclass
@@ -66,6 +77,11 @@ def load_run(  # noqa: DOC502
     tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
     with quiet_loading():
         model = PeftModel.from_pretrained(load_base(recipe, tokenizer), str(folder))
+    if active_network(model)[1].config.task_labels is None:
+        # Saved before adapters kept them.
+        for name, task in recipe.tasks.items():
+            if task.labels:
+                find_tuner(model).set_labels(name, recipe.outputs_of(name))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return Run(model.to(device).eval(), tokenizer, recipe, record, folder)
 

@@ -91,7 +91,7 @@ def train(  # noqa: DOC502
     set_seed(arguments.seed)
     with quiet_loading():
         base = load_base(labelled, tokenizer)
-    model = get_peft_model(base, recipe.adapter_config, revision=recipe.revision)
+    model = get_peft_model(base, labelled.adapter_config, revision=recipe.revision)
     trainer = make_trainer(model, tokenizer, labelled, arguments, data, report)
     begin(folder, recipe, checkpoint)
     say(f"training on {sum(map(len, data['train'].values()))} rows")

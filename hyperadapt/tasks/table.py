@@ -12,6 +12,7 @@ from torch.nn.functional import rms_norm
 
 from hyperadapt.config.checks import check_number, shown
 from hyperadapt.config.config import HyperAdapterConfig
+from hyperadapt.config.label_fields import Labels
 from hyperadapt.config.task_fields import EXAMPLES, LEARNED, TEXT, check_description
 from hyperadapt.tasks.embedding import TaskEmbedding
 from hyperadapt.tasks.encoders import encode_like
@@ -36,6 +37,7 @@ class TaskRow:
     text_vectors: Tensor | None = None
     # See ``ExampleRows.parts``.
     examples: tuple[Tensor, Tensor] | None = None
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ class TaskTable:
                 next(learned) if source in LEARNED else None,
                 next(vectors) if source in TEXT else None,
                 next(examples) if source in EXAMPLES else None,
+                config.labels_of(name) or None,
             )
             for name, source in zip(config.tasks, config.task_sources, strict=True)
         ]
@@ -237,6 +240,7 @@ class TaskTable:
             tasks=[row.name for row in rows],
             task_descriptions={row.name: row.description for row in rows if row.description} or None,
             task_embedding={row.name: row.source for row in rows},
+            task_labels={row.name: row.labels for row in rows if row.labels} or None,
             **changes,
         )
         counts = [0 if row.text_vectors is None else len(row.text_vectors) for row in rows]

@@ -20,6 +20,7 @@ from hyperadapt.trainer.batches import TASK_COLUMN, RepeatedSampler, TaskSampler
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
 from hyperadapt.trainer.datasets import TaskDatasetsMixin
 from hyperadapt.trainer.examples import give_examples
+from hyperadapt.trainer.labels import give_labels
 from hyperadapt.trainer.losses import BatchLoss, TaskLosses
 from hyperadapt.trainer.metrics import TaskMetrics, can_be_told_apart, metrics_of_rows, recorded
 from hyperadapt.trainer.monitor import PositionMonitor
@@ -40,6 +41,7 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
     - Data sets are dicts, task name -> ``datasets.Dataset``, or have a column ``tasks``, which is not dropped.
     - Batches are drawn by ``TaskSampler``.
     - Logs show the training loss of each task, as ``loss_<task>``.
+    - A classifier's tasks without labels get those that the data name, see ``HyperAdapterModel.set_labels``.
     - Evaluating a dict of data sets gives the metrics of each and their means, ``eval_mean_<metric>``, fit for
       ``metric_for_best_model``.
 
@@ -100,6 +102,7 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
         if isinstance(self.train_dataset, Dataset):
             rows = self._remove_unused_columns(self.train_dataset, "training")
             give_examples(self._model, rows, self.data_collator, self.args.seed)
+            give_labels(self._model, rows)
         # Found through the model as the other trainer left it.
         self._monitor = PositionMonitor(active_network(self._model)[1]) if log_positions else None
         self._saturation: Saturation | None = None

@@ -18,6 +18,7 @@ from hyperadapt.routing.requests import Request, Tasks
 from hyperadapt.tasks.table import TaskTable
 from hyperadapt.tuner.base_norms import base_norm, is_made_empty
 from hyperadapt.tuner.building import built_network, check_in_use, router_of, take_out
+from hyperadapt.tuner.labelled_tuner import LabelledTuner
 from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in, names_in
 from hyperadapt.tuner.layer_types import choose_all_linear, wrapped
 from hyperadapt.tuner.loading import weights_follow
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from hyperadapt.tasks.fitting import Examples
 
 
-class HyperAdapterModel(SavedTuner, ParameterTuner):
+class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner):
     """PEFT tuner for hyperadapters; made by ``get_peft_model`` with a ``HyperAdapterConfig``.
 
     What it offers on tasks is for the active adapter. An optimizer has to be made anew after tasks have changed.

@@ -37,6 +37,7 @@ FULL = {
     "modules_to_save": ["classifier"],
     "tasks": DESCRIPTIONS,
     "default_task": "sst2",
+    "task_labels": {"boolq": {0: "no", 1: "yes"}},
     "task_embedding": "both",
     "conditioning": "additive",
     "text_encoder": "encoder",

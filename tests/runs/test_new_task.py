@@ -68,6 +68,8 @@ def test_a_task_is_added_from_files(run: Run, task_type: str) -> None:
     assert (task.train, task.test) == (str(files["examples"]), str(files["test"]))
     assert task.description == "Tell a from b."
     assert set(task.labels or ()) == (set(LABELS.values()) if task_type == "SEQ_CLS" else set())
+    named = run.model.peft_config["default"].labels_of("new")
+    assert named == ({0: "negative", 1: "positive"} if task_type == "SEQ_CLS" else {})
     assert run.recipe.adapter_config.task_names == ["reviews", "letters", "mail", "new"]
     after = evaluate(run)
     new = after["tasks"].pop("new")

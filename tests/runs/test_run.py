@@ -157,17 +157,41 @@ def test_a_folder_that_is_no_run_is_named(copied: Callable[[str], Path]) -> None
     (folder / "recipe.yaml").unlink()
     with pytest.raises(FileNotFoundError, match=r"recipe\.yaml"):
         load_run(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": "QUESTION_ANS", "task_labels": None}))
     with pytest.raises(ValueError, match=re.escape(f"{folder} has no recipe.yaml, which would say how to make its")):
         load_model(folder)
 
 
-def test_a_model_is_loaded_with_and_without_a_recipe(copied: Callable[[str], Path]) -> None:
-    folder = copied("CAUSAL_LM")
-    assert load_model(folder).peft_config["default"].task_names == ["reviews", "letters", "mail"]
-    (folder / "recipe.yaml").unlink()
-    model = load_model(folder)
-    assert not model.training
-    assert model.peft_config["default"].task_names == ["reviews", "letters", "mail"]
+LABELS = {
+    "SEQ_CLS": {
+        "reviews": {0: "negative", 1: "positive"},
+        "letters": {0: "negative", 1: "positive"},
+        "mail": {2: "mail", 3: "junk"},
+    },
+    "CAUSAL_LM": None,
+}
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "CAUSAL_LM"])
+def test_a_model_is_loaded_with_and_without_a_recipe(copied: Callable[[str], Path], task_type: str) -> None:
+    folder = copied(task_type)
+    for _ in range(2):
+        model = load_model(folder)
+        config = model.peft_config["default"]
+        assert config.task_names == ["reviews", "letters", "mail"]
+        assert config.task_labels == LABELS[task_type]
+        assert not model.training
+        (folder / "recipe.yaml").unlink(missing_ok=True)
+
+
+def test_a_run_that_was_saved_without_labels_has_those_of_its_recipe(copied: Callable[[str], Path]) -> None:
+    folder = copied("SEQ_CLS")
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    del fields["task_labels"]
+    path.write_text(json.dumps(fields))
+    assert load_run(folder).model.peft_config["default"].task_labels == LABELS["SEQ_CLS"]
 
 
 @pytest.mark.parametrize(
