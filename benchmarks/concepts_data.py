@@ -115,27 +115,19 @@ class Descriptions:
             self._known |= dict(zip(new, zip(*self._encoder(new), strict=True), strict=True))
 
 
-@dataclass
-class ConceptData:
-    """What all runs share.
+@dataclass(kw_only=True)
+class ConceptTexts:
+    """The concepts, and the texts that ask for them.
 
     Attributes:
         bank: The concepts.
         tasks: Role -> tasks.
         texts: The texts.
-        states: The lower layers' output for each of them, ``(length, hidden_size)``, bfloat16.
-        vectors: The frozen base model's vector of each, of length 1, ``(texts, hidden_size)``, float32.
-        described: The descriptions.
-        encoder: The base model in bfloat16, whose upper layers are adapted.
     """
 
     bank: list[Concept]
     tasks: dict[str, list[Task]]
     texts: list[Text]
-    states: list[Tensor]
-    vectors: Tensor
-    described: Descriptions
-    encoder: Encoder
     _pools: dict[tuple[str, str], list[Pool]] = field(default_factory=dict)
 
     def pools(self, task: Task, role: str) -> list[Pool]:
@@ -176,6 +168,23 @@ class ConceptData:
         no = [int(place) for pool, count in zip(pools, counts, strict=True) for place in pool.no[:count]][:most]
         return yes + no, [True] * len(yes) + [False] * len(no)
 
+
+@dataclass(kw_only=True)
+class ConceptData(ConceptTexts):
+    """What all runs share.
+
+    Attributes:
+        states: The lower layers' output for each text, ``(length, hidden_size)``, bfloat16.
+        vectors: The frozen base model's vector of each, of length 1, ``(texts, hidden_size)``, float32.
+        described: The descriptions.
+        encoder: The base model in bfloat16, whose upper layers are adapted.
+    """
+
+    states: list[Tensor]
+    vectors: Tensor
+    described: Descriptions
+    encoder: Encoder
+
     def padded(self, places: Sequence[int]) -> Batch:
         """A batch of texts."""
         return padded([self.states[place] for place in places])
@@ -194,18 +203,26 @@ class ConceptData:
 def load_data(size: Size, cache: Path | None = None) -> ConceptData:
     """Read, cut and encode everything; the encoded texts are kept in a folder."""
     tokenizer = load_tokenizer()
-    texts, bank = _texts(tokenizer, size)
-    tasks = tasks_of(bank)
+    read = read_texts(tokenizer, size)
     encoder = Encoder(tokenizer, size.frozen_layers, torch.bfloat16)
-    states, vectors = _encoded([text.text for text in texts], encoder, size, cache)
+    states, vectors = _encoded([text.text for text in read.texts], encoder, size, cache)
     return ConceptData(
-        bank=bank,
-        tasks={role: [task for task in tasks if task.role == role] for role in ROLES},
-        texts=texts,
+        bank=read.bank,
+        tasks=read.tasks,
+        texts=read.texts,
         states=states,
         vectors=vectors,
         described=Descriptions(Encoder(tokenizer, size.frozen_layers, torch.float32)),
         encoder=encoder,
+    )
+
+
+def read_texts(tokenizer: PreTrainedTokenizerBase, size: Size) -> ConceptTexts:
+    """Read and cut everything."""
+    texts, bank = _texts(tokenizer, size)
+    tasks = tasks_of(bank)
+    return ConceptTexts(
+        bank=bank, tasks={role: [task for task in tasks if task.role == role] for role in ROLES}, texts=texts
     )
 
 

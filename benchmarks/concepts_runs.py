@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.concepts_arms import Arm, build, text_encoder, trained_wordings
-from benchmarks.concepts_data import ConceptData, padded
+from benchmarks.concepts_data import ConceptData, ConceptTexts, padded
 from benchmarks.concepts_evaluation import TRAINED, Amount, Evaluation, Margins, Scores, measured
 from benchmarks.concepts_tasks import Task
 
@@ -40,7 +40,7 @@ class Drawn(NamedTuple):
         return torch.tensor([1, 0]).repeat_interleave(len(self.tasks))
 
 
-def draws(data: ConceptData, tasks: Sequence[Task], amount: Amount, seed: int, alone: float) -> Iterator[Drawn]:
+def draws(data: ConceptTexts, tasks: Sequence[Task], amount: Amount, seed: int, alone: float) -> Iterator[Drawn]:
     """The steps of a seed, the same for all arms; in a share of them, the first ones, concepts stand alone."""
     generator = np.random.default_rng(seed)
     first = np.array([float(task.family == "atomic") for task in tasks])
