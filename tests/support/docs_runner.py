@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 import warnings
@@ -19,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
 from examples import write_recipe
+from examples.support.encoder import load_base
 from examples.support.text_tasks import TextTask, write_rows
 from hyperadapt import HyperAdapterConfig, cli
 from hyperadapt.recipes import load_recipe
@@ -26,15 +28,16 @@ from hyperadapt.recipes.schema import SPLITS
 from hyperadapt.trainer import concatenate_tasks
 from tests.support.docs_pages import ROOT, Block
 from tests.support.docs_standins import CAUSAL, ENCODER
-from tests.support.helpers import make_active
+from tests.support.helpers import make_active, minilm
 from tests.support.served import SETTINGS
 
 _FILE = re.compile(r"# (\S+\.yaml)\n")
 _EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 # Programs that belong to others. What they do with our files is not run here.
 _FOREIGN = re.compile(
-    r"hf auth login|git clone \S+|vllm serve .+|python -m sglang\.launch_server .+|python convert_lora_to_gguf\.py .+|"
-    r"llama-cli .+|mlx_lm\.generate .+|curl .+|mkdocs (serve|build --strict)|python -c .+ experiments/hyperadapter/\S+"
+    r"hf (auth login|upload .+)|git clone \S+|vllm serve .+|python -m sglang\.launch_server .+|"
+    r"python convert_lora_to_gguf\.py .+|llama-cli .+|mlx_lm\.generate .+|curl .+|"
+    r"mkdocs (serve|build --strict)|python -c .+ experiments/hyperadapter/\S+"
 )
 
 # A variable of the environment that is set for a command.
@@ -206,6 +209,14 @@ def _loras(namespace: dict[str, Any]) -> None:
         get_peft_model(AutoModelForCausalLM.from_pretrained(CAUSAL), config).save_pretrained(f"loras/{task}")
 
 
+def _zip(_: dict[str, Any]) -> None:
+    """What the demo hands over."""
+    minilm()
+    config = LoraConfig(target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
+    get_peft_model(load_base(2, seed=0), config).save_pretrained("zip/lora-5f2c1a9e")
+    shutil.make_archive("lora-5f2c1a9e", "zip", "zip")
+
+
 # What a page takes for granted, named in a comment before a block: variables, or files in the current folder.
 _SETUPS: dict[str, Callable[[dict[str, Any]], None]] = {
     "examples": _examples,
@@ -213,4 +224,5 @@ _SETUPS: dict[str, Callable[[dict[str, Any]], None]] = {
     "loras": _loras,
     "trained": _trained,
     "untrained": _untrained,
+    "zip": _zip,
 }
