@@ -28,7 +28,7 @@ from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.loras.file_formats import peft_tensors
 from hyperadapt.loras.folders import check_folder_names, check_places, write_loras
 from hyperadapt.loras.library import unfinished_library
-from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors
+from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors, warn_of_zeros
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tasks.table import TaskTable
 from hyperadapt.tuner.active import active_network, find_tuner
@@ -223,6 +223,7 @@ class LoraGenerator:
         check_folder_names(names)
         folders = {name: Path(folder, name) for name in names}
         check_places(folders.values(), format)
+        zeros: list[str | None] = []
         with unfinished_library(Path(folder), self.fingerprint(), format) as library:
             missing = [name for name in names if not library.has(name)]
             with (
@@ -235,8 +236,10 @@ class LoraGenerator:
                     # The next one is made while this one is written.
                     coming = maker.submit(_next, loras)
                     library.add(lora)
+                    zeros += [lora.task] if lora.is_zero else []
                     bar.set_postfix_str(library.progress, refresh=False)
                     bar.update()
+        warn_of_zeros(zeros)
         return folders
 
     def from_description(  # noqa: DOC502

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from hyperadapt.config.adapted_fields import AdaptedModel
+from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors, without_column
 from hyperadapt.hypernetwork.positions import Position
@@ -122,6 +124,12 @@ class Lora:
         id2label = {str(output): name for output, name in names.items()}
         return {**config, "id2label": id2label, "label2id": {name: output for output, name in names.items()}}
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update is zero everywhere, as before training."""
+        # Ends at the first position that is not, which is nearly always the first one.
+        return not any(all(bool(tensor.any()) for tensor in pair.values()) for pair in self.factors.values())
+
     def named_factors(self, prefix: str) -> dict[str, Tensor]:
         """A and B of all modules by their names in a file, which start with `prefix`."""
         paths = self.family.layer_names
@@ -130,6 +138,17 @@ class Lora:
             for name, pair in self.factors.items()
             for end, tensor in pair.items()
         }
+
+
+def warn_of_zeros(loras: Sequence[str | None]) -> None:
+    """Say that LoRAs change nothing, by their tasks; None stands for one that a description or examples asked for."""
+    if loras:
+        names = shown([name or "(new)" for name in loras])
+        warnings.warn(
+            f"The exported update of {names} is all zero, so it leaves the base model as it is. The adapter is "
+            "untrained: train it, or load its weights, and export again.",
+            stacklevel=4,
+        )
 
 
 def lora_tensors(position: Position, factors: Factors, r: int) -> dict[str, Tensor]:

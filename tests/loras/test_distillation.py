@@ -229,7 +229,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 def test_a_lora_of_zero_is_refused(tmp_path: Path) -> None:
     model = adapted_model("llama", active=False)
-    export_lora(model, "alpha", tmp_path)
+    with pytest.warns(UserWarning, match="is all zero"):
+        export_lora(model, "alpha", tmp_path)
     with pytest.raises(ValueError, match=r"The LoRA of task 'beta' in '.*' is zero: it is untrained\. Leave it out"):
         distill(model, {"beta": tmp_path})
 
