@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +85,7 @@ class Diagnosis:
             f"{'none, all are zero' if self.is_zero else share}",
             f"{'task':<24}{'norm / base':>12}{'stable rank':>12}  nearest task (cosine)",
         ]
-        stable_ranks = torch.stack([_stable_rank(values) for values in self.singular_values.values()]).nanmean(0)
-        for index, task in enumerate(self.tasks[:_SHOWN_TASKS]):
-            norm, rank = float(self.task_norms[index]), float(stable_ranks[index])
+        for index, (task, norm, rank) in enumerate(self._sizes()):
             lines.append(f"{task:<24}{norm:>12.2e}{rank:>12.1f}  {self.nearest(index)}")
         if len(self.tasks) > _SHOWN_TASKS:
             lines.append(f"and {len(self.tasks) - _SHOWN_TASKS} more tasks")
@@ -101,6 +100,17 @@ class Diagnosis:
     # In a notebook or a console, the table and not all of its tensors.
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        rows = [["task", "norm / base", "stable rank", "nearest task (cosine)"]]
+        for index, (task, norm, rank) in enumerate(self._sizes()):
+            rows.append([task, f"{norm:.2e}", f"{rank:.1f}", self.nearest(index)])
+        return html_of(str(self).splitlines(), "task ", rows)
+
+    def _sizes(self) -> list[tuple[str, float, float]]:
+        """Of the tasks that are shown, name, norm and stable rank."""
+        ranks = torch.stack([_stable_rank(values) for values in self.singular_values.values()]).nanmean(0)
+        return list(zip(self.tasks, self.task_norms.tolist(), ranks.tolist(), strict=True))[:_SHOWN_TASKS]
+
     def nearest(self, index: int) -> str:
         """The task whose update points in the most similar direction.
 
@@ -114,6 +124,18 @@ class Diagnosis:
         cosines[index] = -torch.inf
         other = int(cosines.argmax())
         return f"{self.tasks[other]} ({float(cosines[other]):.2f})" if cosines[other] > -torch.inf else ""
+
+
+def html_of(lines: Sequence[str], head: str, rows: Sequence[Sequence[str]]) -> str:
+    """Lines of text as HTML for notebooks, with a table in place of the line of its `head` and the rows after it."""
+    place = next(index for index, line in enumerate(lines) if line.startswith(head))
+    cells = [
+        "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
+        for kind, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
+    ]
+    table = f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+    before, after = ("<br>".join(map(escape, part)) for part in (lines[:place], lines[place + len(rows) :]))
+    return f"<div>{before}{table}{after}</div>"
 
 
 def diagnose(model: nn.Module, tasks: Sequence[str] | None = None) -> Diagnosis:  # noqa: DOC502

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from hyperadapt.config.checks import check_type, shown
+from hyperadapt.diagnosis import html_of
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tasks.table import Encoder, TaskTable
@@ -82,6 +83,14 @@ class Controls:
         lines += [f"{name:<12}none: {reason}" for name, reason in self.without.items()]
         verdict = "is above every control" if self.is_above else "is not above every control"
         return "\n".join([*lines, f"The true condition {verdict}."])
+
+    def _repr_html_(self) -> str:
+        rows = [["condition", "mean", "true gains", "95% interval"]]
+        for arm in self.arms:
+            low, high = arm.interval
+            gain = ["", ""] if arm.name == "true" else [f"{arm.gain:.3f}", f"{low:.3f} to {high:.3f}"]
+            rows.append([arm.name, f"{arm.mean:.3f}", *gain])
+        return html_of(str(self).splitlines(), "condition ", rows)
 
 
 class Condition(NamedTuple):

@@ -192,6 +192,13 @@ def test_text_shows_each_task_and_the_positions_that_differ_least() -> None:
     assert lines[2].split()[3] == ("beta" if result.cosines[0, 1] > result.cosines[0, 2] else "gamma")
     assert lines[6].strip().startswith(result.positions[int(result.position_shares.argmin())])
     assert repr(result) == str(result)
+    html = result._repr_html_()
+    assert re.findall(r"<th>(.*?)</th>", html) == ["task", "norm / base", "stable rank", "nearest task (cosine)"]
+    cells = re.findall(r"<td>(.*?)</td>", html)
+    assert cells[::4] == TASKS
+    assert cells[3] == result.nearest(0)
+    assert html.startswith(f"<div>{lines[0]}<table>")
+    assert f"</table>{lines[5]}<br>" in html
     names = [f"task{index}" for index in range(25)]
     assert "and 5 more tasks" in str(diagnose(adapted_model("llama", tasks=names)))
 
@@ -220,3 +227,9 @@ def test_weights_that_are_not_finite_are_an_error() -> None:
     message = "The update of task 'beta' at 'model.layers.0.self_attn.q_proj' is not finite: training has diverged."
     with pytest.raises(ValueError, match=re.escape(message)):
         diagnose(model)
+
+
+def test_names_of_tasks_are_no_html() -> None:
+    html = diagnose(adapted_model("llama", tasks=["<b>", "a & b"]))._repr_html_()
+    assert "<td>&lt;b&gt;</td>" in html
+    assert "<td>a &amp; b</td>" in html

@@ -166,6 +166,13 @@ def test_the_verdict() -> None:
         ["shuffled", "0.000", "1.000", "1.000", "to", "1.000"],
     ]
     assert lines[-1] == "The true condition is above every control."
+    html = above._repr_html_()
+    assert re.findall(r"<td>(.*?)</td>", html) == [
+        *("true", "1.000", "", ""),
+        *("shuffled", "0.000", "1.000", "1.000 to 1.000"),
+    ]
+    assert html.startswith("<div>one, 3 rows<table>")
+    assert html.endswith("<br>The true condition is above every control.</div>")
     even = hyperadapt.controls(model, "one", None, given([True, False, True], [True, True, False]))
     assert not even.is_above
     assert str(even).endswith("The true condition is not above every control.")
