@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.utils import logging
 
 from hyperadapt.config.checks import shown
 
@@ -32,17 +33,22 @@ def fit_task_embedding(
 
     Dropout is off: an embedding has few numbers, and is regular enough. ``call`` runs the model on a batch with an
     embedding for all rows. Rows are stacked where there is no collator; without arguments, a short run suits 8 to 64
-    examples.
+    examples. A bar counts starting points and steps, unless transformers' bars are off.
     """
     rows = checked_rows(examples)
     device = starts.device
-    with _frozen(model), tempfile.TemporaryDirectory() as folder:
-        fitted = _FittedTask(_best_start(call, starts, rows, data_collator or default_data_collator), call)
+    with (
+        _frozen(model),
+        tempfile.TemporaryDirectory() as folder,
+        logging.tqdm(total=len(starts), desc="fitting the new task") as bar,
+    ):
+        fitted = _FittedTask(_best_start(call, starts, rows, data_collator or default_data_collator, bar.update), call)
         trainer = Trainer(
             fitted,
             training_arguments or default_arguments(folder, len(rows), device),
             data_collator or default_data_collator,
             train_dataset=rows,
+            callbacks=[_Steps(bar, len(starts), fitted)],
         )
         # Trainer warns of models that say nothing about gradient accumulation.
         trainer.model_accepts_loss_kwargs = False
@@ -89,9 +95,29 @@ class _FittedTask(nn.Module):
         super().__init__()
         self.task_embedding = nn.Parameter(start.clone())
         self.call = call
+        self.loss: Tensor | None = None
 
     def forward(self, **batch: Any) -> Any:
-        return self.call(self.task_embedding, batch)
+        output = self.call(self.task_embedding, batch)
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            self.loss = loss.detach()
+        return output
+
+
+class _Steps(TrainerCallback):
+    """Counts the steps on a bar that may have counted before, with the loss of each."""
+
+    def __init__(self, bar: Any, before: int, fitted: _FittedTask) -> None:
+        self.bar, self.before, self.fitted = bar, before, fitted
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.total = self.before + state.max_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.fitted.loss is not None:
+            self.bar.set_postfix_str(f"loss {float(self.fitted.loss):.4g}", refresh=False)
+        self.bar.update()
 
 
 def checked_rows(examples: Examples) -> list[Any]:
@@ -111,7 +137,9 @@ def checked_rows(examples: Examples) -> list[Any]:
 
 
 @torch.no_grad()
-def _best_start(call: Call, starts: Tensor, rows: list[Any], collate: Callable[[list[Any]], Any]) -> Tensor:
+def _best_start(
+    call: Call, starts: Tensor, rows: list[Any], collate: Callable[[list[Any]], Any], progress: Callable[[], Any]
+) -> Tensor:
     batches = [collate(rows[index : index + BATCH_SIZE]) for index in range(0, len(rows), BATCH_SIZE)]
     losses = []
     for start in starts:
@@ -128,6 +156,7 @@ def _best_start(call: Call, starts: Tensor, rows: list[Any], collate: Callable[[
                 )
             total += float(loss) * len(rows[index * BATCH_SIZE : (index + 1) * BATCH_SIZE])
         losses.append(total)
+        progress()
     values = torch.tensor(losses)
     if not values.isfinite().any():
         raise ValueError(f"The loss of the examples is {losses[0]} from every starting point. Check their labels.")

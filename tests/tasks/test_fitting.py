@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from hyperadapt.tasks.fitting import default_arguments
 from tests.support.helpers import (
@@ -43,6 +44,8 @@ def loss_of(model: PeftModel, task: str, examples: Dataset) -> float:
 
 
 def test_examples_find_the_task_and_nothing_else_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    # Other tests turn it off.
+    logging.enable_progress_bar()
     model = adapted_model("bert", normalization="frobenius")
     examples = examples_of(model, torch.linspace(-1, 1, 8))
     inputs = {name: value for name, value in BATCH.items() if name != "labels"}
@@ -52,7 +55,10 @@ def test_examples_find_the_task_and_nothing_else_changes(capsys: pytest.CaptureF
     next(model.parameters()).requires_grad_(False)
     state, trained = snapshot(model.base_model.model), trainable(model)
     model.add_task("new", examples=examples)
-    assert "train_runtime" not in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "train_runtime" not in printed.out
+    # Starting points and steps.
+    assert re.search(r"fitting the new task: 100%.*\b(\d+)/\1 \[.*, loss \d\.\d+\]", printed.err)
     assert loss_of(model, "new", examples) < min(loss_of(model, task, examples) for task in TASKS)
     assert all(torch.equal(value, state[name]) for name, value in snapshot(model.base_model.model).items())
     assert trainable(model) == trained
