@@ -39,6 +39,7 @@ def plot(  # noqa: DOC503
     *,
     tasks: Sequence[str] | None = None,
     log_history: Sequence[Mapping[str, Any]] | None = None,
+    chosen_by: str | None = None,
     formats: Sequence[str] = ("png", "svg"),
 ) -> list[Path]:
     """Write the pictures that ``draw`` makes; the model is not changed.
@@ -51,6 +52,7 @@ def plot(  # noqa: DOC503
         directory: Folder to write to; made if missing.
         tasks: As in ``draw``.
         log_history: As in ``draw``.
+        chosen_by: As in ``draw``.
         formats: ``"png"`` (1200 pixels wide), ``"svg"`` or both.
 
     Returns:
@@ -68,7 +70,7 @@ def plot(  # noqa: DOC503
     folder = Path(directory)
     if folder.is_file():
         raise ValueError(f"directory={str(directory)!r} is a file; pass a folder.")
-    figures = draw(model, tasks=tasks, log_history=log_history)
+    figures = draw(model, tasks=tasks, log_history=log_history, chosen_by=chosen_by)
     with whole_folder(folder) as new:
         save_figures(figures, new, kinds)
     return [folder / f"{name}.{kind}" for name in figures for kind in kinds]
@@ -79,6 +81,7 @@ def draw(  # noqa: DOC502
     *,
     tasks: Sequence[str] | None = None,
     log_history: Sequence[Mapping[str, Any]] | None = None,
+    chosen_by: str | None = None,
 ) -> dict[str, Figure]:
     """Draw the active adapter; the model is not changed.
 
@@ -88,8 +91,8 @@ def draw(  # noqa: DOC502
       of the update ΔW, by index; means over tasks, then median and range over positions.
     - ``update_norms``: ‖ΔW‖_F of every task at every position.
     - ``cosines``: cosines between the tasks' updates; left out for a single task.
-    - ``training``: training loss, overall and by task, and norm of the gradient, overall and by position, as logged;
-      left out without `log_history`, or if that holds no training loss.
+    - ``training``: training loss, overall and by task, the metric that chose the checkpoint, and norm of the gradient,
+      overall and by position, as logged; left out without `log_history`, or if that holds no training loss.
 
     Norms and singular values are relative to ‖W₀‖_F of the base weight. The pictures also say what ``diagnose`` warns
     of, that all updates are zero or hardly depend on the task; here that is no warning.
@@ -98,6 +101,8 @@ def draw(  # noqa: DOC502
         model: A ``PeftModel`` with a hyperadapter, in any mode, or the ``network`` of a ``LoraGenerator``.
         tasks: Names of the tasks to show; None for all.
         log_history: What a trainer logged: ``trainer.state.log_history``.
+        chosen_by: The metric that chose the checkpoint, as in ``metric_for_best_model``; None for the mean accuracy of
+            an evaluation, or its loss where there is none.
 
     Returns:
         Figures by name, in this order.
@@ -106,15 +111,18 @@ def draw(  # noqa: DOC502
         TypeError: If `tasks` holds anything but names, or `log_history` is not what a trainer logged.
         ValueError: If a task is unknown or named twice, several adapters are active, or an update is not finite.
     """
-    return make_figures(model, measure(model, tasks), log_history)
+    return make_figures(model, measure(model, tasks), log_history, chosen_by)
 
 
 def make_figures(
-    model: nn.Module, diagnosis: Diagnosis, log_history: Sequence[Mapping[str, Any]] | None
+    model: nn.Module,
+    diagnosis: Diagnosis,
+    log_history: Sequence[Mapping[str, Any]] | None,
+    chosen_by: str | None = None,
 ) -> dict[str, Figure]:
     """As ``draw``, of the tasks that were measured."""
     figures = adapter_figures(active_network(model)[1], diagnosis)
-    training = None if log_history is None else training_figure(log_history, diagnosis.tasks)
+    training = None if log_history is None else training_figure(log_history, diagnosis.tasks, chosen_by)
     return figures if training is None else figures | {"training": training}
 
 

@@ -32,14 +32,18 @@ from hyperadapt.plots.axes import (
 _MAX_NAMED = 2 * len(COLORS)
 _NAMED_OF_MORE = 5
 _MAX_DOTS = 40
+# What recipes choose a checkpoint by, and Trainer.
+_METRICS = ("eval_mean_accuracy", "eval_mean_loss", "eval_loss")
 
 
-def training_figure(log_history: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Figure | None:
-    """The training loss, and the norm of the gradient on a logarithmic axis; None if no training loss was logged.
+def training_figure(
+    log_history: Sequence[Mapping[str, Any]], tasks: Sequence[str], chosen_by: str | None = None
+) -> Figure | None:
+    """The training loss, what chose the checkpoint, and the norm of the gradient on a logarithmic axis.
 
-    Reads ``loss``, ``loss_<task>``, ``grad_norm`` and ``grad_norm/<position>``, where they were logged. Values that are
-    not finite are marked at the upper edge, norms of zero at the lower one. Of more than 14 tasks only the five with
-    the highest losses at the end have names.
+    None if no training loss was logged. Reads ``loss``, ``loss_<task>``, ``grad_norm``, ``grad_norm/<position>`` and
+    the metric `chosen_by`, where they were logged. Values that are not finite are marked at the upper edge, norms of
+    zero at the lower one. Of more than 14 tasks only the five with the highest losses at the end have names.
     """
     if isinstance(log_history, Mapping) or not all(isinstance(entry, Mapping) for entry in log_history):
         raise TypeError(f"log_history={shown(log_history)} must be a list of dicts; pass trainer.state.log_history.")
@@ -47,12 +51,16 @@ def training_figure(log_history: Sequence[Mapping[str, Any]], tasks: Sequence[st
     if not entries:
         return None
     has_norms = any(key.partition("/")[0] == "grad_norm" for entry in entries for key in entry)
+    metric = _choosing_metric(log_history, chosen_by)
     with picture_style():
-        figure = Figure(figsize=(WIDTH, 6.5 if has_norms else 3.8), layout="constrained")
-        panels = figure.subplots(1 + has_norms, 1, sharex=True, squeeze=False)[:, 0]
+        count = 1 + (metric is not None) + has_norms
+        figure = Figure(figsize=(WIDTH, 1.1 + 2.7 * count), layout="constrained")
+        panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
         _draw_losses(panels[0], entries, tasks)
+        if metric is not None:
+            _draw_choice(panels[1], log_history, metric)
         if has_norms:
-            _draw_gradient_norms(panels[1], entries)
+            _draw_gradient_norms(panels[-1], entries)
         panels[-1].set_xlabel("step of the optimiser")
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for axes in panels:
@@ -80,6 +88,26 @@ def _draw_losses(axes: Axes, entries: Sequence[Mapping[str, Any]], tasks: Sequen
     axes.set_ylabel("training loss")
     highest = f"; the {_NAMED_OF_MORE} highest at the end of {len(curves)} have names"
     axes.set_title(f"Training loss{' by task' if curves else ''}{highest if len(named) < len(curves) else ''}")
+
+
+def _choosing_metric(log_history: Sequence[Mapping[str, Any]], chosen_by: str | None) -> str | None:
+    """The metric of an evaluation that chose the checkpoint, or would have; None if none was logged."""
+    names = _METRICS if chosen_by is None else (f"eval_{chosen_by.removeprefix('eval_')}",)
+    return next((name for name in names if any(name in entry and "step" in entry for entry in log_history)), None)
+
+
+def _draw_choice(axes: Axes, log_history: Sequence[Mapping[str, Any]], metric: str) -> None:
+    curve = _series([entry for entry in log_history if "step" in entry], metric)
+    words = metric.removeprefix("eval_").replace("_", " ")
+    _draw_line(axes, curve, label=words, color=BLUE)
+    steps, values = curve[:, np.isfinite(curve[1])]
+    if steps.size:
+        # As Trainer decides it; of equal ones it keeps the first.
+        best = int(values.argmin() if metric.endswith("loss") else values.argmax())
+        axes.plot(steps[best], values[best], "o", color=ORANGE, markersize=8, label=f"best, step {steps[best]:g}")
+    _mark_broken(axes, [curve])
+    axes.set_ylabel(words)
+    axes.set_title("On the validation rows: what chooses the checkpoint")
 
 
 def _draw_gradient_norms(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -42,7 +42,7 @@ def test_losses_are_drawn_by_task() -> None:
         entry(10, 3.0, loss_a=4.0, loss_b=2.0),
         # No row of b since the last entry.
         entry(20, 2.0, loss_a=2.0),
-        {"eval_loss": 9.0, "eval_a_loss": 9.0, "step": 20},
+        {"eval_a_loss": 9.0, "step": 20},
         entry(30, 1.0, loss_a=1.5, loss_b=0.5, loss_other=7.0),
         {"train_loss": 9.0, "train_runtime": 9.0, "step": 30},
     ]
@@ -159,3 +159,43 @@ def test_anything_but_a_log_is_refused() -> None:
             training_figure([entry(3, 1.0) | {key: value}], ["a"])
     with pytest.raises(TypeError, match="at step='3'; both must be numbers"):
         training_figure([{"loss": 1.0, "step": "3"}], ["a"])
+
+
+VALIDATED = [
+    entry(10, 3.0),
+    {"eval_a_accuracy": 0.4, "eval_a_loss": 1.0, "step": 10},
+    {"eval_mean_accuracy": 0.5, "eval_mean_loss": 1.0, "step": 10},
+    entry(20, 2.0, 0.5),
+    {"eval_mean_accuracy": 0.75, "eval_mean_loss": 0.8, "step": 20},
+    {"eval_mean_accuracy": 0.75, "eval_mean_loss": 0.5, "step": 30},
+    {"eval_mean_accuracy": math.nan, "eval_mean_loss": 0.9, "step": 40},
+]
+
+
+@pytest.mark.parametrize(
+    ("chosen_by", "name", "points", "best"),
+    [
+        # Of equal ones the first.
+        (None, "mean accuracy", [(10, 0.5), (20, 0.75), (30, 0.75)], 20),
+        ("mean_loss", "mean loss", [(10, 1.0), (20, 0.8), (30, 0.5), (40, 0.9)], 30),
+        ("eval_a_loss", "a loss", [(10, 1.0)], 10),
+    ],
+)
+def test_what_chose_the_checkpoint_is_drawn(
+    chosen_by: str | None, name: str, points: list[tuple[float, float]], best: int
+) -> None:
+    figure = training_figure(VALIDATED, ["a"], chosen_by)
+    assert figure is not None
+    losses, choice, norms = figure.axes
+    found = curves(choice)
+    assert found[name] == points
+    assert found[f"best, step {best}"] == [(best, dict(points)[best])]
+    assert choice.get_ylabel() == name
+    assert (losses.get_ylabel(), norms.get_ylabel()) == ("training loss", "norm of the gradient")
+
+
+def test_without_such_a_metric_nothing_is_drawn_of_it() -> None:
+    figure = training_figure(VALIDATED, ["a"], "f1")
+    assert figure is not None
+    assert len(figure.axes) == 2
+    assert len(drawn([entry(1, 2.0), {"eval_loss": 3.0, "step": 1}], []).axes) == 2
