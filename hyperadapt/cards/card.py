@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from hyperadapt.cards.sections import (
     saturation_text,
     task_table,
 )
-from hyperadapt.cards.snippets import base_model_of, usage
+from hyperadapt.cards.snippets import Prompt, base_model_of, is_chat, usage
+from hyperadapt.cards.trainer_state import last_results, trainer_state, training_facts
 from hyperadapt.config.checks import shown
+from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.files import write_whole
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
@@ -40,6 +42,7 @@ PIPELINES = {
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 _TAGS = ("hyperadapt", "hypernetwork", "multi-task", "peft")
+_SHOWN_PROMPTS = 5
 _LIMITS = (
     "The adapter works with its base model alone, and loading it needs `import hyperadapt`; a task that was exported "
     "with `hyperadapt.export_lora` does not.",
@@ -57,10 +60,14 @@ class CardFacts:
         repo_id: Name on the Hub, for the snippet; None for the folder that the card is written to.
         base_model: The base model's name on the Hub, where the model was loaded from a folder.
         usage: Python code that loads the adapter and runs it; None for code made of the base model's class.
+        prompts: Task -> an input of its own, for the snippet and the widget: a text, several texts that belong
+            together, or the messages of a chat.
+        labels: Task -> the names of its labels.
         results: Task -> metric -> value, such as ``{"trec": {"accuracy": 0.9}}``.
         split: Split of the data that the results are for.
         datasets: Names on the Hub of the data sets.
-        training: Fact -> value, in the order to show them.
+        training: Fact -> value, in the order to show them; if empty, what a trainer of transformers left in the
+            folder, as are the results.
         diagnosis: What ``diagnose`` says of the model.
         saturation: Which updates are at their bound; None for what the diagnosis says.
         figures: Title -> path of a picture, relative to the card.
@@ -74,6 +81,8 @@ class CardFacts:
     repo_id: str | None = None
     base_model: str | None = None
     usage: str | None = None
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     split: str = "test"
     datasets: Sequence[str] = ()
@@ -111,20 +120,32 @@ def card_text(
     model: PeftModel | HyperAdapterNetwork, directory: str | os.PathLike[str], *, overwrite: bool, **facts: Any
 ) -> str:
     """What ``write_card`` writes into a folder."""
-    path, told = Path(directory, CARD), CardFacts(**facts)
+    path, told = Path(directory, CARD), _with_state(CardFacts(**facts), Path(directory), first_network(model).config)
     if path.exists() and not overwrite:
         return str(_completed_card(model, path, told))
     return str(_new_card(model, told, str(directory)))
 
 
+def _with_state(facts: CardFacts, directory: Path, config: HyperAdapterConfig) -> CardFacts:
+    """The facts, where they tell of no training completed by what a trainer left in the folder."""
+    if facts.training:
+        return facts
+    state = trainer_state(directory)
+    results = last_results(state.get("log_history", ()), config.task_names)
+    facts = replace(facts, training=training_facts(state))
+    return facts if facts.results or not results else replace(facts, results=results, split="validation")
+
+
 def _new_card(model: PeftModel | HyperAdapterNetwork, facts: CardFacts, address: str) -> ModelCard:
     """A new card; the adapter is loaded from `address` if the facts name no repository."""
     config = first_network(model).config
-    unknown = sorted(facts.results.keys() - set(config.tasks))
-    if unknown:
-        raise ValueError(
-            f"results names {shown(unknown)}, which are no tasks of the adapter. Its tasks: {shown(config.task_names)}."
-        )
+    for name in ("results", "prompts", "labels"):
+        unknown = sorted(getattr(facts, name).keys() - set(config.tasks))
+        if unknown:
+            raise ValueError(
+                f"{name} names {shown(unknown)}, which are no tasks of the adapter. Its tasks: "
+                f"{shown(config.task_names)}."
+            )
     base = base_model_of(config, facts.base_model)
     address = facts.repo_id or address
     title = facts.title or f"{len(config.tasks)} tasks for {base.name} in one hyperadapter"
@@ -137,8 +158,8 @@ def _new_card(model: PeftModel | HyperAdapterNetwork, facts: CardFacts, address:
             f"One hypernetwork that generates LoRA adapters of rank {config.r} for {positions} modules of {base.link}, "
             f"one for each of {len(config.tasks)} tasks. Made with hyperadapt, a method of PEFT."
         ),
-        usage=f"```python\n{facts.usage.strip()}\n```" if facts.usage else usage(config, base, address),
-        tasks=task_table(config, facts.results),
+        usage=f"```python\n{facts.usage.strip()}\n```" if facts.usage else usage(config, base, address, facts.prompts),
+        tasks=task_table(config, facts.results, facts.labels),
         results_note=f"Measured on the {facts.split} split, one run." if facts.results else "",
         normalization=normalization_text(config),
         saturation=saturation_text(facts.saturation or getattr(facts.diagnosis, "saturation", None)),
@@ -212,5 +233,19 @@ def _card_data(model: PeftModel | HyperAdapterNetwork, facts: CardFacts, title: 
         metrics=sorted({result.metric_type for result in results}) or None,
         tags=list(dict.fromkeys([*_TAGS, *given, *facts.tags])),
         eval_results=results or None,
+        **_widget(facts.prompts),
         model_name=title if results else None,
     )
+
+
+def _widget(prompts: Mapping[str, Prompt]) -> dict[str, Any]:
+    """Inputs to try on the Hub, of some tasks; empty if there are none."""
+    entries = []
+    for task, prompt in list(prompts.items())[:_SHOWN_PROMPTS]:
+        if is_chat(prompt):
+            entry: dict[str, Any] = {"messages": list(prompt)}
+        else:
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            entry = dict(zip(("text", "text_pair"), texts, strict=False))
+        entries.append({**entry, "example_title": plain(task)})
+    return {"widget": entries} if entries else {}

@@ -25,7 +25,8 @@ def lora_card(
     base = base_model_of(config)
     made_from = "a description" if descriptions else "examples"
     title = f"LoRA for {base.name}: {plain(task) if task else f'from {made_from}'}"
-    labels = [f"Its labels: {label_list(config, task)}."] if task and config.labels_of(task) else []
+    names = list(config.labels_of(task).values()) if task else []
+    labels = [f"Its labels: {label_list(names)}."] if names else []
     libraries = {"mlx": "mlx", "diffusers": "diffusers"}
     # Not ModelCard.from_template, which reads and parses everything anew for each card: there may be thousands.
     card: str = _template().render(

@@ -13,24 +13,28 @@ from hyperadapt.hypernetwork.saturation import REMEDY, Saturation
 _SHOWN_TASKS, _SHOWN_LABELS = 100, 10
 
 
-def task_table(config: HyperAdapterConfig, results: Mapping[str, Mapping[str, float]]) -> str:
-    """The tasks with their descriptions, labels and results (task -> metric -> value), a table of at most 100 tasks."""
+def task_table(
+    config: HyperAdapterConfig, results: Mapping[str, Mapping[str, float]], labels: Mapping[str, Sequence[str]]
+) -> str:
+    """The tasks with descriptions, labels and results (task -> metric -> value), a table of at most 100 tasks.
+
+    Labels are those of the configuration, or else the given ones.
+    """
     metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
-    has_labels = ["labels"] if config.task_labels else []
-    rows = [["task", "description", *has_labels, *metrics]]
+    labels = {task: own for task in config.tasks if (own := list(config.labels_of(task).values()) or labels.get(task))}
+    rows = [["task", "description", *(["labels"] if labels else []), *metrics]]
     for task in config.task_names[:_SHOWN_TASKS]:
         description = (config.task_descriptions or {}).get(task, "")
         text = description if isinstance(description, str) else description[0]
         values = results.get(task, {})
-        labels = [label_list(config, task)] * len(has_labels)
-        rows.append([f"`{plain(task)}`", plain(text), *labels, *(_number(values.get(metric)) for metric in metrics)])
+        names = [label_list(labels.get(task, ()))] if labels else []
+        rows.append([f"`{plain(task)}`", plain(text), *names, *(_number(values.get(metric)) for metric in metrics)])
     rest = len(config.tasks) - _SHOWN_TASKS
     return f"{_table(rows)}\n\nand {rest} more tasks." if rest > 0 else _table(rows)
 
 
-def label_list(config: HyperAdapterConfig, task: str) -> str:
-    """A task's labels in the order of the classifier's outputs, at most 10 of them."""
-    labels = list(config.labels_of(task).values())
+def label_list(labels: Sequence[str]) -> str:
+    """The labels of a task, at most 10 of them."""
     rest = [f"and {len(labels) - _SHOWN_LABELS} more"] * (len(labels) > _SHOWN_LABELS)
     return ", ".join([*(f"`{plain(label)}`" for label in labels[:_SHOWN_LABELS]), *rest])
 

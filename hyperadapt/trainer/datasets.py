@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -200,3 +201,13 @@ def _paired_within_tasks(dataset: Dataset, batch_size: int) -> Dataset:
     others = dataset.select(sources).select_columns("completion_ids")
     kept = dataset.remove_columns("KL_completion_ids")
     return concatenate_datasets([kept, others.rename_column("completion_ids", "KL_completion_ids")], axis=1)
+
+
+def majority_of(rows: Any) -> float | None:
+    """What always giving the most frequent label of rows would reach; None where they have no class each."""
+    column = next((name for name in ("labels", "label") if name in getattr(rows, "column_names", ())), None)
+    labels = [] if column is None else list(rows[column])
+    if not labels or not all(isinstance(label, int | str) for label in labels):
+        return None
+    [(_, count)] = Counter(labels).most_common(1)
+    return count / len(labels)

@@ -14,11 +14,12 @@ from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from hyperadapt.cards.card import may_be_written_anew, write_card
+from hyperadapt.cards.trainer_state import last_results, training_facts
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.saturation import REMEDY, Saturation
 from hyperadapt.trainer.batches import TASK_COLUMN, RepeatedSampler, TaskSampler
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
-from hyperadapt.trainer.datasets import TaskDatasetsMixin
+from hyperadapt.trainer.datasets import TaskDatasetsMixin, majority_of
 from hyperadapt.trainer.examples import give_examples
 from hyperadapt.trainer.labels import give_labels
 from hyperadapt.trainer.losses import BatchLoss, TaskLosses
@@ -255,16 +256,26 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
             language=language,
             license=license,
             tags=[tags] if isinstance(tags, str) else list(tags or ()),
-            results=_last_results(self.state.log_history, self.task_names),
+            results=self._results(),
             split="validation",
             saturation=self._saturation,
             training={
-                "steps": self.state.global_step,
+                **training_facts(vars(self.state)),
                 "batch_size": self.args.train_batch_size * self.args.world_size,
                 "learning_rate": self.args.learning_rate,
                 "seed": self.args.seed,
             },
         )
+
+    def _results(self) -> dict[str, dict[str, float]]:
+        """Of each task what was last measured, with what its most frequent label would reach beside an accuracy."""
+        results = last_results(self.state.log_history, self.task_names)
+        data = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
+        for task, values in results.items():
+            share = majority_of(data[task]) if task in data and "accuracy" in values else None
+            if share is not None:
+                values["majority"] = share
+        return results
 
     def _position_logs(self, monitor: PositionMonitor) -> dict[str, float]:
         updates, gradients, self._saturation = monitor.collect()
@@ -376,16 +387,3 @@ def _means(metrics: Mapping[str, Any], tasks: Sequence[str], prefix: str) -> dic
         if name not in _NO_MEASURES and all(isinstance(value, int | float) for value in values):
             means[f"{prefix}_mean_{name}"] = sum(values) / len(values)
     return means
-
-
-def _last_results(log_history: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value, as last logged."""
-    results: dict[str, dict[str, float]] = {}
-    for entry in log_history:
-        for task in tasks:
-            start = f"eval_{task}_"
-            values = {key.removeprefix(start): value for key, value in entry.items() if key.startswith(start)}
-            found = {name: value for name, value in values.items() if name in ("accuracy", "loss")}
-            if found:
-                results[task] = found
-    return results

@@ -40,6 +40,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "tags": _are_names,
     "datasets": lambda value: _are_names(value) and all(map(_is_repo_id, value)),
     "metrics": _are_names,
+    "widget": lambda value: isinstance(value, list) and all(("text" in one) != ("messages" in one) for one in value),
     "model-index": lambda value: isinstance(value, list),
 }
 REQUIRED = ("library_name", "tags")

@@ -189,6 +189,8 @@ def test_the_card_tells_the_last_results_and_the_training(tmp_path: Path) -> Non
     for task in TASKS:
         [entry] = [entry for entry in last if f"eval_{task}_loss" in entry and entry["step"] == 4]
         expected |= {(task, name): entry[f"eval_{task}_{name}"] for name in ("accuracy", "loss")}
+        labels = data_of_tasks[task]["labels"]
+        expected[task, "majority"] = max(map(labels.count, labels)) / len(labels)
     assert {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results} == expected
     for text in ("- steps: 4", "- batch size: 6", "- learning rate: 0.01", "- seed: 7"):
         assert text in card.text
