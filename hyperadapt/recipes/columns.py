@@ -50,6 +50,17 @@ def read_columns(
     return Columns(place, values, {}, path.suffix in _DELIMITERS)
 
 
+def file_columns(path: Path, place: str) -> Columns:
+    """All columns of a file, with None where a row has no value; `place` names the file in errors."""
+    if path.suffix == ".parquet":
+        dataset = _read_parquet(path, place)
+        return dataset_columns(dataset, place, dataset.column_names, may_lack=True)
+    rows = _read_rows(path, place)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    values = {name: [row.get(name) for row in rows] for name in names}
+    return Columns(place, values, {}, path.suffix in _DELIMITERS)
+
+
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -119,11 +130,14 @@ def _load_dataset(task: TaskRecipe, split: str, place: str) -> Dataset:
         raise ValueError(f"{place}: load_dataset could not load split {split!r}: {error}") from error
 
 
-def dataset_columns(dataset: Dataset, place: str, columns: Sequence[str], instead: Sequence[str] = ()) -> Columns:
+def dataset_columns(
+    dataset: Dataset, place: str, columns: Sequence[str], instead: Sequence[str] = (), *, may_lack: bool = False
+) -> Columns:
     """As ``read_columns``, of a data set; `place` names the task and the source in errors."""
     columns = _chosen_columns(dataset.column_names if len(dataset) else None, columns, instead, place)
     values = {column: list(dataset[column]) for column in columns}
-    _check_values(values, place)
+    if not may_lack:
+        _check_values(values, place)
     features = {column: dataset.features[column] for column in columns}
     names = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
     return Columns(place, values, names)

@@ -30,7 +30,7 @@ from hyperadapt.recipes.yaml_lines import Check, Keys, YamlFile, check_text, che
 
 SPLITS = ("train", "validation", "test")
 _COLUMNS = {"SEQ_CLS": ("text", "text_pair", "label", "labels"), "CAUSAL_LM": ("prompt", "completion", "messages")}
-_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Set from other fields of the recipe, or by PEFT.
 _NO_ADAPTER_FIELDS = {
     *(
@@ -263,9 +263,12 @@ def _checked_source(folder: Path, must_exist: bool, name: str, value: Any) -> st
         return str(path.resolve())
     try:
         validate_repo_id(value)
+        # Beside other folders it is a mistyped one: the Hub is not asked.
+        is_name = "/" not in value or not path.parent.is_dir()
     except HFValidationError:
-        if must_exist:
-            raise ValueError(f"{name}={shown(value)} is neither a folder ({path}) nor a name on the Hub.") from None
+        is_name = False
+    if must_exist and not is_name:
+        raise ValueError(f"{name}={shown(value)} is neither a folder ({path}) nor a name on the Hub.")
     return str(value)
 
 
@@ -273,9 +276,9 @@ def checked_file(folder: Path, must_exist: bool, name: str, value: Any) -> str:
     """A file with data, by its absolute path."""
     check_text(name, value)
     path = (folder / Path(value).expanduser()).resolve()
-    if path.suffix not in _SUFFIXES:
+    if path.suffix not in SUFFIXES:
         raise ValueError(
-            f"{name}={shown(value)} has an unknown ending. Give a file of {', '.join(_SUFFIXES)}, or name a dataset "
+            f"{name}={shown(value)} has an unknown ending. Give a file of {', '.join(SUFFIXES)}, or name a dataset "
             "and one of its splits."
         )
     if must_exist and not path.is_file():

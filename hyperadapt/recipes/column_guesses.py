@@ -1,0 +1,155 @@
+"""What the columns of a data file are for, guessed from their names and values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hyperadapt.config.checks import shown
+from hyperadapt.recipes.columns import Columns
+from hyperadapt.trainer.chats import is_chat
+
+# Names of columns, the usual one first. Those of answers count only beside one of a prompt.
+_TEXTS = ("text", "sentence", "content", "review", "message", "body", "document", "question", "title", "utterance")
+_PAIRS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("text1", "text2"), ("text", "text_pair")),
+    *(("question1", "question2"), ("question", "context"), ("question", "passage"), ("query", "passage")),
+)
+_LABELS = ("label", "labels", "category", "class", "intent", "sentiment", "topic", "target", "label_text")
+_PROMPTS = ("prompt", "instruction", "question", "query", "input", "source")
+_ANSWERS = ("completion", "response", "answer", "output", "target", "reply")
+_INTEGER = re.compile(r"-?\d+")
+_MOST_LABELS = 1000
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What the columns of a task's file are for."""
+
+    # "SEQ_CLS" or "CAUSAL_LM", and the fields of the task in a recipe that differ from their defaults.
+    task_type: str
+    fields: Mapping[str, Any]
+    # In words, for people.
+    words: str
+    # Of the longest row.
+    letters: int
+    is_chat: bool = False
+
+
+def guess_columns(columns: Columns, task: str) -> Guess:
+    """What the columns are for: prompts and completions, chats, or texts and labels."""
+    kinds = {name: _kind(values) for name, values in columns.values.items()}
+    texts = [name for name, kind in kinds.items() if kind == "text"]
+    chats = [name for name, kind in kinds.items() if kind == "chat"]
+    found = (
+        _dialogues(columns, texts, chats, ("prompt",), ("completion",))
+        or _whole_chats(columns, chats)
+        or _labelled(columns, task, kinds, _named(kinds, _LABELS))
+        or _dialogues(columns, texts, chats, _PROMPTS, _ANSWERS)
+        or _labelled(columns, task, kinds, _few_valued(columns, kinds))
+    )
+    if found is None:
+        raise ValueError(
+            f"{columns.place} has the columns {shown(list(kinds))}, among which neither texts with labels, prompts "
+            "with completions nor chats were found. Name the columns so (text and label, prompt and completion, or "
+            "messages), or write the recipe yourself: its tasks can name columns."
+        )
+    return found
+
+
+def _kind(values: Sequence[Any]) -> str:
+    """What all values of a column are, in one word."""
+    kinds: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+        ("text", lambda value: isinstance(value, str)),
+        ("integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+        ("chat", is_chat),
+    )
+    return next((name for name, holds in kinds if values and all(map(holds, values))), "other")
+
+
+def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The first column that has one of the names, whatever their case."""
+    lower = {name.lower(): name for name in reversed(list(columns))}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _few_valued(columns: Columns, kinds: Mapping[str, str]) -> str | None:
+    """The column whose values come again most often, at least twice each."""
+    counts = {name: len(set(columns.values[name])) for name, kind in kinds.items() if kind in ("text", "integer")}
+    often = [name for name, count in counts.items() if 2 * count <= len(columns.values[name])]
+    return min(often, key=counts.__getitem__, default=None)
+
+
+def _dialogues(
+    columns: Columns, texts: Sequence[str], chats: Sequence[str], prompts: Sequence[str], answers: Sequence[str]
+) -> Guess | None:
+    for names in (texts, chats):
+        prompt, answer = _named(names, prompts), _named(names, answers)
+        if prompt and answer and prompt != answer:
+            words = f"{'messages' if names is chats else 'prompts'} in {prompt!r}, answers in {answer!r}"
+            fields = _fields(prompt=prompt, completion=answer)
+            return _made("CAUSAL_LM", columns, fields, words, [prompt, answer], names is chats)
+    return None
+
+
+def _whole_chats(columns: Columns, chats: Sequence[str]) -> Guess | None:
+    name = _named(chats, ("messages", "conversation", "conversations", "chat", *chats))
+    if name is None:
+        return None
+    words = f"chats in {name!r}, whose last message is learned"
+    return _made("CAUSAL_LM", columns, _fields(messages=name), words, [name], True)
+
+
+def _labelled(columns: Columns, task: str, kinds: Mapping[str, str], label: str | None) -> Guess | None:
+    others = [name for name, kind in kinds.items() if name != label and kind == "text"]
+    if label is None or not others or kinds[label] not in ("text", "integer"):
+        return None
+    pairs = ([name for one in pair if (name := _named(others, [one]))] for pair in _PAIRS)
+    longest = max(others, key=lambda name: sum(map(len, columns.values[name])))
+    used = next((pair for pair in pairs if len(pair) > 1), None) or [_named(others, _TEXTS) or longest]
+    names = _label_names(columns, task, label)
+    fields = _fields(text=used[0], label=label) | ({"text_pair": used[1]} if len(used) > 1 else {})
+    count = len(names or columns.names.get(label, ()) or set(columns.values[label]))
+    kind = "pairs of texts" if len(used) > 1 else "texts"
+    words = f"{kind} in {' and '.join(map(repr, used))}, {count} labels in {label!r}"
+    if names:
+        fields["labels"] = names
+        words += ", which are integers: give them better names"
+    return _made("SEQ_CLS", columns, fields, words, [*used, label], False)
+
+
+def _label_names(columns: Columns, task: str, label: str) -> list[str]:
+    """Names for integers that have none; empty for labels that have names."""
+    values = columns.values[label]
+    if columns.names.get(label) or not all(_INTEGER.fullmatch(str(value)) for value in values):
+        return []
+    if not columns.is_text and not all(isinstance(value, int) for value in values):
+        return []
+    numbers = list(map(int, values))
+    if min(numbers) < 0 or max(numbers) >= _MOST_LABELS:
+        raise ValueError(
+            f"{columns.place} has integers from {min(numbers)} to {max(numbers)} in column {label!r}, but labels count "
+            f"from 0, to {_MOST_LABELS - 1} at most. Write names in their place, or drop rows without a label."
+        )
+    return [f"{task} {number}" for number in range(max(numbers) + 1)]
+
+
+def _fields(**columns: str) -> dict[str, Any]:
+    """The columns that do not have their usual names, which are those of the fields."""
+    return {field: name for field, name in columns.items() if name != field}
+
+
+def _made(
+    task_type: str, columns: Columns, fields: Mapping[str, Any], words: str, used: Sequence[str], has_chats: bool
+) -> Guess:
+    unused = [name for name in columns.values if name not in used]
+    rest = f"; not used: {', '.join(map(repr, unused))}" if unused else ""
+    rows = zip(*(columns.values[name] for name in used), strict=True)
+    letters = max(sum(map(_letters, row)) for row in rows)
+    return Guess(task_type, fields, f"{words}{rest}", letters, has_chats)
+
+
+def _letters(value: Any) -> int:
+    return sum(len(str(message["content"])) for message in value) if isinstance(value, list) else len(str(value))
