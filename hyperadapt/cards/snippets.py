@@ -91,7 +91,9 @@ def _snippet(
         arguments.append(f"num_labels={facts.num_labels}")
     if facts.dtype not in ("float32", None):
         arguments.append(f'dtype="{facts.dtype}"')
-    answers = bool(imports and config.task_labels) and config.task_type == "SEQ_CLS" and has_text and not is_chat(prompt)
+    answers = (
+        bool(imports and config.task_labels) and config.task_type == "SEQ_CLS" and has_text and not is_chat(prompt)
+    )
     lines = [*imports, "from peft import PeftModel"]
     names = [loader, *["AutoTokenizer"] * has_text, *["pipeline"] * answers]
     lines += [f"from transformers import {', '.join(sorted(names))}", ""]

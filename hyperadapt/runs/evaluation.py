@@ -209,7 +209,7 @@ def completion_answers(
         batch = {name: value.to(device) for name, value in collate(rows).items()}
         terms = row_losses(model(**batch, **asked)["logits"], batch["labels"], shift=True)
         totals += torch.stack(terms).sum(1)
-        prompts, completions = zip(*(_split(row) for row in rows), strict=True)
+        prompts, completions = zip(*(split_dialogue(row) for row in rows), strict=True)
         given = _generated(model, tokenizer, prompts, asked, longest)
         answers = [text.strip() for text in tokenizer.batch_decode(list(completions), skip_special_tokens=True)]
         right += map(str.__eq__, given, answers)
@@ -243,7 +243,7 @@ def _generated(
     return [text.strip() for text in texts]
 
 
-def _split(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+def split_dialogue(row: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
     """Tokens of the prompt and of the completion."""
     length = row["labels"].count(IGNORED)
     return row["input_ids"][:length], row["input_ids"][length:]

@@ -19,7 +19,7 @@ from hyperadapt.recipes.rows import TaskRows, sampled
 from hyperadapt.recipes.schema import check_task_name, checked_file, checked_labels
 from hyperadapt.recipes.tokens import collator
 from hyperadapt.runs.evaluation import evaluate_rows, no_better_lines, tokenize
-from hyperadapt.runs.record import Record
+from hyperadapt.runs.record import prompt_of
 from hyperadapt.runs.replay import Replay, Source, read_replay, read_source, train_with_replay, trainable
 from hyperadapt.runs.run import Run
 from hyperadapt.runs.training import Report, write_line
@@ -134,15 +134,11 @@ def add_task(  # noqa: DOC502, DOC503
     """
     check_task_name(name)
     _check_training(train, examples, {"replay": replay, "steps": steps, "learning_rate": learning_rate})
-    files = {"train": None if isinstance(examples, Dataset) else examples, "test": test}
     task = TaskRecipe(
         description=description if description is None or isinstance(description, str) else tuple(description),
         labels=checked_labels("labels", list(labels)) if labels else None,
-        **{
-            split: checked_file(Path(), True, split, os.fspath(path))
-            for split, path in files.items()
-            if path is not None
-        },
+        train=None if isinstance(examples, Dataset) else _given_file("examples", examples),
+        test=_given_file("test", test),
     )
     rows = (
         None if examples is None else read_source(task, name, run.recipe.task_type, task.train or examples, "examples")
@@ -161,6 +157,8 @@ def add_checked(
     by_description = way.train and task.description is not None and _reads_text(run)
     _add(run, name, task, rows, by_description=by_description, fit=way.fit)
     try:
+        if rows is not None:
+            run.record = replace(run.record, prompts={**run.record.prompts, name: prompt_of(rows, run.recipe.task_type)})
         with quiet_loading() if report is None else nullcontext():
             if old is None or rows is None:
                 return _told(run, name, rows)
@@ -179,6 +177,10 @@ def with_labels(run: Run, name: str, task: TaskRecipe, rows: TaskRows | None) ->
     task = replace(task, labels=task.labels or (rows.names if rows else None))
     _check_known_labels(run, name, task)
     return task
+
+
+def _given_file(name: str, path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else checked_file(Path(), True, name, os.fspath(path))
 
 
 def _check_training(train: bool, examples: Source | None, options: Mapping[str, Any]) -> None:
@@ -248,7 +250,7 @@ def _trained(
     _check_learned(told, facts)
     added = {**run.record.training.get("added_tasks", {}), name: facts}
     # The results were those of the adapter before.
-    run.record = Record({**run.record.training, "added_tasks": added}, {}, run.record.log_history)
+    run.record = replace(run.record, training={**run.record.training, "added_tasks": added}, results={})
     first, last = accuracies
     return replace(
         told,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 
 from hyperadapt.files import finite, write_whole
+from hyperadapt.recipes.rows import TaskRows
 
 RECORD = "record.json"
+_LETTERS = 300
 _PACKAGES = ("hyperadapt", "torch", "transformers", "peft")
 
 
@@ -27,11 +30,13 @@ class Record:
         training: Facts: steps, epochs, batch size, rows, seconds, hardware, versions and the like.
         results: What ``evaluate`` returned.
         log_history: What ``Trainer`` logged.
+        prompts: Task -> an input of it, for the card: a text, two texts, or the messages of a chat.
     """
 
     training: Mapping[str, Any]
     results: Mapping[str, Any]
     log_history: Sequence[Mapping[str, Any]]
+    prompts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Record:
@@ -49,7 +54,12 @@ class Record:
         path = Path(folder, RECORD)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(dict(fields["training"]), dict(fields["results"]), list(fields["log_history"]))
+            return cls(
+                dict(fields["training"]),
+                dict(fields["results"]),
+                list(fields["log_history"]),
+                dict(fields.get("prompts") or {}),
+            )
         except FileNotFoundError:
             raise ValueError(f"{folder} has no {RECORD}. Name the folder that a training run wrote.") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -63,6 +73,19 @@ class Record:
         """
         text = json.dumps(finite(vars(self)), indent=2, ensure_ascii=False, allow_nan=False)
         write_whole(Path(folder, RECORD), f"{text}\n")
+
+
+def prompt_of(rows: TaskRows, task_type: str) -> Any:
+    """The first input of a task, shortened: a text, two texts, or the messages of a chat."""
+    texts = rows.texts[0][:1] if task_type == "CAUSAL_LM" else rows.texts[0]
+    if isinstance(texts[0], list):
+        return [{"role": one["role"], "content": _shortened(str(one["content"]))} for one in texts[0]]
+    short = [_shortened(text) for text in texts]
+    return short[0] if len(short) == 1 else short
+
+
+def _shortened(text: str) -> str:
+    return textwrap.shorten(text, _LETTERS, placeholder=" ...") if len(text) > _LETTERS else text
 
 
 def hardware(device: torch.device) -> str:

@@ -63,7 +63,9 @@ def _report(
 
         pictures = new / "figures"
         pictures.mkdir()
-        save_figures(make_figures(model, diagnosis, record.log_history), pictures, _KINDS)
+        save_figures(
+            make_figures(model, diagnosis, record.log_history, record.training.get("chosen_by")), pictures, _KINDS
+        )
     results = {
         task: {name: values[name] for name in _MEASURED if values.get(name) is not None}
         for task, values in record.results.get("tasks", {}).items()
@@ -75,6 +77,8 @@ def _report(
         model,
         folder,
         overwrite=may_be_written_anew(folder),
+        prompts={name: prompt for name, prompt in record.prompts.items() if name in recipe.tasks},
+        labels={name: task.labels for name, task in recipe.tasks.items() if task.labels},
         results=results,
         split=record.results.get("split", "test"),
         datasets=sorted({task.dataset for task in recipe.tasks.values() if is_on_the_hub(task.dataset)}),

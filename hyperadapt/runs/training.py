@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,12 +36,13 @@ from hyperadapt.recipes.rows import read_rows
 from hyperadapt.recipes.tokens import collator
 from hyperadapt.runs.evaluation import evaluate_rows, no_better_lines, tokenize
 from hyperadapt.runs.folder import CHECKPOINTS, begin, check_folder, is_finished, last_checkpoint
-from hyperadapt.runs.record import Record, hardware, versions
+from hyperadapt.runs.record import Record, hardware, prompt_of, versions
 from hyperadapt.runs.run import Run, load_run, save_run
 from hyperadapt.trainer.trainer import HyperAdapterTrainer
 
 Data = Mapping[str, Mapping[str, Dataset]]
 Report = Callable[[str], None]
+_SHOWN_TASKS = 6
 
 
 def write_line(text: str) -> None:
@@ -83,36 +84,57 @@ def train(  # noqa: DOC502
     say = report or (lambda line: None)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
     checkpoint = last_checkpoint(folder) if resume else None
-    with quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, revision=recipe.revision or "main", **SAFELY)
-    say(f"reading the data of {len(recipe.tasks)} tasks")
-    labelled, data = read_data(recipe, tokenizer)
-    arguments = recipe.training_arguments(folder / CHECKPOINTS)
-    set_seed(arguments.seed)
-    with quiet_loading():
-        base = load_base(labelled, tokenizer)
-    model = get_peft_model(base, labelled.adapter_config, revision=recipe.revision)
-    trainer = make_trainer(model, tokenizer, labelled, arguments, data, report)
+    labelled, tokenizer, data, trainer, prompts = prepared(recipe, folder / CHECKPOINTS, report)
+    model: Any = trainer.model
     begin(folder, recipe, checkpoint)
     say(f"training on {sum(map(len, data['train'].values()))} rows")
     trainer.train(resume_from_checkpoint=checkpoint)
     facts, history = training_facts(trainer, data), trainer.state.log_history
-    run = Run(model.eval(), tokenizer, labelled, Record(facts, {}, history), folder)
+    run = Run(model.eval(), tokenizer, labelled, Record(facts, {}, history, prompts), folder)
     split = next(split for split in ("test", "validation", "train") if data[split])
     with quiet_loading() if report is None else nullcontext():
-        results = evaluate_rows(run, split, data[split], arguments.per_device_eval_batch_size)
+        results = evaluate_rows(run, split, data[split], trainer.args.per_device_eval_batch_size)
     for line in no_better_lines(results):
         say(line)
     facts["seconds"] = round(time.monotonic() - started)
-    run = replace(run, record=Record(facts, results, history))
+    run = replace(run, record=Record(facts, results, history, prompts))
     save_run(run, folder, figures=figures)
     if "save_total_limit" not in recipe.training:
         shutil.rmtree(folder / CHECKPOINTS)
     return run
 
 
-def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recipe, Data]:
-    """The recipe with the labels of all tasks; and split -> task -> tokenised rows, where a task has the split.
+class Prepared(NamedTuple):
+    """All that a training needs, read and checked."""
+
+    # With the labels of all tasks.
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    trainer: HyperAdapterTrainer
+    # Task -> its first input, for the card.
+    prompts: Mapping[str, Any]
+
+
+def prepared(recipe: Recipe, checkpoints: Path, report: Report | None) -> Prepared:
+    """Read and check all that a training of the recipe needs."""
+    say = report or (lambda line: None)
+    with quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, revision=recipe.revision or "main", **SAFELY)
+    say(f"reading the data of {len(recipe.tasks)} tasks")
+    labelled, data, prompts = read_data(recipe, tokenizer)
+    arguments = recipe.training_arguments(checkpoints)
+    set_seed(arguments.seed)
+    say(f"loading the base model {recipe.base_model}")
+    with quiet_loading():
+        base = load_base(labelled, tokenizer)
+    model = get_peft_model(base, labelled.adapter_config, revision=recipe.revision)
+    trainer = make_trainer(model, tokenizer, labelled, arguments, data, report)
+    return Prepared(labelled, tokenizer, data, trainer, prompts)
+
+
+def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recipe, Data, dict[str, Any]]:
+    """The recipe with all labels; split -> task -> tokenised rows, where a task has the split; and task -> first input.
 
     All splits are read, so that wrong rows for the evaluation in the end are found before the training.
     """
@@ -121,10 +143,11 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recip
     recipe = replace(recipe, tasks=tasks)
     for split in ("validation", "test"):
         rows[split] = {name: read_rows(recipe, name, split) for name, task in tasks.items() if getattr(task, split)}
-    return recipe, {
+    data = {
         split: {name: tokenize(one, recipe, tokenizer) for name, one in by_task.items()}
         for split, by_task in rows.items()
     }
+    return recipe, data, {name: prompt_of(one, recipe.task_type) for name, one in rows["train"].items()}
 
 
 def make_trainer(
@@ -151,7 +174,7 @@ def make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if report is not None:
-        trainer.add_callback(_Progress(report))
+        trainer.add_callback(_Progress(report, trainer.task_names))
     return trainer
 
 
@@ -160,7 +183,9 @@ def training_facts(trainer: HyperAdapterTrainer, data: Data) -> dict[str, Any]:
     arguments, state = trainer.args, trainer.state
     model: Any = trainer.model
     trainable, total = model.get_nb_trainable_parameters()
-    best = {} if state.best_global_step is None else {"best_step": state.best_global_step}
+    best: dict[str, Any] = {}
+    if state.best_global_step is not None:
+        best = {"best_step": state.best_global_step, "chosen_by": arguments.metric_for_best_model}
     return {
         "steps": state.global_step,
         **best,
@@ -198,9 +223,9 @@ class _RecipeTrainer(HyperAdapterTrainer):
 class _Progress(ProgressCallback):
     """The usual bars, and a line for each log that people can read."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, tasks: Sequence[str]) -> None:
         super().__init__()
-        self.report = report
+        self.report, self.tasks = report, tasks
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -208,7 +233,19 @@ class _Progress(ProgressCallback):
         names = {"loss": "loss", "eval_mean_accuracy": "validation accuracy", "eval_mean_loss": "validation loss"}
         values = [f"{name} {logs[key]:.4g}" for key, name in names.items() if key in logs]
         if values:
-            self.report(f"step {state.global_step} of {state.max_steps}: {', '.join(values)}")
+            by_task = _by_task(logs, self.tasks) if "loss" in logs else ""
+            self.report(f"step {state.global_step} of {state.max_steps}: {', '.join(values)}{by_task}")
+
+
+def _by_task(logs: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """The training losses of tasks, of many the highest ones, in brackets; nothing for one task."""
+    losses = {name: logs[f"loss_{name}"] for name in tasks if f"loss_{name}" in logs}
+    if len(losses) < 2:
+        return ""
+    # A loss that is not a number is the worst.
+    chosen = sorted(losses, key=lambda name: float(np.nan_to_num(losses[name], nan=np.inf)))[-_SHOWN_TASKS:]
+    shown = ", ".join(f"{name} {losses[name]:.4g}" for name in losses if name in chosen)
+    return f" ({shown})" if len(chosen) == len(losses) else f" (highest of {len(losses)} tasks: {shown})"
 
 
 def _own_labels(recipe: Recipe) -> Tensor:

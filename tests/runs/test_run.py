@@ -69,8 +69,9 @@ def test_a_run_is_whole(trained: dict[str, tuple[Path, list[str]]], task_type: s
     metric = "loss" if task_type == "CAUSAL_LM" else "accuracy"
     validated = [entry["step"] for entry in record.log_history if f"eval_mean_{metric}" in entry]
     assert validated == [2, 4, 6, 8, 10]
-    assert lines[:2] == ["reading the data of 3 tasks", "training on 120 rows"]
-    assert re.fullmatch(r"step 1 of 10: loss \d.*", lines[2])
+    base = f"loading the base model {folder / 'base'}"
+    assert lines[:3] == ["reading the data of 3 tasks", base, "training on 120 rows"]
+    assert re.fullmatch(r"step 1 of 10: loss \d\S* \(((reviews|letters|mail) \d[^,]*(, )?){2,3}\)", lines[3])
     assert len([line for line in lines if f"validation {metric} " in line]) == 5
 
 
