@@ -1,6 +1,6 @@
 """``python -m hyperadapt`` is the command ``hyperadapt``."""
 
-from hyperadapt.cli import main
+from hyperadapt_cli import main
 
 if __name__ == "__main__":
     main()

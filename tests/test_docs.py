@@ -16,7 +16,7 @@ import yaml
 from peft import LoraConfig
 
 import hyperadapt
-from hyperadapt import cli
+import hyperadapt_cli as cli
 from hyperadapt.recipes import TaskRecipe
 from hyperadapt.recipes.schema import recipe_sections
 from tests.support.docs_pages import DOCS, PAGES, ROOT, anchors, blocks, links

@@ -36,7 +36,6 @@ ROOMS = [
     "trl",
     "recipes",
     "runs",
-    "cli",
     "__main__",
 ]
 
@@ -96,6 +95,11 @@ def test_rooms_import_only_what_stands_above_them() -> None:
     assert wrong == []
 
 
+def test_only_the_entry_point_imports_the_command_line() -> None:
+    paths = [path for path in PACKAGE.rglob("*.py") if "hyperadapt_cli" in path.read_text(encoding="utf-8")]
+    assert paths == [PACKAGE / "__main__.py"]
+
+
 def test_imports_inside_of_a_room_are_acyclic() -> None:
     graph = {module: {target for target in targets if target != module} for module, targets in import_graph().items()}
     graphlib.TopologicalSorter(graph).prepare()
@@ -116,6 +120,8 @@ def test_importing_the_package_does_not_import_triton() -> None:
 
 def test_no_file_is_too_long() -> None:
     paths = [
-        path for folder in ("hyperadapt", "examples", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+        path
+        for folder in ("hyperadapt", "hyperadapt_cli", "examples", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     assert [path for path in paths if len(path.read_text(encoding="utf-8").splitlines()) > MAX_LINES] == []

@@ -30,6 +30,7 @@ def test_templates_of_cards_and_plugins_are_in_the_wheel(tmp_path: Path) -> None
         "hyperadapt/cards/templates/template.md",
         "hyperadapt/cards/templates/lora_template.md",
         "hyperadapt/py.typed",
+        "hyperadapt_cli/__init__.py",
     } <= set(names)
     assert "[vllm.general_plugins]\nhyperadapt = hyperadapt.serving.resolver:register\n" in plugins
     assert not any(name.startswith(("tests/", "examples/", "benchmarks/", "docs/", "model_cards/")) for name in names)

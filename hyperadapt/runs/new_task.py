@@ -158,7 +158,9 @@ def add_checked(
     _add(run, name, task, rows, by_description=by_description, fit=way.fit)
     try:
         if rows is not None:
-            run.record = replace(run.record, prompts={**run.record.prompts, name: prompt_of(rows, run.recipe.task_type)})
+            run.record = replace(
+                run.record, prompts={**run.record.prompts, name: prompt_of(rows, run.recipe.task_type)}
+            )
         with quiet_loading() if report is None else nullcontext():
             if old is None or rows is None:
                 return _told(run, name, rows)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+import hyperadapt_cli as cli
 from examples import write_recipe
 from examples.support.text_tasks import encoder_path
-from hyperadapt import LoraGenerator, cli
+from hyperadapt import LoraGenerator
 from hyperadapt.cards.card import MARKER
 from hyperadapt.loras.generator import loras_of
 from hyperadapt.loras.library import unfinished_library
@@ -207,11 +207,17 @@ def test_a_card_of_ones_own_is_kept(hyperadapt: CommandLine, adapter: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["evaluate", "nowhere/at/all"], 1, "error: "),
-        (["evaluate", "ADAPTER", "--split", "other"], 1, "split='other' is unknown."),
-        (["evaluate", "ADAPTER", "--task", "unknown"], 1, "tasks names ['unknown'], which are no tasks of the run."),
+        (["evaluate", "nowhere/at/all"], 1, "error: There is no folder 'nowhere/at/all'. Name the folder"),
+        (["diagnose", "./nowhere"], 1, "error: There is no folder './nowhere'."),
+        (["export", "nowhere", "OUT", "--all"], 1, "error: There is no folder 'nowhere'."),
+        (["plot", "RECIPE", "OUT"], 1, "is a file. Name the folder of a trained adapter."),
+        (["evaluate", "ADAPTER", "--split", "other"], 2, "'other' is not one of"),
+        (["evaluate", "ADAPTER", "--task", "unknown"], 1, "--task names ['unknown'], which are no tasks of the run."),
         (["export", "ADAPTER", "OUT", "--task", "unknown"], 1, "Unknown task 'unknown'."),
-        (["export", "ADAPTER", "OUT", "--task", "mail", "--format", "zip"], 1, "format='zip'"),
+        (["export", "ADAPTER", "OUT", "--task", "mail", "--format", "zip"], 2, "'zip' is not one of"),
+        (["export", "ADAPTER", "OUT", "--task", "mail", "--format", "mlx"], 1, "error: --format 'mlx' takes "),
+        (["export", "ADAPTER", "RECIPE", "--all"], 2, "is a file."),
+        (["train", "RECIPE", "--resume", "--overwrite"], 2, "Give --resume or --overwrite, not both."),
         (["export", "ADAPTER", "OUT"], 2, "Give the tasks with --task NAME, or all of them with --all."),
         (["add-task", "user/repo", "new", "--description", "x"], 2, "is no folder. Name a folder to write to"),
         (
@@ -245,7 +251,9 @@ def test_errors_are_told_in_a_line(
 def test_errors_for_machines(hyperadapt: CommandLine, adapter: Path) -> None:
     error = hyperadapt.json("evaluate", adapter, "--task", "unknown", code=1)["error"]
     assert error["type"] == "ValueError"
-    assert error["message"].startswith("tasks names ['unknown']")
+    assert error["message"].startswith("--task names ['unknown']")
+    error = hyperadapt.json("evaluate", adapter / "nowhere", code=1)["error"]
+    assert error["type"] == "FileNotFoundError"
 
 
 def test_a_traceback_can_be_asked_for(hyperadapt: CommandLine, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +267,7 @@ def test_an_interrupted_command(hyperadapt: CommandLine, monkeypatch: pytest.Mon
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hyperadapt.cli.doctor.report", interrupt)
+    monkeypatch.setattr("hyperadapt_cli.doctor.report", interrupt)
     hyperadapt("doctor", code=130)
 
 
@@ -268,8 +276,3 @@ def test_the_module_is_the_command() -> None:
         [sys.executable, "-m", "hyperadapt", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert json.loads(result.stdout)["versions"]["hyperadapt"]
-
-
-def test_the_installed_command_is_the_same() -> None:
-    [script] = entry_points(group="console_scripts", name="hyperadapt")
-    assert script.load() is cli.main

@@ -5,8 +5,8 @@ from importlib import metadata
 import pytest
 import torch
 
-from hyperadapt.cli import doctor
 from hyperadapt.normalization import gram
+from hyperadapt_cli import doctor
 
 
 def test_versions_are_those_that_are_installed() -> None:

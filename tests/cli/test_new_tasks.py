@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import ModelCard
 from transformers.utils import logging
 
-from hyperadapt.cli.output import CONTROLS
 from hyperadapt.runs import Record, load_run, train
 from hyperadapt.tasks import encoders
+from hyperadapt_cli.output import CONTROLS
 from tests.support.card_schema import check_card
 from tests.support.command_line import CommandLine
 from tests.support.helpers import letters
@@ -140,7 +140,11 @@ def test_a_task_is_trained(hyperadapt: CommandLine, adapter: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--description", "x", "--train", "--label", "mail"], 1, "error: train needs examples to train on."),
+        (["--description", "x", "--train", "--label", "mail"], 2, "--train needs rows to train on. Give them with"),
+        (["--examples", "NEW", "--steps", "3"], 2, "--steps: this is for --train."),
+        (["--examples", "NEW", "--train", "--learning-rate", "-1"], 1, "error: --learning-rate -1.0 must be a finite"),
+        (["--examples", "RECIPE"], 1, "recipe.yaml' has an unknown ending."),
+        (["--description", "x"], 1, "error: Task 'new' needs --label, the names"),
         (["--examples", "NEW", "--train", "--steps", "0"], 2, "Invalid value for '--steps'"),
         (["--examples", "NEW", "--train", "--replay", "mail"], 2, "--replay 'mail' is not of the form TASK=FILE."),
         (["--examples", "NEW", "--train", "--replay", "=NEW"], 2, "is not of the form TASK=FILE."),
@@ -148,7 +152,7 @@ def test_a_task_is_trained(hyperadapt: CommandLine, adapter: Path, tmp_path: Pat
         (
             ["--examples", "NEW", "--train", "--replay", "post=a.csv"],
             1,
-            "replay names ['post'], which are no old tasks",
+            "error: --replay names ['post'], which are no old tasks",
         ),
     ],
 )
@@ -156,7 +160,8 @@ def test_errors_change_nothing(
     hyperadapt: CommandLine, adapter: Path, options: list[str], code: int, message: str
 ) -> None:
     before = contents(adapter)
-    given = [one.replace("NEW", str(adapter.parent / "new.jsonl")) for one in options]
+    places = {"NEW": adapter.parent / "new.jsonl", "RECIPE": adapter / "recipe.yaml"}
+    given = [str(places[one]) if one in places else one.replace("=NEW", "=new.jsonl") for one in options]
     assert hyperadapt("add-task", adapter, "new", *given, code=code) == ""
     text = re.sub(r"[\s│╭╮╰╯─]+", " ", hyperadapt.stderr)
     assert message in text

@@ -16,9 +16,9 @@ from peft import peft_model
 from transformers import AutoModelForSequenceClassification
 
 from hyperadapt import diagnosis
-from hyperadapt.cli import training as commands
 from hyperadapt.files import UNFINISHED
 from hyperadapt.runs.report import FIGURES
+from hyperadapt_cli import training as commands
 from tests.support.tiny_runs import FILES, write_recipe
 
 SPLITS = ("train", "validation", "test")

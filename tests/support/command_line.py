@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hyperadapt import cli
+import hyperadapt_cli as cli
 
 
 class CommandLine:

@@ -19,10 +19,11 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
+import hyperadapt_cli as cli
 from examples import write_recipe
 from examples.support.encoder import load_base
 from examples.support.text_tasks import TextTask, write_rows
-from hyperadapt import HyperAdapterConfig, cli
+from hyperadapt import HyperAdapterConfig
 from hyperadapt.recipes import load_recipe
 from hyperadapt.recipes.schema import SPLITS
 from hyperadapt.trainer import concatenate_tasks

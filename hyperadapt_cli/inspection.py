@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from hyperadapt.cli.output import Json, quiet_output, show, table
-from hyperadapt.cli.training import Adapter, Revision
-
-Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
+from hyperadapt_cli.arguments import Adapter, Output, Revision, Tasks
+from hyperadapt_cli.output import Json, quiet_output, show, table
 
 
 def diagnose(adapter: Adapter, task: Tasks = None, revision: Revision = None, as_json: Json = False) -> None:
     """Tell whether the tasks' adapters differ, or the hypernetwork ignores its task; the base model is not loaded."""
-    from hyperadapt.diagnosis import diagnose as diagnose_network
-    from hyperadapt.loras.generator import LoraGenerator
+    with quiet_output(f"reading {adapter}"):
+        from hyperadapt.diagnosis import diagnose as diagnose_network
+        from hyperadapt.loras.generator import LoraGenerator
 
-    with quiet_output():
         diagnosis = diagnose_network(LoraGenerator.from_pretrained(adapter, revision=revision).network, task)
     saturation = diagnosis.saturation
     result = {
@@ -37,7 +32,7 @@ def diagnose(adapter: Adapter, task: Tasks = None, revision: Revision = None, as
 
 def plot(
     adapter: Adapter,
-    output: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    output: Output,
     task: Tasks = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -46,24 +41,27 @@ def plot(
 
     Drawn are the tasks' map, singular values, norms, cosines and the course of training.
     """
-    from hyperadapt.loras.generator import LoraGenerator
-    from hyperadapt.plots import plot as plot_network
-    from hyperadapt.runs.folder import find_folder
-    from hyperadapt.runs.record import RECORD, Record
+    with quiet_output(f"drawing {adapter}"):
+        from hyperadapt.loras.generator import LoraGenerator
+        from hyperadapt.plots import plot as plot_network
+        from hyperadapt.runs.folder import find_folder
+        from hyperadapt.runs.record import RECORD, Record
 
-    with quiet_output():
         folder = find_folder(adapter, revision, None)
-        history = Record.load(folder).log_history if (folder / RECORD).exists() else None
+        record = Record.load(folder) if (folder / RECORD).exists() else Record({}, {}, [])
         network = LoraGenerator.from_pretrained(folder).network
-        paths = plot_network(network, output, tasks=task, log_history=history)
+        paths = plot_network(
+            network, output, tasks=task, log_history=record.log_history, chosen_by=record.training.get("chosen_by")
+        )
     show({"files": [str(path) for path in paths]}, "\n".join(map(str, paths)), as_json)
 
 
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices, the kernels in use, and what is missing."""
-    from hyperadapt.cli.doctor import report
+    with quiet_output():
+        from hyperadapt_cli.doctor import report
 
-    result = report()
+        result = report()
     show(result, _doctor_text(result), as_json)
 
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hyperadapt.cli.output import CONTROLS, Json, quiet_output, show, table
+from hyperadapt_cli.arguments import Adapter, Revision, Tasks
+from hyperadapt_cli.flags import in_flags
+from hyperadapt_cli.output import CONTROLS, Json, quiet_output, show, table
 
-Adapter = Annotated[str, typer.Argument(help="Folder of a trained adapter, or its name on the Hub.", metavar="ADAPTER")]
-Revision = Annotated[str | None, typer.Option(help="Revision of an adapter on the Hub.")]
+if TYPE_CHECKING:
+    from hyperadapt.runs.preview import Preview
+
+_SHOWN_LABELS = 6
+
+
+class Split(StrEnum):
+    """The parts of a task's data."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
 
 
 def train(
@@ -30,6 +43,9 @@ def train(
         Path | None,
         typer.Option(help="With --continue: its new tasks, a YAML file.", exists=True, dir_okay=False),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show what would be done; nothing is written.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on all tasks of a recipe, test it, and write its card and pictures.
@@ -37,24 +53,33 @@ def train(
     With --continue and --add a trained adapter learns new tasks, and keeps its own.
     """
     if continued is not None or add is not None:
-        others = {"RECIPE": recipe is not None, "--resume": resume, "--overwrite": overwrite}
+        others = {"RECIPE": recipe, "--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
         continue_training(continued, add, output, [name for name, given in others.items() if given], as_json)
         return
     if recipe is None:
         raise typer.BadParameter("Name a recipe, or a trained adapter with --continue and its new tasks with --add.")
-    from hyperadapt.recipes import load_recipe
-    from hyperadapt.runs import train as train_run
+    if resume and overwrite:
+        raise typer.BadParameter("Give --resume or --overwrite, not both.")
+    with quiet_output(f"reading {recipe}"):
+        from hyperadapt.recipes import load_recipe
+        from hyperadapt.runs import train as train_run
+        from hyperadapt.runs.preview import preview
 
-    with quiet_output():
-        run = train_run(load_recipe(recipe, output_dir=output), resume=resume, overwrite=overwrite)
+        read = load_recipe(recipe, output_dir=output)
+        if dry_run:
+            seen = preview(read, resume=resume, overwrite=overwrite)
+        else:
+            run = train_run(read, resume=resume, overwrite=overwrite)
+    if dry_run:
+        return show(asdict(seen), _preview_text(seen), as_json)
     result = {"folder": str(run.folder), **run.record.results}
     show(result, f"{_results_table(run.record.results)}\n\nsaved to {run.folder}", as_json)
 
 
 def evaluate(
     adapter: Adapter,
-    split: Annotated[str, typer.Option(help="Which data: train, validation or test.")] = "test",
-    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    split: Annotated[Split, typer.Option(help="Which data.")] = Split.TEST,
+    task: Tasks = None,
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 64,
     controls: Annotated[
         bool, typer.Option("--controls", help="Answer the rows also under other descriptions; up to nine times slower.")
@@ -63,15 +88,15 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy and loss of every task. Results of all tasks go into the folder's record and card."""
-    from hyperadapt.diagnosis import measure
-    from hyperadapt.runs import evaluate as evaluate_run
-    from hyperadapt.runs import load_run, save_record
-    from hyperadapt.runs.evaluation import no_better_lines
-    from hyperadapt.runs.report import write_report
+    with quiet_output(f"loading {adapter} and its base model"):
+        from hyperadapt.diagnosis import measure
+        from hyperadapt.runs import evaluate as evaluate_run
+        from hyperadapt.runs import load_run, save_record
+        from hyperadapt.runs.evaluation import no_better_lines
+        from hyperadapt.runs.report import write_report
 
-    with quiet_output():
         run = load_run(adapter, revision=revision)
-        results = evaluate_run(run, split, task, batch_size, controls=controls)
+        results = evaluate_run(run, split.value, task, batch_size, controls=controls)
         if not task and Path(adapter).is_dir():
             run = save_record(run, results)
             write_report(run.model, run.recipe, run.record, run.folder, measure(run.model), figures=False)
@@ -115,12 +140,13 @@ def add_task(
     A description alone, or --examples, to which the new embedding alone is fitted, leave every bit of the other tasks.
     --train trains all of the adapter, with rows of the old tasks so that they are not forgotten.
     """
-    from hyperadapt.runs import add_task as add_task_to_run
-    from hyperadapt.runs import load_run, save_run
-
     folder = _folder_to_write(adapter, output)
     replayed = _replay(replay)
-    with quiet_output():
+    _check_training(train, examples, {"--replay": replay, "--steps": steps, "--learning-rate": learning_rate})
+    with quiet_output(f"loading {adapter} and its base model"):
+        from hyperadapt.runs import add_task as add_task_to_run
+        from hyperadapt.runs import load_run, save_run
+
         run = load_run(adapter)
         added = add_task_to_run(
             run,
@@ -138,7 +164,7 @@ def add_task(
         save_run(run, folder)
     tasks = run.recipe.adapter_config.task_names
     result: dict[str, Any] = {"folder": str(folder), "tasks": tasks, **asdict(added)}
-    lines = [str(added), f"{len(tasks)} tasks, with {name!r}, saved to {folder}"]
+    lines = [in_flags(str(added), ()), f"{len(tasks)} tasks, with {name!r}, saved to {folder}"]
     if examples is None:
         lines.append(CONTROLS)
         result["controls"] = CONTROLS
@@ -155,10 +181,10 @@ def continue_training(
     if others:
         raise typer.BadParameter(f"--continue does not go with {', '.join(others)}. Leave out the one or the other.")
     folder = _folder_to_write(adapter, output)
-    from hyperadapt.recipes import load_additions
-    from hyperadapt.runs import continue_run, load_run, save_run
+    with quiet_output(f"loading {adapter} and its base model"):
+        from hyperadapt.recipes import load_additions
+        from hyperadapt.runs import continue_run, load_run, save_run
 
-    with quiet_output():
         run = load_run(adapter)
         added = continue_run(run, load_additions(add, run.recipe))
         save_run(run, folder)
@@ -174,6 +200,14 @@ def _folder_to_write(adapter: str, output: Path | None) -> Path:
     return output or Path(adapter)
 
 
+def _check_training(train: bool, examples: Path | None, options: Mapping[str, object]) -> None:
+    given = [flag for flag, value in options.items() if value is not None]
+    if given and not train:
+        raise typer.BadParameter(f"{', '.join(given)}: this is for --train. Add that, or leave it out.")
+    if train and examples is None:
+        raise typer.BadParameter("--train needs rows to train on. Give them with --examples FILE.")
+
+
 def _replay(given: list[str] | None) -> dict[str, str] | None:
     """Old task -> file."""
     if given is None:
@@ -187,6 +221,33 @@ def _replay(given: list[str] | None) -> dict[str, str] | None:
             raise typer.BadParameter(f"--replay names {name!r} twice. Put its rows into one file.")
         pairs[name] = file
     return pairs
+
+
+def _preview_text(seen: Preview) -> str:
+    splits = ("train", "validation", "test")
+    rows: list[list[object]] = [["task", *splits, "longest row", "labels"]]
+    for name, task in seen.tasks.items():
+        labels = f"{len(task.labels)}: {', '.join(task.labels[:_SHOWN_LABELS])}" if task.labels else ""
+        more = ", ..." if len(task.labels) > _SHOWN_LABELS else ""
+        counts = [task.rows.get(split, "-") for split in splits]
+        rows.append([name, *counts, f"{task.longest} tokens", f"{labels}{more}"])
+    lines = [
+        f"{seen.base_model}, {seen.task_type}",
+        f"{len(seen.positions)} modules are adapted: {seen.modules}",
+        f"{seen.trainable_parameters:,} of {seen.parameters:,} parameters are trained",
+        f"{seen.steps:,} steps of {seen.batch_size} rows of at most {seen.max_length} tokens, to {seen.folder}",
+        "",
+        table(rows),
+    ]
+    for name, task in seen.tasks.items():
+        if task.full:
+            lines.append(f"{name}: {task.full} rows have {seen.max_length} tokens, and may have been cut to max_length")
+        lines += [
+            "",
+            f"{name}, the first row to train on",
+            *(f"  {part}: {text!r}" for part, text in task.example.items()),
+        ]
+    return "\n".join([*lines, "", "Everything was checked. Nothing was trained or written."])
 
 
 def _results_table(results: Mapping[str, Any]) -> str:

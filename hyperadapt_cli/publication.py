@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hyperadapt.cli.output import CONTROLS, Json, quiet_output, show
-from hyperadapt.cli.training import Adapter, Revision
+from hyperadapt_cli.arguments import Adapter, Output, Revision
+from hyperadapt_cli.output import CONTROLS, Json, quiet_output, show
 
-Output = Annotated[Path, typer.Argument(help="Folder to write to.")]
-Format = Annotated[str, typer.Option(help="peft, gguf-ready, mlx or diffusers.")]
+
+class Format(StrEnum):
+    """What exported LoRAs are for."""
+
+    PEFT = "peft"
+    GGUF_READY = "gguf-ready"
+    MLX = "mlx"
+    DIFFUSERS = "diffusers"
 
 
 def generate(
@@ -32,14 +39,13 @@ def generate(
 
     The adapter was trained with descriptions, or with examples.
     """
-    from hyperadapt.loras.generator import LoraGenerator
-
     if not description and examples is None:
         raise typer.BadParameter("Say what the task is with --description TEXT or --examples FILE.")
-    with quiet_output():
-        if examples is not None:
-            from hyperadapt.runs import load_run, lora_from_examples
+    with quiet_output(f"reading {adapter}"):
+        from hyperadapt.loras.generator import LoraGenerator
+        from hyperadapt.runs import load_run, lora_from_examples
 
+        if examples is not None:
             run = load_run(adapter, revision=revision)
             lora = lora_from_examples(run, examples, description=description, text_encoder=text_encoder)
         else:
@@ -56,7 +62,7 @@ def export(
     output: Output,
     task: Annotated[list[str] | None, typer.Option(help="The task to export; may be repeated.")] = None,
     all_tasks: Annotated[bool, typer.Option("--all", help="Export all tasks, to a folder each.")] = False,
-    format: Format = "peft",
+    format: Annotated[Format, typer.Option(help="What the LoRAs are for.")] = Format.PEFT,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -65,19 +71,19 @@ def export(
     They are for plain PEFT and servers, llama.cpp's converter, MLX or diffusers. Of several tasks each folder is
     complete or absent, and the same command goes on where it was stopped.
     """
-    from hyperadapt.loras.generator import LoraGenerator
-
     if bool(task) == all_tasks:
         raise typer.BadParameter("Give the tasks with --task NAME, or all of them with --all.")
-    with quiet_output():
+    with quiet_output(f"reading {adapter}"):
+        from hyperadapt.loras.generator import LoraGenerator
+
         generator = LoraGenerator.from_pretrained(adapter, revision=revision)
         if task and len(task) == 1:
-            generator.save(task[0], output, format=format)
+            generator.save(task[0], output, format=format.value)
             folders = {task[0]: output}
         else:
-            folders = generator.save_all(output, task, format=format)
+            folders = generator.save_all(output, task, format=format.value)
     text = "\n".join(f"{name}: {folder}" for name, folder in folders.items())
-    show({"format": format, "folders": {name: str(folder) for name, folder in folders.items()}}, text, as_json)
+    show({"format": format.value, "folders": {name: str(folder) for name, folder in folders.items()}}, text, as_json)
 
 
 def push(
@@ -91,9 +97,9 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish a folder on the Hub in one commit: weights, configuration and card, or nothing. No model is loaded."""
-    from hyperadapt.hub.push import push as push_folder
+    with quiet_output(f"publishing {folder}"):
+        from hyperadapt.hub.push import push as push_folder
 
-    with quiet_output():
         commit = push_folder(
             folder,
             repo_id,
@@ -115,14 +121,14 @@ def card(
 
     It tells of the adapter's tasks, results and diagnostics.
     """
-    from hyperadapt.diagnosis import measure
-    from hyperadapt.loras.generator import LoraGenerator
-    from hyperadapt.recipes import load_recipe
-    from hyperadapt.runs.folder import RECIPE
-    from hyperadapt.runs.record import Record
-    from hyperadapt.runs.report import write_report
+    with quiet_output(f"reading {adapter}"):
+        from hyperadapt.diagnosis import measure
+        from hyperadapt.loras.generator import LoraGenerator
+        from hyperadapt.recipes import load_recipe
+        from hyperadapt.runs.folder import RECIPE
+        from hyperadapt.runs.record import Record
+        from hyperadapt.runs.report import write_report
 
-    with quiet_output():
         record, recipe = Record.load(adapter), load_recipe(adapter / RECIPE, to_train=False)
         network = LoraGenerator.from_pretrained(adapter).network
         write_report(network, recipe, record, adapter, measure(network), figures=True)

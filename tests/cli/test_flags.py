@@ -1,0 +1,42 @@
+"""Messages in the words of the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from hyperadapt_cli.flags import in_flags
+
+OPTIONS = ["--split", "--format", "--text-encoder", "--learning-rate", "--revision", "--subfolder", "--examples"]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("split='dev' is not given.", "--split 'dev' is not given."),
+        ("learning_rate=-1.0 must be", "--learning-rate -1.0 must be"),
+        ("text_encoder='a/b' could not be loaded", "--text-encoder 'a/b' could not be loaded"),
+        ("adapter.text_encoder='a/b' is", "adapter.text_encoder='a/b' is"),
+        ("Export with format='peft', or", "Export with --format 'peft', or"),
+        ("batch_size=3 stays, which is no flag here", "batch_size=3 stays, which is no flag here"),
+        ("tasks names ['x'], which", "--task names ['x'], which"),
+        ("replay['mail']='rows.txt' has", "--replay mail=rows.txt has"),
+        ("Give its rows with replay (--replay mail=FILE).", "Give its rows with --replay mail=FILE."),
+        ("train on it, with train=True (--train)", "train on it, with --train"),
+        ("Task 'new' needs labels=, the names", "Task 'new' needs --label, the names"),
+        ("directory='a/b' is a file; pass a folder.", "'a/b' is a file. Name a folder."),
+        (
+            "output_dir='a' holds a finished run. Name another folder, or ask to overwrite it.",
+            "output_dir='a' holds a finished run. Name another folder, or overwrite it with --overwrite.",
+        ),
+        (
+            "holds an unfinished run. Ask to resume or to overwrite it.",
+            "holds an unfinished run. Go on with --resume, or replace it with --overwrite.",
+        ),
+        ("or open a pull request with create_pr=True.", "or open a pull request with --create-pr."),
+        ("or pass as token= one that may write.", "or set HF_TOKEN to a token that may write."),
+        ("private=True, but 'a/b' is public", "--private, but 'a/b' is public"),
+        ("revision='x' cannot be used with create_pr=True", "--revision 'x' cannot be used with --create-pr"),
+    ],
+)
+def test_arguments_become_flags(message: str, expected: str) -> None:
+    assert in_flags(message, OPTIONS) == expected
