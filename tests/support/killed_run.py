@@ -92,7 +92,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         save_final(folder, model)
-    # Not an orderly end: a thread of gloo's that then asks for the interpreter's lock aborts the process, or waits forever.
+    # Not an orderly end: a thread of gloo's that then asks for the interpreter's lock aborts the process or hangs.
     sys.stderr.flush()
     os._exit(0)
 
