@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from hyperadapt_cli import inspection, publication, starting, training
+from hyperadapt_cli import inspection, prediction, publication, starting, training
 from hyperadapt_cli.output import FAILURE, INTERRUPTED, MISUSE, is_told, own_words_only, report_error
 
 app = typer.Typer(
@@ -25,7 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    *(starting.init, training.train, training.evaluate, training.add_task, publication.generate, publication.export),
+    *(starting.init, training.train, training.evaluate, prediction.predict, training.add_task),
+    *(publication.generate, publication.export),
     *(publication.push, publication.card, inspection.diagnose, inspection.plot, inspection.doctor),
 ):
     app.command()(command)

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 
-def _checked_adapter(value: str) -> str:
+def checked_adapter(value: str | None) -> str | None:
     """A folder, or what can be a name on the Hub: a mistyped folder is not looked for there."""
+    if value is None:
+        return None
     path = Path(value).expanduser()
     if path.is_dir():
         return str(path)
@@ -27,7 +29,7 @@ def _checked_adapter(value: str) -> str:
 Adapter = Annotated[
     str,
     typer.Argument(
-        help="Folder of a trained adapter, or its name on the Hub.", metavar="ADAPTER", callback=_checked_adapter
+        help="Folder of a trained adapter, or its name on the Hub.", metavar="ADAPTER", callback=checked_adapter
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of an adapter on the Hub.")]

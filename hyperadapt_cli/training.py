@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hyperadapt_cli.arguments import Adapter, Revision, Tasks
+from hyperadapt_cli.arguments import Adapter, Revision, Tasks, checked_adapter
 from hyperadapt_cli.flags import in_flags
 from hyperadapt_cli.output import CONTROLS, Json, quiet_output, show, table
 
@@ -37,7 +37,12 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="Replace a finished run in the folder.")] = False,
     continued: Annotated[
         str | None,
-        typer.Option("--continue", help="A trained adapter that learns on, in place of a recipe.", metavar="ADAPTER"),
+        typer.Option(
+            "--continue",
+            help="A trained adapter that learns on, in place of a recipe.",
+            metavar="ADAPTER",
+            callback=checked_adapter,
+        ),
     ] = None,
     add: Annotated[
         Path | None,
@@ -77,9 +82,19 @@ def train(
 
 
 def evaluate(
-    adapter: Adapter,
+    adapter: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of a trained adapter, or its name on the Hub.", metavar="[ADAPTER]", callback=checked_adapter
+        ),
+    ] = None,
     split: Annotated[Split, typer.Option(help="Which data.")] = Split.TEST,
     task: Tasks = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task at most, drawn at random.", min=1)] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="File for the answer to each row; without an ADAPTER, a file of answers to measure."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 64,
     controls: Annotated[
         bool, typer.Option("--controls", help="Answer the rows also under other descriptions; up to nine times slower.")
@@ -87,21 +102,56 @@ def evaluate(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy and loss of every task. Results of all tasks go into the folder's record and card."""
+    """Measure accuracy and loss of every task, or of answers in a file.
+
+    Results of all tasks and rows go into the folder's record, by split, and card.
+    """
+    if adapter is None:
+        options = {"--split": split != Split.TEST, "--task": bool(task), "--limit": limit is not None}
+        options |= {"--controls": controls, "--revision": revision is not None}
+        results = _measured_file(predictions, [name for name, is_given in options.items() if is_given])
+        return show(results, "\n".join(_results_lines(results)), as_json)
     with quiet_output(f"loading {adapter} and its base model"):
         from hyperadapt.diagnosis import measure
         from hyperadapt.runs import evaluate as evaluate_run
         from hyperadapt.runs import load_run, save_record
-        from hyperadapt.runs.evaluation import no_better_lines
         from hyperadapt.runs.report import write_report
+        from hyperadapt.runs.run import missing_of
 
         run = load_run(adapter, revision=revision)
-        results = evaluate_run(run, split.value, task, batch_size, controls=controls)
-        if not task and Path(adapter).is_dir():
+        results = evaluate_run(
+            run, split.value, task, batch_size, controls=controls, limit=limit, predictions=predictions
+        )
+        missing = missing_of(run, results)
+        if Path(adapter).is_dir() and not missing:
             run = save_record(run, results)
             write_report(run.model, run.recipe, run.record, run.folder, measure(run.model), figures=False)
-    parts = [_results_table(results), *no_better_lines(results), *([_controls_table(results)] if controls else [])]
-    show(results, "\n".join(parts), as_json)
+    lines = [*_results_lines(results), *([_controls_table(results)] if controls else [])]
+    if missing:
+        lines.append(f"not recorded, since the results lack {missing}")
+    if predictions is not None:
+        lines.append(f"answers saved to {predictions}")
+    show(results, "\n".join(lines), as_json)
+
+
+def _measured_file(predictions: Path | None, given: Sequence[str]) -> dict[str, Any]:
+    """What ``evaluate`` tells of a file of answers, where no adapter is named; with the other options given."""
+    if predictions is None:
+        raise typer.BadParameter("Name the ADAPTER, or with --predictions a file of answers to measure.")
+    if given:
+        raise typer.BadParameter(
+            f"{', '.join(given)}: name an ADAPTER; without one --predictions is measured as it is."
+        )
+    with quiet_output(f"reading {predictions}"):
+        from hyperadapt.runs.prediction import evaluate_predictions
+
+        return evaluate_predictions(predictions)
+
+
+def _results_lines(results: Mapping[str, Any]) -> list[str]:
+    from hyperadapt.runs.evaluation import no_better_lines
+
+    return [_results_table(results), *no_better_lines(results)]
 
 
 def add_task(
@@ -253,10 +303,14 @@ def _preview_text(seen: Preview) -> str:
 def _results_table(results: Mapping[str, Any]) -> str:
     names = ("rows", "majority", "accuracy", "loss")
     rows: list[list[object]] = [["task", *names]]
-    rows += [[task, *(values[name] for name in names)] for task, values in results["tasks"].items()]
+    rows += [[task, *(_known(values[name]) for name in names)] for task, values in results["tasks"].items()]
     mean = results["mean"]
-    rows.append(["mean", "", *(mean[name] for name in names[1:])])
+    rows.append(["mean", "", *(_known(mean[name]) for name in names[1:])])
     return f"{results['split']} split\n{table(rows)}"
+
+
+def _known(value: object) -> object:
+    return "-" if value is None else value
 
 
 def _controls_table(results: Mapping[str, Any]) -> str:

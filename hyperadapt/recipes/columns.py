@@ -43,7 +43,7 @@ def read_columns(
     path = Path(source)
     if path.suffix == ".parquet":
         return dataset_columns(_read_parquet(path, place), place, columns, instead)
-    rows = _read_rows(path, place)
+    rows = read_objects(path, place)
     columns = _chosen_columns(list(rows[0]) if rows else None, columns, instead, place)
     values = {column: [row.get(column) for row in rows] for column in columns}
     _check_values(values, place)
@@ -55,7 +55,7 @@ def file_columns(path: Path, place: str) -> Columns:
     if path.suffix == ".parquet":
         dataset = _read_parquet(path, place)
         return dataset_columns(dataset, place, dataset.column_names, may_lack=True)
-    rows = _read_rows(path, place)
+    rows = read_objects(path, place)
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: [row.get(name) for row in rows] for name in names}
     return Columns(place, values, {}, path.suffix in _DELIMITERS)
@@ -64,7 +64,10 @@ def file_columns(path: Path, place: str) -> Columns:
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def _read_rows(path: Path, place: str) -> list[dict[str, Any]]:
+def read_objects(path: Path, place: str) -> list[dict[str, Any]]:
+    """The rows of a file, column -> value; `place` names it in errors."""
+    if path.suffix == ".parquet":
+        return list(_read_parquet(path, place).to_list())
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix in _DELIMITERS:

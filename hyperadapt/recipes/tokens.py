@@ -46,10 +46,8 @@ def _dialogue_tokens(
     is_chat = not isinstance(prompt, str)
     if is_chat:
         prompt, completion = _chat_texts(place, prompt, completion, tokenizer)
-    start = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    start = _opened(prompt, is_chat, tokenizer)
     end = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    if not is_chat and start[-1:] == [tokenizer.eos_token_id]:
-        start = start[:-1]
     if tokenizer.eos_token_id not in end:
         end = [*end, tokenizer.eos_token_id]
     if len(end) >= max_length:
@@ -57,10 +55,7 @@ def _dialogue_tokens(
             f"{place} has a completion of {len(end)} tokens, which leaves no room for a prompt in max_length="
             f"{max_length}. Raise max_length, or drop the row."
         )
-    surplus = len(start) + len(end) - max_length
-    if surplus > 0:
-        first = start[:1] if start[0] == tokenizer.bos_token_id else []
-        start = first + start[surplus + len(first) :]
+    start = _last_of(start, max_length - len(end), tokenizer)
     return {
         "input_ids": start + end,
         "attention_mask": [1] * (len(start) + len(end)),
@@ -68,9 +63,37 @@ def _dialogue_tokens(
     }
 
 
-def _chat_texts(place: str, prompt: list[Any], completion: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def prompt_tokens(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+    """Tokens of a prompt alone, a text or messages, as they stand before a completion."""
+    is_chat = not isinstance(prompt, str)
+    if is_chat:
+        _check_template(place, tokenizer)
+        prompt = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+    return _last_of(_opened(prompt, is_chat, tokenizer), min(max_length, tokenizer.model_max_length), tokenizer)
+
+
+def _opened(prompt: str, is_chat: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text that a completion follows; a chat's template has written the special ones itself."""
+    start: list[int] = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    return start[:-1] if not is_chat and start[-1:] == [tokenizer.eos_token_id] else start
+
+
+def _last_of(start: list[int], most: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt of so many tokens at most, which loses its beginning but for the first token."""
+    surplus = len(start) - most
+    if surplus <= 0:
+        return start
+    first = start[:1] if start[0] == tokenizer.bos_token_id else []
+    return first + start[surplus + len(first) :]
+
+
+def _check_template(place: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.chat_template is None:
         raise ValueError(f"{place} holds messages, but the tokenizer has no chat template. Give texts instead.")
+
+
+def _chat_texts(place: str, prompt: list[Any], completion: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    _check_template(place, tokenizer)
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     start = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
     whole = str(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,27 +17,35 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hyperadapt.config.checks import check_choice, shown
+from hyperadapt.config.checks import check_choice, check_integer, shown
 from hyperadapt.listening import compare, has_text, neutral_conditions
 from hyperadapt.recipes.recipe import Recipe
-from hyperadapt.recipes.rows import TaskRows, read_rows
+from hyperadapt.recipes.rows import TaskRows, read_rows, sampled
 from hyperadapt.recipes.schema import SPLITS
 from hyperadapt.recipes.tokens import collator, tokenized
+from hyperadapt.runs.answer_lines import classified, completed, write_predictions
 from hyperadapt.runs.folder import RECIPE
 from hyperadapt.runs.run import Run
 from hyperadapt.trainer.losses import IGNORED, row_losses
 
 Progress = Callable[[int], Any]
+MAX_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the rows of a task got: whether each was answered right, those with similar lengths together."""
+    """What the rows of a task got: whether each was answered right, those with similar lengths together.
+
+    ``places`` are the rows' numbers, from 0, and ``given`` what was answered: the probabilities of the task's own
+    labels, or a text.
+    """
 
     right: list[bool]
     loss: float
     # What the most frequent answer would reach.
     majority: float
+    places: Sequence[int] = ()
+    given: Sequence[Any] = ()
 
     @property
     def scores(self) -> dict[str, float]:
@@ -52,6 +61,8 @@ def evaluate(
     batch_size: int = 64,
     *,
     controls: bool = False,
+    limit: int | None = None,
+    predictions: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Measure loss and accuracy task by task; every row competes among its own task's labels only.
 
@@ -62,12 +73,15 @@ def evaluate(
         batch_size: Rows at once.
         controls: Whether to answer the rows also under other descriptions, see ``hyperadapt.controls``: up to nine
             times more work.
+        limit: Rows of a task at most, drawn at random, always the same ones; None for all.
+        predictions: File for the answer to each row, a JSON object in each line, as of ``predict``.
 
     Returns:
-        ``split``; ``tasks``, task -> ``accuracy`` (of language models: exact matches of greedily generated answers),
-        ``loss``, ``rows``, ``majority`` (what the most frequent answer would reach) and, if asked for, ``controls``,
-        the fields of ``hyperadapt.Controls`` and ``is_above``; ``mean``, the unweighted means over tasks; and
-        ``no_better_than_majority``, the tasks that always giving the most frequent answer would do as well.
+        ``split``, and ``limit`` if it was given; ``tasks``, task -> ``accuracy`` (of language models: exact matches of
+        greedily generated answers), ``loss``, ``rows``, ``majority`` (what the most frequent answer would reach) and,
+        if asked for, ``controls``, the fields of ``hyperadapt.Controls`` and ``is_above``; ``mean``, the unweighted
+        means over tasks; and ``no_better_than_majority``, the tasks that always giving the most frequent answer would
+        do as well.
 
     Raises:
         ValueError: If a task is unknown, there is no such split, its data cannot be read, or an only task is to be
@@ -87,8 +101,17 @@ def evaluate(
             f"split={split!r} is not given for the tasks {shown(lacking or list(known))}. Name its file in {RECIPE} of "
             f"{run.folder}, or choose another split."
         )
-    data = {name: tokenize(read_rows(run.recipe, name, split), run.recipe, run.tokenizer) for name in names}
-    results = evaluate_rows(run, split, data, batch_size)
+    if limit is not None:
+        check_integer("limit", limit, MAX_ROWS)
+    rows = {name: sampled(read_rows(run.recipe, name, split), limit) for name in names}
+    data = {name: tokenize(one, run.recipe, run.tokenizer) for name, one in rows.items()}
+    answers = _answered(run, split, data, batch_size)
+    results = summary(split, {name: one.scores for name, one in answers.items()})
+    if limit is not None:
+        results["limit"] = limit
+    if predictions is not None:
+        lines = [line for name in names for line in _prediction_lines(name, rows[name], answers[name], run.recipe)]
+        write_predictions(predictions, lines)
     if controls:
         for name, found in _controls(run, data, batch_size).items():
             results["tasks"][name]["controls"] = found
@@ -120,18 +143,36 @@ def tokenize(rows: TaskRows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase)
 
 def evaluate_rows(run: Run, split: str, data: Mapping[str, Dataset], batch_size: int) -> dict[str, Any]:
     """As ``evaluate``, for tokenised rows by task."""
+    return summary(split, {name: one.scores for name, one in _answered(run, split, data, batch_size).items()})
+
+
+def _answered(run: Run, split: str, data: Mapping[str, Dataset], batch_size: int) -> dict[str, Answers]:
     total = sum(map(len, data.values()))
     with logging.tqdm(total=total, desc=f"evaluating {split}", unit="row") as bar:
-        scores = {
-            name: _answers(run, name, rows, batch_size, bar.update, {"tasks": name}).scores
-            for name, rows in data.items()
-        }
-    mean = {
-        metric: sum(values[metric] for values in scores.values()) / len(scores)
-        for metric in ("accuracy", "loss", "majority")
-    }
+        return {name: _answers(run, name, rows, batch_size, bar.update, {"tasks": name}) for name, rows in data.items()}
+
+
+def summary(split: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is told of the scores by task; a mean is None where a task has no such score."""
+    mean = {}
+    for metric in ("accuracy", "loss", "majority"):
+        values = [one[metric] for one in scores.values()]
+        mean[metric] = None if None in values else sum(values) / len(values)
     weak = [name for name, values in scores.items() if is_no_better(values)]
-    return {"split": split, "tasks": scores, "mean": mean, "no_better_than_majority": weak}
+    return {"split": split, "tasks": dict(scores), "mean": mean, "no_better_than_majority": weak}
+
+
+def _prediction_lines(name: str, rows: TaskRows, answers: Answers, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """The answers to a task's rows, in their order."""
+    given = dict(zip(answers.places, answers.given, strict=True))
+    for place, texts in enumerate(rows.texts):
+        if recipe.task_type == "CAUSAL_LM":
+            prompt, completion = texts
+            expected = completion if isinstance(completion, str) else completion[-1]["content"]
+            yield completed(name, prompt, given[place], expected)
+        else:
+            own = recipe.tasks[name].labels or ()
+            yield classified(name, texts, dict(zip(own, given[place], strict=True)), rows.labels[place])
 
 
 def is_no_better(scores: Mapping[str, float]) -> bool:
@@ -176,16 +217,21 @@ def class_answers(
     device = next(model.parameters()).device
     classes = torch.tensor(own, device=device)
     right: list[bool] = []
+    order: list[int] = []
+    given: list[list[float]] = []
     loss = 0.0
     collate = collator(tokenizer, "SEQ_CLS")
-    for rows in _batches(dataset, batch_size):
+    for places in batches(dataset["input_ids"], batch_size):
+        rows = dataset.select(places).to_list()
         batch = {name: value.to(device) for name, value in collate(rows).items()}
         labels = (batch.pop("labels")[:, None] == classes).int().argmax(1)
         logits = model(**batch, **asked).logits[:, classes].float()
         right += (logits.argmax(1) == labels).tolist()
         loss += float(cross_entropy(logits, labels, reduction="sum"))
+        order += places
+        given += logits.softmax(1).tolist()
         progress(len(rows))
-    return Answers(right, loss / len(dataset), _majority(dataset["labels"]))
+    return Answers(right, loss / len(dataset), majority(dataset["labels"]), order, given)
 
 
 @torch.no_grad()
@@ -203,28 +249,34 @@ def completion_answers(
     totals = torch.zeros(2, device=device)
     right: list[bool] = []
     wanted: list[str] = []
+    order: list[int] = []
+    texts: list[str] = []
     longest = max(sum(label != IGNORED for label in labels) for labels in dataset["labels"])
     collate = collator(tokenizer, "CAUSAL_LM")
-    for rows in _batches(dataset, batch_size):
+    for places in batches(dataset["input_ids"], batch_size):
+        rows = dataset.select(places).to_list()
         batch = {name: value.to(device) for name, value in collate(rows).items()}
         terms = row_losses(model(**batch, **asked)["logits"], batch["labels"], shift=True)
         totals += torch.stack(terms).sum(1)
         prompts, completions = zip(*(split_dialogue(row) for row in rows), strict=True)
-        given = _generated(model, tokenizer, prompts, asked, longest)
+        given = generated(model, tokenizer, prompts, asked, longest)
         answers = [text.strip() for text in tokenizer.batch_decode(list(completions), skip_special_tokens=True)]
         right += map(str.__eq__, given, answers)
         wanted += answers
+        order += places
+        texts += given
         progress(len(rows))
-    return Answers(right, float(totals[0] / totals[1]), _majority(wanted))
+    return Answers(right, float(totals[0] / totals[1]), majority(wanted), order, texts)
 
 
-def _generated(
+def generated(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     asked: Mapping[str, Any],
     max_new_tokens: int,
 ) -> list[str]:
+    """What a language model writes after prompts, the likeliest token each time."""
     pad = tokenizer.pad_token_id
     padded = [
         pad_sequence([torch.tensor(one) for one in rows], True, value, "left").to(model.device)
@@ -249,14 +301,14 @@ def split_dialogue(row: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
     return row["input_ids"][:length], row["input_ids"][length:]
 
 
-def _batches(dataset: Dataset, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows of similar length together, which saves most of the padding."""
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(range(len(dataset)), key=lengths.__getitem__)
+def batches(ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Places of rows, by their tokens; those of similar length together, which saves most of the padding."""
+    order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     for start in range(0, len(order), batch_size):
-        yield dataset.select(order[start : start + batch_size]).to_list()
+        yield order[start : start + batch_size]
 
 
-def _majority(values: Sequence[Any]) -> float:
+def majority(values: Sequence[Any]) -> float:
+    """The share of the most frequent value."""
     [(_, count)] = Counter(values).most_common(1)
     return count / len(values)

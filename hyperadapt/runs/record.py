@@ -7,7 +7,7 @@ import os
 import platform
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from hyperadapt.recipes.rows import TaskRows
 
 RECORD = "record.json"
 _LETTERS = 300
+# Of a record's results, the splits that tell most first.
+TOLD = ("test", "validation", "train")
 _PACKAGES = ("hyperadapt", "torch", "transformers", "peft")
 
 
@@ -28,15 +30,32 @@ class Record:
 
     Args:
         training: Facts: steps, epochs, batch size, rows, seconds, hardware, versions and the like.
-        results: What ``evaluate`` returned.
+        results: What ``evaluate`` returned, of the test split; else of the validation split, else of the training rows.
         log_history: What ``Trainer`` logged.
         prompts: Task -> an input of it, for the card: a text, two texts, or the messages of a chat.
+        other_results: What it returned of the other splits, by split.
     """
 
     training: Mapping[str, Any]
     results: Mapping[str, Any]
     log_history: Sequence[Mapping[str, Any]]
     prompts: Mapping[str, Any] = field(default_factory=dict)
+    other_results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def with_results(self, results: Mapping[str, Any]) -> Record:
+        """The record with the results of a split, in place of those that it had of that split.
+
+        Args:
+            results: What ``evaluate`` returned.
+
+        Returns:
+            A new record, whose ``results`` are those of the split that tells most.
+        """
+        known = {self.results.get("split", "test"): self.results} if self.results else {}
+        by_split = {**known, **self.other_results, results["split"]: results}
+        first = min(by_split, key=lambda split: TOLD.index(split) if split in TOLD else len(TOLD))
+        others = {split: one for split, one in by_split.items() if split != first}
+        return replace(self, results=by_split[first], other_results=others)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Record:
@@ -59,6 +78,7 @@ class Record:
                 dict(fields["results"]),
                 list(fields["log_history"]),
                 dict(fields.get("prompts") or {}),
+                dict(fields.get("other_results") or {}),
             )
         except FileNotFoundError:
             raise ValueError(f"{folder} has no {RECORD}. Name the folder that a training run wrote.") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,15 +19,19 @@ from peft import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hyperadapt.config.checks import shown
 from hyperadapt.diagnosis import measure
 from hyperadapt.files import whole_folder
 from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
-from hyperadapt.recipes.recipe import Recipe, load_recipe
+from hyperadapt.recipes.recipe import Recipe, TaskRecipe, load_recipe
 from hyperadapt.runs.folder import RECIPE, find_folder
 from hyperadapt.runs.record import RECORD, Record
 from hyperadapt.runs.report import write_report
 from hyperadapt.tuner.active import active_network, find_tuner
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Tokens of a row, where neither a recipe nor the model says how many there may be.
+_LENGTH = 512
 _AUTO_CLASSES = {
     "CAUSAL_LM": AutoPeftModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM,
@@ -82,8 +86,13 @@ def load_run(  # noqa: DOC502
         for name, task in recipe.tasks.items():
             if task.labels:
                 find_tuner(model).set_labels(name, recipe.outputs_of(name))
+    return Run(_on_device(model), tokenizer, recipe, record, folder)
+
+
+def _on_device(model: PeftModel) -> PeftModel:
+    """A model in evaluation mode, on the accelerator if there is one."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return Run(model.to(device).eval(), tokenizer, recipe, record, folder)
+    return model.to(device).eval()
 
 
 def load_model(source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> PeftModel:
@@ -112,6 +121,34 @@ def load_model(source: str | os.PathLike[str], *, revision: str | None = None, t
     with quiet_loading():
         model: PeftModel = _AUTO_CLASSES[task_type].from_pretrained(str(folder), **SAFELY)
     return model.eval()
+
+
+def load_for_prediction(source: str | os.PathLike[str], *, revision: str | None = None) -> Run:
+    """As ``load_run``; of an adapter without a recipe as its own files tell, with the usual names of columns."""
+    folder = find_folder(source, revision, None)
+    if (folder / RECIPE).exists():
+        return load_run(folder)
+    task_type = PeftConfig.from_pretrained(str(folder)).task_type
+    if task_type not in ("SEQ_CLS", "CAUSAL_LM"):
+        raise ValueError(
+            f"{source} is of task_type={task_type!r}, and rows are answered for 'SEQ_CLS' (classifiers) and "
+            "'CAUSAL_LM' (language models) only. Call the model in Python."
+        )
+    model = load_model(folder)
+    config = active_network(model)[1].config
+    path = folder if (folder / TOKENIZER_CONFIG).exists() else config.base_model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(path, **SAFELY)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    recipe = Recipe(
+        base_model=str(config.base_model_name_or_path),
+        output_dir=str(folder),
+        adapter={"task_type": task_type},
+        tasks={name: TaskRecipe(labels=tuple(config.labels_of(name).values()) or None) for name in config.task_names},
+        max_length=getattr(model.config, "max_position_embeddings", None) or _LENGTH,
+    )
+    return Run(_on_device(model), tokenizer, recipe, Record({}, {}, []), folder)
 
 
 def load_record(
@@ -157,18 +194,36 @@ def save_run(run: Run, folder: str | os.PathLike[str], *, figures: bool = False)
 
 
 def save_record(run: Run, results: dict[str, Any]) -> Run:
-    """Put new results into the record of a run, and write it.
+    """Put new results into the record of a run, beside those of other splits, and write it.
 
     Args:
         run: The run; stays as it is.
-        results: What ``evaluate`` returned.
+        results: What ``evaluate`` returned, of all tasks and rows.
 
     Returns:
         The run with the new record.
+
+    Raises:
+        ValueError: If the results are of some tasks or rows only.
     """
-    record = replace(run.record, results=results)
+    missing = missing_of(run, results)
+    if missing:
+        raise ValueError(
+            f"The results of the {results['split']} split lack {missing}, so they cannot take the place of full ones. "
+            "Evaluate all tasks, without a limit."
+        )
+    record = run.record.with_results(results)
     record.save(run.folder)
     return replace(run, record=record)
+
+
+def missing_of(run: Run, results: Mapping[str, Any]) -> str:
+    """What results of a run lack: tasks that have such a split, or rows beyond a limit; empty if they are full."""
+    tasks = [name for name, task in run.recipe.tasks.items() if getattr(task, results["split"], None)]
+    lacking = [name for name in tasks if name not in results["tasks"]]
+    if lacking:
+        return f"the tasks {shown(lacking)}"
+    return f"rows beyond limit={results['limit']}" if "limit" in results else ""
 
 
 @contextmanager

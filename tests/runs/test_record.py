@@ -13,7 +13,12 @@ import torch
 
 from hyperadapt.runs.record import RECORD, Record, hardware, versions
 
-RECORDED = Record({"steps": 3, "rows": {"a": 5}}, {"split": "test", "tasks": {}}, [{"loss": 0.1, "step": 1}])
+RECORDED = Record(
+    {"steps": 3, "rows": {"a": 5}},
+    {"split": "test", "tasks": {}},
+    [{"loss": 0.1, "step": 1}],
+    {"train": {"split": "train", "tasks": {}}},
+)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -29,6 +34,11 @@ def test_a_record_is_read_back(tmp_path: Path) -> None:
 def test_numbers_that_json_lacks_become_none(tmp_path: Path) -> None:
     Record({"a": math.nan}, {"b": {"c": -math.inf}}, [{"d": (1.5, math.inf)}]).save(tmp_path)
     assert Record.load(tmp_path) == Record({"a": None}, {"b": {"c": None}}, [{"d": [1.5, None]}])
+
+
+def test_a_record_of_before_has_results_of_one_split(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text('{"training": {}, "results": {"split": "test"}, "log_history": []}')
+    assert Record.load(tmp_path) == Record({}, {"split": "test"}, [])
 
 
 @pytest.mark.parametrize(

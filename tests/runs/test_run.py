@@ -238,11 +238,33 @@ def test_code_that_comes_with_a_model_is_never_run(copied: Callable[[str], Path]
         silent(load_recipe(folder.parent / "recipe.yaml", output_dir=folder.parent / "other"))
 
 
-def test_results_go_into_the_record(copied: Callable[[str], Path]) -> None:
+def test_results_go_into_the_record_by_split(copied: Callable[[str], Path]) -> None:
     run = load_run(copied("SEQ_CLS"))
-    changed = save_record(run, {"split": "dev"})
-    assert run.record.results["split"] == "test"
-    assert changed.record == Record.load(run.folder) == replace(run.record, results={"split": "dev"})
+    tested = run.record.results
+    validated = evaluate(run, "validation")
+    changed = save_record(run, validated)
+    assert run.record.other_results == {}
+    assert changed.record == Record.load(run.folder) == replace(run.record, other_results={"validation": validated})
+    # What tells most comes first, whatever was recorded before.
+    untested = replace(run, record=replace(run.record, results={}))
+    for split in ("train", "validation", "test"):
+        untested = save_record(untested, {**tested, "split": split})
+        assert untested.record.results["split"] == split
+    assert {name: one["split"] for name, one in untested.record.other_results.items()} == {
+        "train": "train",
+        "validation": "validation",
+    }
+
+
+def test_part_of_the_results_never_replaces_all(copied: Callable[[str], Path]) -> None:
+    run = load_run(copied("SEQ_CLS"))
+    before = Record.load(run.folder)
+    message = r"The results of the test split lack the tasks \['reviews', 'letters'\], so they cannot take the place of"
+    with pytest.raises(ValueError, match=message):
+        save_record(run, evaluate(run, "test", ["mail"]))
+    with pytest.raises(ValueError, match=r"The results of the test split lack rows beyond limit=4, so they cannot"):
+        save_record(run, evaluate(run, "test", limit=4))
+    assert Record.load(run.folder) == before
 
 
 def test_a_failing_save_changes_nothing(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
