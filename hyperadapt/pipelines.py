@@ -13,6 +13,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from hyperadapt.config.checks import shown
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.tasks.ids import resolve_task_ids
+from hyperadapt.tuner.layer import HyperAdapterLayer
 from hyperadapt.tuner.model import HyperAdapterModel
 
 _NAME = "text-classification"
@@ -80,6 +81,9 @@ def _labels_in_force(model: nn.Module, tasks: str | None) -> dict[int, str]:
     if tuner is None or len(tuner.active_adapters) != 1:
         return {}
     name, network = tuner.router.only(tuner.active_adapters)
+    if next(module.disable_adapters for module in tuner.modules() if isinstance(module, HyperAdapterLayer)):
+        # The base model answers, with its own classifier.
+        return {}
     return network.config.labels_of(tasks or _task_in_force(tuner, name, network))
 
 

@@ -92,6 +92,18 @@ def test_a_task_without_a_name_has_no_labels(base: Path, tokenizer: PreTrainedTo
         assert pipe(TEXTS[0], top_k=None)[0]["label"].startswith("LABEL_")
 
 
+def test_merged_and_disabled_adapters(base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = classifier(base)
+    pipe = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    wanted = expected(model, tokenizer, TEXTS[0], "spam")
+    model.set_task("spam")
+    model.merge_adapter()
+    assert answers([pipe(TEXTS[0], top_k=None)]) == [pytest.approx(wanted, rel=1e-4)]
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert {one["label"] for one in pipe(TEXTS[0], top_k=None)} == {f"LABEL_{output}" for output in range(5)}
+
+
 def test_what_a_pipeline_refuses(base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = classifier(base)
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer)
