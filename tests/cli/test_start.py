@@ -28,7 +28,8 @@ for arguments in {arguments}:
         hyperadapt_cli.main()
 print([name for name in ("torch", "transformers", "peft", "huggingface_hub", "hyperadapt") if name in sys.modules])
 """
-COMMANDS = ["init", "train", "evaluate", "add-task", "generate", "export", "push", "card", "diagnose", "plot", "doctor"]
+COMMANDS = ["init", "train", "evaluate", "predict", "add-task", "generate", "export", "push", "card", "diagnose", "plot"]
+COMMANDS += ["doctor"]
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
