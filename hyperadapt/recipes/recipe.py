@@ -92,7 +92,8 @@ class Recipe:
         trainer: Arguments of ``HyperAdapterTrainer`` on tasks and logs.
         training: Fields of ``TrainingArguments``.
         card: For the model card: ``title``, ``base_model`` (its name on the Hub, where it is loaded from a folder),
-            ``license``, ``language``, ``limits`` (sentences on what the adapter cannot do) and ``tags``.
+            ``license``, ``language``, ``limits`` (sentences on what the adapter cannot do), ``tags`` and
+            ``show_inputs`` (whether record and card show an input of each task).
     """
 
     base_model: str
@@ -136,6 +137,11 @@ class Recipe:
         """
         known = self.labels
         return {known.index(label): label for label in self.tasks[task].labels or ()}
+
+    @property
+    def shows_inputs(self) -> bool:
+        """Whether record and card show an input of each task."""
+        return bool(self.card.get("show_inputs", True))
 
     @property
     def labels(self) -> list[str]:

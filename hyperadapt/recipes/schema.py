@@ -166,7 +166,7 @@ def recipe_sections(folder: Path, to_train: bool) -> dict[str, Section]:
         "card": Section(
             "a card",
             dict.fromkeys(("title", "base_model", "license"), check_text)
-            | {"language": _checked_one_or_more, "limits": checked_texts, "tags": checked_texts},
+            | {"language": _checked_one_or_more, "limits": checked_texts, "tags": checked_texts, "show_inputs": _FLAG},
         ),
     }
     top = {

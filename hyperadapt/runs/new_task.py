@@ -157,7 +157,7 @@ def add_checked(
     by_description = way.train and task.description is not None and _reads_text(run)
     _add(run, name, task, rows, by_description=by_description, fit=way.fit)
     try:
-        if rows is not None:
+        if rows is not None and run.recipe.shows_inputs:
             run.record = replace(
                 run.record, prompts={**run.record.prompts, name: prompt_of(rows, run.recipe.task_type)}
             )

@@ -73,6 +73,7 @@ def _report(
     }
     weak = [name for name in record.results.get("no_better_than_majority", ()) if name in results]
     limits = [f"Task `{plain(name)}` is no better than always giving its most frequent answer." for name in weak]
+    card = {name: value for name, value in recipe.card.items() if name != "show_inputs"}
     return card_text(
         model,
         folder,
@@ -87,5 +88,5 @@ def _report(
         figures={
             title: f"figures/{name}.png" for name, title in FIGURES.items() if (pictures / f"{name}.png").exists()
         },
-        **{**recipe.card, "limits": [*limits, *recipe.card.get("limits", ())]},
+        **{**card, "limits": [*limits, *recipe.card.get("limits", ())]},
     )

@@ -147,7 +147,8 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recip
         split: {name: tokenize(one, recipe, tokenizer) for name, one in by_task.items()}
         for split, by_task in rows.items()
     }
-    return recipe, data, {name: prompt_of(one, recipe.task_type) for name, one in rows["train"].items()}
+    shown = rows["train"] if recipe.shows_inputs else {}
+    return recipe, data, {name: prompt_of(one, recipe.task_type) for name, one in shown.items()}
 
 
 def make_trainer(

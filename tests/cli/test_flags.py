@@ -6,12 +6,31 @@ import pytest
 
 from hyperadapt_cli.flags import in_flags
 
-OPTIONS = ["--split", "--format", "--text-encoder", "--learning-rate", "--revision", "--subfolder", "--examples"]
+OPTIONS = [
+    "--label",
+    "--split",
+    "--format",
+    "--text-encoder",
+    "--learning-rate",
+    "--revision",
+    "--subfolder",
+    "--examples",
+]
 
 
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
+        (
+            "Give so many, or pass fit=True to add_task, which fits the task to all of them.",
+            "Give so many, or give --fit to add-task, which fits the task to all of them.",
+        ),
+        (
+            "row 1 has the integer 0 in column 'label'. Give the labels' names in the recipe, from 0, such as 'labels: "
+            "[negative, positive]'.",
+            "row 1 has the integer 0 in column 'label'. Name them with --label, once for each, from 0.",
+        ),
+        ("has no column 'text'. Rename one, or name it in the recipe.", "has no column 'text'. Rename one."),
         ("split='dev' is not given.", "--split 'dev' is not given."),
         ("learning_rate=-1.0 must be", "--learning-rate -1.0 must be"),
         ("text_encoder='a/b' could not be loaded", "--text-encoder 'a/b' could not be loaded"),
@@ -40,3 +59,8 @@ OPTIONS = ["--split", "--format", "--text-encoder", "--learning-rate", "--revisi
 )
 def test_arguments_become_flags(message: str, expected: str) -> None:
     assert in_flags(message, OPTIONS) == expected
+
+
+def test_a_recipe_stays_what_it_is_where_it_is_read() -> None:
+    message = "has no column 'text'. Rename one, or name it in the recipe."
+    assert in_flags(message, ["--output"]) == message

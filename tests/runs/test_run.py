@@ -20,7 +20,7 @@ from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.runs import Record, evaluate, load_model, load_record, load_run, save_record, save_run, train
 from hyperadapt.runs import folder as run_folder
 from hyperadapt.runs import run as run_module
-from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, training
+from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, training, write_rows
 from tests.support.tolerances import FLOAT32_FORWARD
 
 
@@ -57,6 +57,12 @@ def test_a_run_is_whole(trained: dict[str, tuple[Path, list[str]]], task_type: s
     assert facts["rows"] == {"reviews": 40, "letters": 40, "mail": 40}
     assert 0 < facts["trainable_parameters"] < facts["parameters"]
     assert facts["best_step"] in (2, 4, 6, 8, 10)
+    assert facts["chosen_by"] == ("mean_loss" if task_type == "CAUSAL_LM" else "mean_accuracy")
+    first = json.loads((folder / "data" / "mail" / "train.jsonl").read_text().splitlines()[0])
+    assert record.prompts["mail"] == first["prompt" if task_type == "CAUSAL_LM" else "text"]
+    assert (
+        f'tokenizer("{record.prompts["reviews"]}", return_tensors="pt")' in (folder / "run" / "README.md").read_text()
+    )
     assert {"epochs", "hardware", "versions", "date", "seconds"} <= facts.keys()
     assert record.results["split"] == "test"
     for values in record.results["tasks"].values():
@@ -106,6 +112,15 @@ def test_a_loaded_run_gives_the_recorded_results(copied: Callable[[str], Path], 
     first, second = (load_file(folder / WEIGHTS) for folder in (run.folder, run.folder / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_private_data_stay_private(tmp_path: Path) -> None:
+    row = {"text": "good secret", "label": "positive"}
+    made = recipe(tmp_path, card={"show_inputs": False}, **training(max_steps=1, eval_strategy="no"))
+    write_rows(tmp_path / "data" / "reviews" / "train.jsonl", [row] * 8)
+    folder = silent(made)
+    assert Record.load(folder).prompts == {}
+    assert all(b"secret" not in content for content in contents(folder).values())
 
 
 def test_training_learns_and_rows_compete_within_their_task(tmp_path: Path) -> None:
