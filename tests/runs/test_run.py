@@ -115,9 +115,9 @@ def test_a_loaded_run_gives_the_recorded_results(copied: Callable[[str], Path], 
 
 
 def test_private_data_stay_private(tmp_path: Path) -> None:
-    row = {"text": "good secret", "label": "positive"}
+    rows = [{"text": "secret", "label": label} for label in ("positive", "negative")]
     made = recipe(tmp_path, card={"show_inputs": False}, **training(max_steps=1, eval_strategy="no"))
-    write_rows(tmp_path / "data" / "reviews" / "train.jsonl", [row] * 8)
+    write_rows(tmp_path / "data" / "reviews" / "train.jsonl", rows * 4)
     folder = silent(made)
     assert Record.load(folder).prompts == {}
     assert all(b"secret" not in content for content in contents(folder).values())
