@@ -19,6 +19,7 @@ import hyperadapt
 import hyperadapt_cli as cli
 from hyperadapt.recipes import TaskRecipe
 from hyperadapt.recipes.schema import recipe_sections
+from tests.support import lm_eval_standin
 from tests.support.docs_pages import DOCS, PAGES, ROOT, anchors, blocks, links
 from tests.support.docs_runner import commands, run
 from tests.support.docs_standins import MINILM, save_models, write_data
@@ -26,6 +27,7 @@ from tests.support.helpers import minilm
 from tests.support.hub_server import HubServer
 
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
+HARNESS = "hyperadapt.runs.harness"
 API = (DOCS / "api.md").read_text(encoding="utf-8")
 
 
@@ -57,6 +59,10 @@ def test_the_code_of_a_page_runs(
         hub.add_repo(
             repo_id, {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         )
+    if "lm_eval" in text:
+        lm_eval_standin.install(monkeypatch)
+        # Not what an installed lm_eval has registered.
+        monkeypatch.delitem(sys.modules, HARNESS, raising=False)
     write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "page"}
@@ -98,7 +104,7 @@ def directives() -> list[str]:
 @pytest.mark.parametrize("name", directives())
 def test_every_entry_of_the_reference_has_a_docstring(name: str) -> None:
     module, parts = name, []
-    for needed in {"hyperadapt.plots": ["matplotlib"], "hyperadapt.trl": ["trl"]}.get(name, []):
+    for needed in {"hyperadapt.plots": ["matplotlib"], "hyperadapt.trl": ["trl"], HARNESS: ["lm_eval"]}.get(name, []):
         pytest.importorskip(needed, reason=f"{needed} is not installed")
     while True:
         try:

@@ -39,6 +39,7 @@ _FOREIGN = re.compile(
     r"hf (auth login|upload .+)|git clone \S+|vllm serve .+|python -m sglang\.launch_server .+|"
     r"python convert_lora_to_gguf\.py .+|llama-cli .+|mlx_lm\.generate .+|curl .+|"
     r"mkdocs (serve|build --strict)|python -c .+ experiments/hyperadapter/\S+"
+    r"|lm_eval run .+|python -m hyperadapt\.runs\.harness run .+"
 )
 
 # A variable of the environment that is set for a command.
@@ -137,8 +138,9 @@ def _check_yaml(block: Block) -> None:
     if "base_model" in content:
         Path(name[1]).write_text(block.text, encoding="utf-8")
         load_recipe(name[1])
-    elif "tasks" in content:
-        # New tasks for an adapter, which the command that names the file reads.
+    elif "tasks" in content or "output_type" in content:
+        # New tasks for an adapter, or one of the harness, which the code that names the file reads.
+        Path(name[1]).parent.mkdir(exist_ok=True)
         Path(name[1]).write_text(block.text, encoding="utf-8")
     else:
         launched = ROOT / "examples" / "accelerate" / name[1]
