@@ -64,7 +64,9 @@ def load_additions(path: str | os.PathLike[str], recipe: Recipe) -> Additions:
     }
     section = Section("a file of new tasks", checks, ["tasks"], {"lr": "learning_rate", "max_steps": "steps"})
     fields = section.checked(file, (), file.data)
-    folder, keep = path.resolve().parent, fields.get("keep", KEEP[0])
+    # A wrong one says nothing of the tasks.
+    is_wrong = isinstance(file.data, dict) and file.data.get("keep") is not None and "keep" not in fields
+    folder, keep = path.resolve().parent, "" if is_wrong else fields.get("keep", KEEP[0])
     tasks = checked_tasks(file, fields.get("tasks", {}), recipe.task_type, folder, True, [])
     for name, task in tasks.items():
         _check_task(file, name, task, recipe, keep)
@@ -105,7 +107,7 @@ def _check_task(file: YamlFile, name: str, task: Mapping[str, Any], recipe: Reci
             f"tasks.{name}.train is missing, and keep='replay' trains on its rows. Name a file, or set keep: exact, "
             "which can do with a description.",
         )
-    elif "description" not in task:
+    elif keep == "exact" and "description" not in task:
         file.refuse(keys, f"tasks.{name} has neither rows (train) nor a description to go by. Give one of the two.")
 
 

@@ -109,6 +109,13 @@ def test_columns_are_those_of_the_adapters_kind(file: Path) -> None:
     assert load_additions(file, language_model).tasks["new"].prompt == "text"
 
 
+def test_a_wrong_keep_is_not_taken_for_another(file: Path) -> None:
+    file.write_text("keep: frozen\ntasks:\n  new: {description: Tell a.}\n  newer: {}\n")
+    with pytest.raises(RecipeError) as error:
+        load_additions(file, KNOWN)
+    assert [problem.line for problem in error.value.problems] == [1]
+
+
 def test_all_problems_are_told_at_once(file: Path) -> None:
     file.write_text("tasks:\n  mail: {}\n  mean: {}\nlearning_rate: fast\n")
     with pytest.raises(RecipeError) as error:
