@@ -28,6 +28,12 @@ from tests.support.hub_server import HubServer
 
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 HARNESS = "hyperadapt.runs.harness"
+OPTIONAL = {
+    "hyperadapt.plots": ["matplotlib"],
+    "hyperadapt.sentence_transformers": ["sentence_transformers"],
+    "hyperadapt.trl": ["trl"],
+    HARNESS: ["lm_eval"],
+}
 API = (DOCS / "api.md").read_text(encoding="utf-8")
 
 
@@ -104,7 +110,7 @@ def directives() -> list[str]:
 @pytest.mark.parametrize("name", directives())
 def test_every_entry_of_the_reference_has_a_docstring(name: str) -> None:
     module, parts = name, []
-    for needed in {"hyperadapt.plots": ["matplotlib"], "hyperadapt.trl": ["trl"], HARNESS: ["lm_eval"]}.get(name, []):
+    for needed in OPTIONAL.get(name, []):
         pytest.importorskip(needed, reason=f"{needed} is not installed")
     while True:
         try:

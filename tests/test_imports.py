@@ -16,6 +16,7 @@ MAX_LINES = 400
 # The way of the data. A room (a folder, or a file beside them) imports only rooms that stand before it.
 ROOMS = [
     "files",
+    "when_imported",
     "normalization",
     "nn",
     "config",
@@ -34,6 +35,7 @@ ROOMS = [
     "plugin",
     "trainer",
     "trl",
+    "sentence_transformers",
     "recipes",
     "runs",
     "__main__",
