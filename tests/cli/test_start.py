@@ -28,8 +28,8 @@ for arguments in {arguments}:
         hyperadapt_cli.main()
 print([name for name in ("torch", "transformers", "peft", "huggingface_hub", "hyperadapt") if name in sys.modules])
 """
-COMMANDS = ["init", "train", "evaluate", "predict", "add-task", "generate", "export", "push", "card", "diagnose", "plot"]
-COMMANDS += ["doctor"]
+COMMANDS = ["init", "train", "evaluate", "predict", "add-task", "generate", "export", "push"]
+COMMANDS += ["card", "diagnose", "plot", "doctor"]
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
