@@ -96,7 +96,12 @@ class Page:
                         describe = gradio.Button("Answer", variant="primary", elem_id="describe")
                     with gradio.Tab("Choose a task"):
                         concept = gradio.Dropdown(
-                            self._choices(), value=None, label="A task of the bank", elem_id="concept"
+                            self._choices(),
+                            value=None,
+                            label="A task of the bank",
+                            # What is not in the list is told in our own words.
+                            allow_custom_value=True,
+                            elem_id="concept",
                         )
                         choose = gradio.Button("Answer", variant="primary", elem_id="choose")
                     message = gradio.HTML(elem_id="message")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 
-from benchmarks.concepts_arms import RANK, TARGETS, WIDTH, trained_wordings
+from benchmarks.concepts_arms import HYPER, RANK, TARGETS, trained_wordings
 from benchmarks.concepts_data import ConceptTexts, Size, read_texts
 from benchmarks.concepts_evaluation import Amount
 from benchmarks.concepts_runs import draws, share_of_rate
@@ -24,7 +24,6 @@ from examples.support.encoder import load_base, load_tokenizer
 from hyperadapt import HyperAdapterConfig
 
 RATE = 5e-3
-ALONE = 0.75
 LAYERS = [4, 5]
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -62,7 +61,7 @@ def train(texts: ConceptTexts, steps: int, max_length: int) -> PeftModel:
         tasks={task.name: trained_wordings(task) for task in tasks},
         task_embedding="text",
         text_encoder=Describer(),
-        **WIDTH,
+        **HYPER.fields,
     )
     torch.manual_seed(0)
     model = get_peft_model(load_base(2, seed=0), config).train()
@@ -71,7 +70,7 @@ def train(texts: ConceptTexts, steps: int, max_length: int) -> PeftModel:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
     started = time.monotonic()
-    for step, drawn in enumerate(draws(texts, tasks, Amount(steps), 0, ALONE)):
+    for step, drawn in enumerate(draws(texts, tasks, Amount(steps), 0, HYPER.alone)):
         optimizer.param_groups[0]["lr"] = RATE * share_of_rate(step / steps)
         rows = [texts.texts[place].text for place in drawn.places]
         batch = tokenizer(rows, padding=True, truncation=True, max_length=max_length, return_tensors="pt")

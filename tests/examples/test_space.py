@@ -2,11 +2,14 @@
 
 import json
 import re
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from packaging.requirements import Requirement
 from peft import PeftModel
 
 from examples.space.answers import answers_table, expectation
@@ -17,6 +20,7 @@ from examples.space.reader import Reader
 from examples.space.train import BASE
 from examples.support.encoder import load_base, load_tokenizer
 from tests.support.demo import trained_demo
+from tests.support.helpers import ROOT
 from tests.support.tolerances import FLOAT32_DIFFERENCE
 
 TEXTS = ["Shares of the company rose by a tenth.", "The team won the cup."]
@@ -118,6 +122,21 @@ def test_what_to_expect_is_what_was_measured() -> None:
     text = expectation(Facts(24, [], Score(34, 0.62, 0.49), Score(115, 0.72, 0.51)))
     assert "72% of cases for\n115 trained concepts, and in 62% for 34 that" in text
     assert "51% and 49%" in text
+
+
+def test_the_space_is_described_as_the_hub_wants_it() -> None:
+    space = ROOT / "examples" / "space"
+    _, front, _ = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    facts = yaml.safe_load(front)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    [gradio] = [one for one in map(Requirement, extras["demo"]) if one.name == facts["sdk"]]
+    assert gradio.specifier.contains(facts["sdk_version"])
+    assert (space / facts["app_file"]).is_file()
+    assert len(facts["short_description"]) <= 60
+    lines = (space / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    ours, weights = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert (ours.name, ours.extras) == ("hyperadapt", {"demo"})
+    assert str(weights) in (ROOT / "examples" / "requirements.txt").read_text(encoding="utf-8").splitlines()
 
 
 CONCEPTS = [Concept("articles/tech", "The article is about technology.", True)]

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,22 @@ def write(driver: Any, element: str, text: str) -> None:
     field.send_keys("\ue009a\ue000\ue017" + text)
 
 
+def press(driver: Any, button: str, done: Callable[[], bool]) -> None:
+    """Press until it helps: a list hands over what was chosen a moment after it has closed."""
+
+    def is_done() -> bool:
+        driver.find_element("id", button).click()
+        time.sleep(2)
+        return done()
+
+    until(is_done)
+
+
+def is_open(driver: Any) -> bool:
+    """Whether a list to choose from is there."""
+    return bool(driver.find_elements("css selector", "[role=option]"))
+
+
 def shown(driver: Any, element: str) -> str:
     return str(driver.find_element("id", element).text)
 
@@ -106,8 +122,11 @@ def test_a_task_of_the_bank_is_answered(page: Any) -> None:
     texts = [option.text.strip("✓ \n") for option in options]
     assert sum(text.endswith("(never trained)") for text in texts) == 2
     options[0].click()
-    page.find_element("id", "choose").click()
-    until(lambda: f"“{texts[0]}”" in shown(page, "answers"))
+    until(lambda: field.get_attribute("value") == texts[0] and not is_open(page))
+    press(page, "choose", lambda: f"“{texts[0]}”" in shown(page, "answers"))
+    write(page, "concept", "colours\ue007")
+    until(lambda: field.get_attribute("value") == "colours" and not is_open(page))
+    press(page, "choose", lambda: shown(page, "message").startswith("“colours” is no task of the bank. Choose one"))
 
 
 def test_mistakes_are_told_and_clear_the_page(page: Any) -> None:
