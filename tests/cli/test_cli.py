@@ -95,12 +95,13 @@ def test_the_whole_way(
     codes = [re.findall(r"```python\n(.*?)```", one.text, re.DOTALL)[0] for one in (lora_card, card)]
     check = (
         "import sys\nassert not any(name.startswith('hyperadapt') for name in sys.modules)\n"
-        "lora = model(**inputs).logits.detach()\n"
+        "question = inputs\nlora = model(**question).logits.detach()\n"
     )
+    # The adapter's card asks what a row of its data asks.
     compare = (
-        "import torch\nlive = model(**inputs, tasks='nyt_sent').logits.detach()\n"
+        "import torch\nlive = model(**question, tasks='nyt_sent').logits.detach()\n"
         "assert torch.allclose(lora, live, atol=1e-4), (lora, live)\n"
-        "assert not torch.equal(live, model(**inputs, tasks='trec6').logits.detach())\n"
+        "assert not torch.equal(live, model(**question, tasks='trec6').logits.detach())\n"
     )
     for name, value in hub.environment().items():
         monkeypatch.setenv(name, value)
