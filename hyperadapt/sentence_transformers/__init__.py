@@ -29,4 +29,4 @@ __all__ = [
 # What folders call the class, which the user of this package has imported, so that no trust is asked for.
 _MODULES = {f"{__name__}.{HyperAdapterTransformer.__name__}": HyperAdapterTransformer}
 _loading = sentence_transformers.SentenceTransformer
-_loading._module_classes = {**_loading._module_classes, **_MODULES}
+_loading._module_classes = {**getattr(_loading, "_module_classes", {}), **_MODULES}
