@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("sentence_transformers", "6.2", reason="sentence-transformers 6.2 is not installed")
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 
 from hyperadapt import export_lora
 from hyperadapt.sentence_transformers import export_sentence_transformer
@@ -27,19 +28,35 @@ assert "hyperadapt" not in sys.modules
 """
 
 
-def test_exports_give_the_same_vectors_without_us(base: str, tmp_path: Path) -> None:
+def exported(model: SentenceTransformer, base: str, folder: Path) -> tuple[Path, Path, Path]:
+    """Folders of the task "beta", of a plain model, and of the task's LoRA."""
+    export_sentence_transformer(model, "beta", folder / "beta")
+    plain(base).save_pretrained(str(folder / "plain"))
+    export_lora(model.transformers_model, "beta", folder / "lora")
+    return folder / "beta", folder / "plain", folder / "lora"
+
+
+def test_exports_give_the_same_vectors(base: str, tmp_path: Path) -> None:
     model = adapted(base)
     expected = model.encode(TEXTS, tasks="beta")
-    export_sentence_transformer(model, "beta", tmp_path / "beta")
-    export_lora(model.transformers_model, "beta", tmp_path / "lora")
-    plain(base).save_pretrained(str(tmp_path / "plain"))
-    run_python(ENCODE, tmp_path / "beta", tmp_path / "plain", tmp_path / "lora", ",".join(TEXTS))
-    for index in range(2):
-        exported = np.load(tmp_path / "beta" / f"{index}.npy")
-        assert np.abs(exported - expected).max() < EXPORT_FLOAT32
-        assert np.abs(exported - model.encode(TEXTS, tasks="alpha")).max() > 1e-2
+    folder, whole, lora = exported(model, base, tmp_path)
+    loaded, other = (SentenceTransformer(str(path), device="cpu") for path in (folder, whole))
+    other.load_adapter(str(lora))
+    for one in (loaded, other):
+        assert type(one[0]) is Transformer
+        assert np.abs(one.encode(TEXTS) - expected).max() < EXPORT_FLOAT32
+        assert np.abs(one.encode(TEXTS) - model.encode(TEXTS, tasks="alpha")).max() > 1e-2
     # The model still has all its tasks.
     assert np.array_equal(model.encode(TEXTS, tasks="beta"), expected)
+
+
+@pytest.mark.slow
+def test_exports_are_loaded_without_us(base: str, tmp_path: Path) -> None:
+    model = adapted(base)
+    expected = model.encode(TEXTS, tasks="beta")
+    run_python(ENCODE, *exported(model, base, tmp_path), ",".join(TEXTS))
+    for index in range(2):
+        assert np.abs(np.load(tmp_path / "beta" / f"{index}.npy") - expected).max() < EXPORT_FLOAT32
 
 
 def test_what_cannot_be_exported(base: str, tmp_path: Path) -> None:
