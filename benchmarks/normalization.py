@@ -148,6 +148,7 @@ def whole_model(
         return cores(factors[:half], factors[half:], record, given)
 
     def grouped() -> Tensor:
+        assert record.core is not None
         return record.core(*grams_reference(factors).chunk(2, dim=1), **given)
 
     forwards: dict[str, Callable[[], Tensor]] = {"fused": fused, "grouped": grouped}

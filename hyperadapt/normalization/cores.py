@@ -25,15 +25,18 @@ def cores(
     Of A of shapes (n, p, r, in) and as many Bᵀ (n, p, r, out), with one n, r, dtype and device; `pairs` sums p.
     A bound is a number or broadcasts to ``(n, pairs)``, logits are ``(n, pairs, r, r)``.
     """
-    tensors = [*rows_A, *rows_B]
+    tensors, pairs = [*rows_A, *rows_B], sum(rows.shape[1] for rows in rows_A)
+    if method.core is None:
+        n, like = tensors[0].shape[0], tensors[0]
+        return torch.ones(n, pairs, 1, 1, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     if method.kernel == "scale" and kernels_serve(tensors[0]):
-        pairs = sum(rows.shape[1] for rows in rows_A)
         return scales(tensors, _bounds(options.get("bound"), rows_A[0], pairs))[..., None, None]
     return cores_of_grams(grams(tensors), method, options)
 
 
 def cores_of_grams(joined: Tensor, method: Normalization, options: Mapping[str, Any]) -> Tensor:
     """The same of the Gram matrices of all A and then of all B, ``(n, 2·pairs, r, r)``."""
+    assert method.core is not None
     options = {**method.options, **options}
     if method.kernel not in (None, "scale") and kernels_serve(joined):
         extra, numbers = _kernel_arguments(joined, options)

@@ -24,6 +24,9 @@ from hyperadapt.normalization.matrix_functions import (
 )
 from hyperadapt.normalization.methods import Normalization
 
+# Of ‖G_A‖·‖G_B‖: the smallest that keeps updates of any size, rank and width below a bound (DECISIONS.md).
+ROUNDING = {torch.float32: 1e-8, torch.float64: 1e-15}
+
 
 def frobenius_norm_squared(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     """Squared Frobenius norm ⟨A·Aᵀ, Bᵀ·B⟩ of B·A, shape ``(...)``, from Gram matrices of shape ``(..., r, r)``."""
@@ -44,18 +47,25 @@ def learned_bound(bound: float | Tensor, logit: Tensor) -> Tensor:
     return bound * (2 + logit).clamp(min=-10).sigmoid()
 
 
-def _none(gram_A: Tensor, gram_B: Tensor) -> Tensor:
-    return torch.ones_like(gram_A[..., :1, :1])
-
-
 def _soft_frobenius(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
     return soft_scale(frobenius_norm_squared(gram_A, gram_B), bound)[..., None, None]
 
 
 def _soft_polar(gram_A: Tensor, gram_B: Tensor, *, bound: float | Tensor) -> Tensor:
     # With r singular values below bound/√r, the Frobenius norm is below the bound.
-    c_squared = _squared(bound, gram_A) / gram_A.shape[-1]
-    return soft_inverse_sqrt(gram_A, gram_B / c_squared[..., None, None])
+    c_squared = _squared(bound, gram_A)[..., None, None] / gram_A.shape[-1]
+    # In place of 1, so that a direction that is lost has a core near those of others, and not one beside which they are
+    # lost, or one that is taken from what rounding left of it.
+    shift = (_rounding(gram_A, gram_B) / c_squared.detach()).clamp(min=1)
+    core = soft_inverse_sqrt(gram_A, gram_B / (c_squared * shift))
+    return core * shift.rsqrt().to(core.dtype)
+
+
+def _rounding(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    """What rounding may have made of an eigenvalue zero of G_A·G_B, shape ``(..., 1, 1)``, float64, no gradient."""
+    size_A, size_B = (torch.linalg.matrix_norm(gram.detach().double(), keepdim=True) for gram in (gram_A, gram_B))
+    rounding: Tensor = ROUNDING[gram_A.dtype] * size_A * size_B
+    return rounding
 
 
 def _frobenius(gram_A: Tensor, gram_B: Tensor) -> Tensor:
@@ -106,7 +116,7 @@ def _ridged(gram: Tensor, ridge: float) -> Tensor:
 
 # Largest norms: Σσᵢ² ≤ r where σ₁ ≤ 1. A sum of r matrices of norm 1, or a mean of such sums, may reach r.
 METHODS: dict[str, Normalization] = {
-    "none": Normalization(_none),
+    "none": Normalization(None),
     "soft_frobenius": Normalization(_soft_frobenius, needs=("bound",), kernel="scale"),
     "soft_polar": Normalization(_soft_polar, needs=("bound",), bounds_singular_values=True, kernel="soft_polar"),
     "adaptive": Normalization(

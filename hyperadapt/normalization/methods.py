@@ -50,7 +50,7 @@ class Normalization:
     """One normalisation: what the configuration, the network and ``MatrixNorm`` need to know of it.
 
     Args:
-        core: The formula: from the Gram matrices and all of its options to the core.
+        core: The formula: from the Gram matrices and all of its options to the core; None if that is the identity.
         options: Its options that have a default, all in ``OPTIONS``.
         needs: Its options that have none: ``"bound"`` makes it a bounded normalisation, the identity near zero;
             ``"logits"`` are generated.
@@ -63,7 +63,7 @@ class Normalization:
             (``core_triton``); None for the formula alone.
     """
 
-    core: Callable[..., Tensor]
+    core: Callable[..., Tensor] | None
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     largest_norm: Callable[[int], float] | None = None

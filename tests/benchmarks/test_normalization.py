@@ -57,5 +57,7 @@ def test_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if METHODS[method].kernel:
             number = METHODS[method].kernel == "scale"
             assert calls == ((1, 1) if number else (2, 2)), method
+    # Without a normalisation nothing reads the factors: ones are made, and filled in.
+    assert counted["none"] == (2, 0)
     steps = {(row["arm"], row["by"]): row["step"] for row in rows if row.get("tasks") == 1}
     assert steps["hyperadapt mixed", "kernels"] < steps["hyperadapt mixed", "formulas"]

@@ -37,6 +37,7 @@ from tests.support.tolerances import (
     FLOAT64_GRADCHECK,
     RIDGE,
     RIDGED_RANK_DEFICIENT,
+    lost_rank_error,
     norm_error,
 )
 
@@ -85,6 +86,25 @@ def test_soft_polar_bounds_every_singular_value_softly(scale: float, deficient: 
     # In a lost direction the core is 1 beside c/σ in others, and a rounding there counts in units of σ.
     error = FLOAT64_CONDITIONED + (EPS_FLOAT64 * 100 * float(sigma.max()) if deficient else 0)
     assert_close(actual, sigma / torch.sqrt(1 + (sigma / c) ** 2), rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lost", ["A", "B", "AB"])
+def test_soft_polar_keeps_the_bound_of_updates_of_any_size_where_rank_is_lost(lost: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    r = 8
+    rows = {
+        name: torch.randn(3, r, width, dtype=torch.float64) / width**0.5 for name, width in (("A", 256), ("B", 192))
+    }
+    for name in lost:
+        # Not by a power of 2, so that it is lost but for rounding.
+        rows[name][:, -2:] = 1.37 * rows[name][:, :2]
+    lora_A, lora_B = rows["A"].to(dtype), rows["B"].mT
+    for scale in (1e5, 1e7, 1e9, 1e13):
+        B = (scale * lora_B).to(dtype)
+        core = normalize(lora_A, B, "soft_polar", bound=2.0)
+        largest = torch.linalg.svdvals(B.double() @ core.double() @ lora_A.double())[..., 0]
+        assert_close(largest, torch.full_like(largest, 2 / math.sqrt(r)), rtol=lost_rank_error(r, dtype), atol=0)
 
 
 def test_soft_polar_is_the_identity_near_zero_to_second_order() -> None:

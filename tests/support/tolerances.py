@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from hyperadapt.normalization.formulas import ROUNDING
+
 EPS_FLOAT64 = torch.finfo(torch.float64).eps  # 2.2e-16
 EPS_FLOAT32 = torch.finfo(torch.float32).eps  # 1.2e-7
 EPS_BFLOAT16 = torch.finfo(torch.bfloat16).eps  # 7.8e-3
@@ -72,6 +74,15 @@ def norm_error(length: int, eps: float) -> float:
     The square root halves that; the scale and its product with the update round a few times more.
     """
     return (length / 2 + 4) * eps
+
+
+def lost_rank_error(r: int, dtype: torch.dtype) -> float:
+    """Relative error of the largest singular value that `soft_polar` leaves of a huge update that has lost rank.
+
+    Entries of the core that belong to lost directions are larger than others by up to 1/√share, with the share of
+    ``formulas.ROUNDING``; what rounding leaves of sums of r of them counts beside the others.
+    """
+    return r * torch.finfo(dtype).eps / math.sqrt(ROUNDING[dtype])
 
 
 def sample_variance_error(samples: int) -> float:
