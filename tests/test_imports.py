@@ -17,6 +17,7 @@ MAX_LINES = 400
 ROOMS = [
     "files",
     "when_imported",
+    "tables",
     "normalization",
     "nn",
     "config",

@@ -12,6 +12,7 @@ from torch.nn.functional import rms_norm
 
 from hyperadapt.hypernetwork.blocks import Head, ResidualBlock
 from hyperadapt.hypernetwork.positions import Position
+from hyperadapt.tables import Tables
 
 # Sinkhorn's mixing starts close to the identity: equal logits would make it constant, and the update of rank 1.
 MIXING_DIAGONAL = 4.0
@@ -91,6 +92,7 @@ class Hypernetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.head = head
+        self._tables = Tables()
         self.slots = max(position.r for position in positions) if head == "row" else 1
         layer_indices: list[int | None] = list(dict.fromkeys(position.layer_index for position in positions))
         modules = list(dict.fromkeys(position.module for position in positions))
@@ -176,7 +178,7 @@ class Hypernetwork(nn.Module):
         """What all tasks share of a factor of some positions of one shape, (positions, r, size)."""
         shared: Tensor = self.shared[f"{factor}_{_shape(members[0])}"]
         places = [self._places[position.name] for position in members]
-        return shared if places == list(range(len(shared))) else shared[index_tensor(places, shared.device)]
+        return shared if places == list(range(len(shared))) else shared[self._tables.table(places, shared.device)]
 
     def _hidden(self, task_embeddings: Tensor, positions: Sequence[Position]) -> Tensor:
         """Trunk output of shape (tasks, weights, slots, hypernetwork_dim), root mean square 1."""
@@ -185,8 +187,8 @@ class Hypernetwork(nn.Module):
         device = self.layer_embedding.device
         hidden = (
             self._project("task", task_embeddings.to(self.layer_embedding.dtype))[:, None, None]
-            + self._project("layer", self.layer_embedding)[index_tensor(layers, device)][None, :, None]
-            + self._project("module", self.module_embedding)[index_tensor(modules, device)][None, :, None]
+            + self._project("layer", self.layer_embedding)[self._tables.table(layers, device)][None, :, None]
+            + self._project("module", self.module_embedding)[self._tables.table(modules, device)][None, :, None]
         )
         if self.slots > 1:
             hidden = hidden + self._project("row", self.row_embedding)
@@ -205,7 +207,7 @@ class Hypernetwork(nn.Module):
         projected = self._project("expert", self.expert_embedding)
         nothing = len(projected)
         experts = [index for one in positions for index in (range(one.experts) if one.experts else (nothing,))]
-        return nn.functional.pad(projected, (0, 0, 0, 1))[index_tensor(experts, projected.device)]
+        return nn.functional.pad(projected, (0, 0, 0, 1))[self._tables.table(experts, projected.device)]
 
     def _project(self, name: str, embedding: Tensor) -> Tensor:
         projected: Tensor = self.inputs[name](rms_norm(embedding, embedding.shape[-1:]))
@@ -225,8 +227,3 @@ def _shape(position: Position) -> str:
     fan_in = f"_fan{position.fan_in}" if position.fan_in else ""
     experts = f"_e{position.experts}" if position.experts else ""
     return f"{position.in_features}x{position.out_features}_r{position.r}{fan_in}{experts}"
-
-
-def index_tensor(indices: Sequence[int], device: torch.device) -> Tensor:
-    """Indices on a device, int64, without waiting for what it still has to do, as indexing with a list would."""
-    return torch.tensor(indices, device="cpu").to(device, non_blocking=True)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors
-from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork, index_tensor
+from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.updates import largest_singular_values, update_grams
 from hyperadapt.hypernetwork.warmup import BoundWarmup
 from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS, frobenius_norm_squared, learned_bound, soft_scale
+from hyperadapt.tables import Tables
 from hyperadapt.tasks.embedding import TaskEmbedding
 
 
@@ -34,6 +35,7 @@ class HyperAdapterNetwork(nn.Module):
     def __init__(self, config: HyperAdapterConfig, positions: Sequence[Position], base_norms: Tensor) -> None:
         super().__init__()
         self.config = config
+        self._tables = Tables()
         method = METHODS[config.normalization]
         self.positions = list(positions)
         self._index = {position.name: index for index, position in enumerate(self.positions)}
@@ -161,7 +163,7 @@ class HyperAdapterNetwork(nn.Module):
             del options["bound"]
             gains, _ = self._gains(indices, base_norms, positions[0].r)
             return gains[:, None, None] * cores(*factors, method, options)
-        scaling = _scaling(positions, base_norms)
+        scaling = self._scaling(positions, base_norms)
         if method.is_bounded:
             # A bound holds for the update as applied: the norm of the scaled update against it is that of the update
             # against the bound over the scaling.
@@ -192,7 +194,12 @@ class HyperAdapterNetwork(nn.Module):
         weights = [index for position in positions for index in self._weights[position.name]]
         indices = [self._index[position.name] for position in positions for _ in range(position.weights)]
         device = self.base_norms.device
-        return index_tensor(indices, device), self.base_norms[index_tensor(weights, device)].to(dtype)
+        return self._tables.table(indices, device), self.base_norms[self._tables.table(weights, device)].to(dtype)
+
+    def _scaling(self, positions: Sequence[Position], like: Tensor) -> float | Tensor:
+        """The scaling that all positions share, or that of each weight, shape (weights,), like a tensor."""
+        values = [position.scaling for position in positions for _ in range(position.weights)]
+        return values[0] if len(set(values)) == 1 else self._tables.table(values, like.device, like.dtype)
 
     def _bounds(self, indices: Tensor, base_norms: Tensor) -> Tensor:
         """Bounds in the units of the weights, (weights,)."""
@@ -227,11 +234,3 @@ def _start_variance(config: HyperAdapterConfig) -> float | None:
     # Before a unit norm only ratios count. Adam's steps are the smaller in proportion, the larger B starts: at 1 in
     # place of 1/r, rates three times as high train as well (DECISIONS.md).
     return 1.0 if config.has_gain else None
-
-
-def _scaling(positions: Sequence[Position], like: Tensor) -> float | Tensor:
-    """The scaling that all positions share, or that of each weight as a tensor of shape (weights,)."""
-    values = [position.scaling for position in positions for _ in range(position.weights)]
-    if len(set(values)) == 1:
-        return values[0]
-    return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)

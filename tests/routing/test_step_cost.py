@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from hyperadapt.normalization import NORMALIZATIONS
 from hyperadapt.tuner.layer import HyperAdapterLayer
-from tests.support.helpers import adapted_model, adapter_config, base_model, example_batch, varied
+from tests.support.helpers import TASKS, adapted_model, adapter_config, base_model, example_batch, varied
 
 LENGTH = 7
 
@@ -26,6 +26,7 @@ class Operators(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.largest = 0
         self.transfers: list[str] = []
+        self.copies: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -37,8 +38,10 @@ class Operators(TorchDispatchMode):
             self.largest = max([self.largest, *(tensor.numel() for tensor in results)])
         # Numbers, tensors without dimensions, travel with the launch of a kernel.
         devices = {tensor.device.type for tensor in (*tensors, *results) if tensor.ndim}
-        if len(devices) > 1 and not kwargs.get("non_blocking"):
-            self.transfers.append(str(func))
+        if len(devices) > 1:
+            self.copies += results
+            if not kwargs.get("non_blocking"):
+                self.transfers.append(str(func))
         return result
 
 
@@ -97,6 +100,9 @@ def test_a_step_does_not_wait_for_the_device(normalization: str, naming: str) ->
     assert not base_step(batch).transfers
     operators = train_step(model, batch, tasks=tasks.to("meta") if isinstance(tasks, Tensor) else tasks)
     assert not operators.transfers
+    # Of what the host knows, the rows' tasks alone may be new: which they are, and which row has which.
+    assert len(operators.copies) <= (0 if isinstance(tasks, Tensor) else 2)
+    assert all(copy.numel() <= len(TASKS) or copy.numel() == len(ids) for copy in operators.copies)
     parameters = [parameter for name, parameter in model.named_parameters() if "hyperadapter_" in name]
     assert parameters
     assert all(parameter.grad is not None for parameter in parameters)
