@@ -98,7 +98,7 @@ def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
             vars(model).update({name: functools.partial(method, model) for name, method in METHODS.items()})
             if isinstance(model, PeftModelForSequenceClassification):
                 # Its import waits until a pipeline could be asked for.
-                from hyperadapt.pipelines import register as register_pipeline
+                from hyperadapt.tuner.pipelines import register as register_pipeline
 
                 register_pipeline()
 

@@ -32,7 +32,6 @@ ROOMS = [
     "loras",
     "hub",
     "serving",
-    "pipelines",
     "plugin",
     "trainer",
     "trl",
