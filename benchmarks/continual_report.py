@@ -22,6 +22,7 @@ PAIRS = (
     ("LoRA, replay", "LoRA, no replay"),
     ("hyperadapter, no replay", "LoRA, no replay"),
     ("hyperadapter, replay", "LoRA, replay"),
+    ("LoRA, and an own one", "hyperadapter, exact"),
 )
 
 
@@ -50,18 +51,22 @@ def report(rows: Sequence[Row], folder: Path) -> None:
         ]
         exact = "yes" if all(row["identical"] for row in chosen) else "no"
         print(f"{arm:<24}{rate:>7g}" + "".join(f"{cell:>17}" for cell in cells) + f"{exact:>7}{len(chosen):>7}")
-    print("\none arm minus another at the same rate, paired by seed")
+    print("\none arm minus another, at the same rate where both have it, paired by seed")
+    names = list(COLUMNS)[2:]
     for first, second in PAIRS:
-        for rate in dict.fromkeys(row["rate"] for row in rows if row["arm"] == first):
-            cells = [
-                f"{name} {_difference(rows, value, first, second, rate)}" for name, value in list(COLUMNS.items())[2:]
-            ]
+        for rate in _rates(rows, first):
+            other = rate if rate in _rates(rows, second) else next(iter(_rates(rows, second)), rate)
+            cells = [f"{name} {_difference(rows, name, (first, rate), (second, other))}" for name in names]
             print(f"{first} minus {second}, {rate:g}: {', '.join(cells)}")
 
 
-def _difference(rows: Sequence[Row], value: Callable[[Row], float], first: str, second: str, rate: float) -> str:
+def _rates(rows: Sequence[Row], arm: str) -> dict[float, None]:
+    return dict.fromkeys(row["rate"] for row in rows if row["arm"] == arm)
+
+
+def _difference(rows: Sequence[Row], name: str, first: tuple[str, float], second: tuple[str, float]) -> str:
     """Mean difference of a column with its interval, over the seeds that both arms have."""
-    by_seed = [
-        {row["seed"]: value(row) for row in rows if (row["arm"], row["rate"]) == (arm, rate)} for arm in (first, second)
-    ]
-    return shown(*interval([by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0].keys() & by_seed[1]]), sign="+")
+    one, other = (
+        {row["seed"]: COLUMNS[name](row) for row in rows if (row["arm"], row["rate"]) == key} for key in (first, second)
+    )
+    return shown(*interval([one[seed] - other[seed] for seed in one.keys() & other]), sign="+")
