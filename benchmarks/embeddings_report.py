@@ -56,4 +56,4 @@ def _mean(row: Row) -> float:
 
 def _cell(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
     mean, half = interval(values)
-    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    return f"{mean:{sign}z.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
