@@ -60,9 +60,8 @@ def test_a_run_is_whole(trained: dict[str, tuple[Path, list[str]]], task_type: s
     assert facts["chosen_by"] == ("mean_loss" if task_type == "CAUSAL_LM" else "mean_accuracy")
     first = json.loads((folder / "data" / "mail" / "train.jsonl").read_text().splitlines()[0])
     assert record.prompts["mail"] == first["prompt" if task_type == "CAUSAL_LM" else "text"]
-    assert (
-        f'tokenizer("{record.prompts["reviews"]}", return_tensors="pt")' in (folder / "run" / "README.md").read_text()
-    )
+    call = "tokenizer" if task_type == "CAUSAL_LM" else "classifier"
+    assert f'{call}("{record.prompts["reviews"]}", ' in (folder / "run" / "README.md").read_text()
     assert {"epochs", "hardware", "versions", "date", "seconds"} <= facts.keys()
     assert record.results["split"] == "test"
     for values in record.results["tasks"].values():
