@@ -38,12 +38,20 @@ def cores_of_grams(joined: Tensor, method: Normalization, options: Mapping[str, 
     """The same of the Gram matrices of all A and then of all B, ``(n, 2·pairs, r, r)``."""
     assert method.core is not None
     options = {**method.options, **options}
-    if method.kernel not in (None, "scale") and kernels_serve(joined):
+    if method.kernel not in (None, "scale") and kernels_serve(joined) and multiplies_float64():
         extra, numbers = _kernel_arguments(joined, options)
         if method.kernel != "whitening" or _whitening_serves(joined.shape[-1], numbers[0]):
             core: Tensor = _core(method.kernel, joined, extra, numbers)[0]
             return core
     return method.core(*joined.chunk(2, dim=1), **options)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def multiplies_float64() -> bool:
+    """Whether Triton multiplies matrices in float64: releases before 3.5 fail to compile that."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 
 
 # Of whitening; below, what rounding leaves of a zero eigenvalue counts, and eigenvalues must tell it apart.

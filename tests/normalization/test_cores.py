@@ -217,6 +217,30 @@ def test_kernels_under_the_interpreter() -> None:
     run_interpreted(__file__, "kernels_ and not interpreter", "42 passed")
 
 
+@pytest.mark.parametrize(
+    ("version", "serves"), [("3.4.0", False), ("3.5.0", True), ("3.9.0+rocm7", True), ("3.10.1", True)]
+)
+def test_a_triton_that_multiplies_no_float64_takes_formulas_for_matrices(
+    version: str, serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CalledError(Exception):
+        """The kernel was called."""
+
+    def call(*_: Any) -> None:
+        raise CalledError
+
+    let_kernels_serve(monkeypatch)
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    monkeypatch.setattr(cores_module, "_core", call)
+    method, gram = METHODS["soft_polar"], torch.eye(4).expand(1, 2, 4, 4)
+    if serves:
+        with pytest.raises(CalledError):
+            cores_module.cores_of_grams(gram, method, {"bound": 1.0})
+    else:
+        core = cores_module.cores_of_grams(gram, method, {"bound": 1.0})
+        assert torch.equal(core, method.core(*gram.chunk(2, dim=1), bound=1.0))
+
+
 def test_which_whitening_the_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cores_module._whitening_serves(64, 1e-5)
     assert not cores_module._whitening_serves(64, 1e-7)
