@@ -14,8 +14,9 @@ import argparse
 import importlib.util
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -298,26 +299,51 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if gpu else "cpu")
 
-    rows = single_position(options, device)
+    print(f"{'model':<14}{'r':>3}{'tasks':>6} {'method':<15}{'pass':<21}{'arm':<22}", end="")
+    print(f"{'p20 ms':>9}{'p50 ms':>9}{'p80 ms':>9}{'GB/s':>7}{'of copy':>8}{'x fused':>9}", flush=True)
+    rows: list[dict[str, object]] = []
+    for made in measured(options, device):
+        for row in made:
+            print_row(row)
+        rows += made
+        # What is stopped leaves what it has measured.
+        save_rows(options.output / "rows.jsonl", rows)
+
+
+def measured(options: argparse.Namespace, device: torch.device) -> Iterator[list[dict[str, object]]]:
+    """Everything that is asked for.
+
+    Args:
+        options: The command's options.
+        device: The device.
+
+    Yields:
+        Rows, as soon as they are measured.
+    """
+    yield single_position(options, device)
     for r in options.ranks:
-        rows += mixing_matrices(r, 1792, options, device)
+        yield mixing_matrices(r, 1792, options, device)
     for model in options.models:
         for r in options.ranks:
             for tasks in options.tasks:
                 for method in options.methods:
-                    rows += whole_model(model, r, tasks, method, options, device)
-    print(f"{'model':<14}{'r':>3}{'tasks':>6} {'method':<15}{'pass':<21}{'arm':<22}", end="")
-    print(f"{'p20 ms':>9}{'p50 ms':>9}{'p80 ms':>9}{'GB/s':>7}{'of copy':>8}{'x fused':>9}")
-    for row in rows:
-        speed = (
-            f"{row['gb_per_s']:>7.0f}{row['gb_per_s'] / row['copy_gb_per_s']:>8.2f}" if "gb_per_s" in row else " " * 15
-        )
-        print(
-            f"{row['model']:<14}{row['r']:>3}{row['tasks']:>6} {row['method']:<15}{row['pass']:<21}{row['arm']:<22}",
-            end="",
-        )
-        print(f"{row['p20_ms']:>9.3f}{row['p50_ms']:>9.3f}{row['p80_ms']:>9.3f}{speed}{row['ratio_to_fused']:>9.2f}")
-    save_rows(options.output / "rows.jsonl", rows)
+                    yield whole_model(model, r, tasks, method, options, device)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print a line.
+
+    Args:
+        row: The row.
+    """
+    speed = f"{row['gb_per_s']:>7.0f}{row['gb_per_s'] / row['copy_gb_per_s']:>8.2f}" if "gb_per_s" in row else " " * 15
+    print(
+        f"{row['model']:<14}{row['r']:>3}{row['tasks']:>6} {row['method']:<15}{row['pass']:<21}{row['arm']:<22}", end=""
+    )
+    print(
+        f"{row['p20_ms']:>9.3f}{row['p50_ms']:>9.3f}{row['p80_ms']:>9.3f}{speed}{row['ratio_to_fused']:>9.2f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
