@@ -47,6 +47,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     "ignore:'pin_memory' argument is set as true but no accelerator is found",
     # TRL 1.16 uses names that transformers 5.23 deprecates.
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",
+    # Pages show an export without having trained before.
+    "ignore:The exported update of .* is all zero",
 )
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_the_code_of_a_page_runs(

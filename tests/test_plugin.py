@@ -141,7 +141,9 @@ for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer
 config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=16)
 import sys
 def watch(frame, event, argument):
-    if event == "call" and "hyperadapt" in frame.f_code.co_filename.split("site-packages")[-1]:
+    # Every import of a module asks what waits for sentence-transformers.
+    is_asked = frame.f_code.co_qualname == "_Watcher.find_spec"
+    if event == "call" and "hyperadapt" in frame.f_code.co_filename.split("site-packages")[-1] and not is_asked:
         calls.append(frame.f_code.co_qualname)
 sys.setprofile(watch)
 model = LlamaForCausalLM(config)
