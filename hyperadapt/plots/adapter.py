@@ -77,14 +77,17 @@ def _task_map(tasks: Sequence[str], coordinates: Array, shares: Array) -> Figure
     axes = figure.subplots()
     axes.scatter(coordinates[:, 0], coordinates[:, 1], color=BLUE, s=30, alpha=0.8, linewidths=0)
     extent = np.ptp(coordinates, axis=0).max()
-    named: list[Array] = []
-    for task, point in zip(tasks, coordinates, strict=True):
-        is_near = any((abs(point - other) <= extent * np.array([0.3, 0.05])).all() for other in named)
-        if is_near and len(tasks) > _MAX_NAMES:
-            continue
-        named.append(point)
+    near = (abs(coordinates[:, None] - coordinates) <= extent * np.array([0.3, 0.05])).all(-1)
+    named: list[int] = []
+    for place in range(len(tasks)):
+        if len(tasks) <= _MAX_NAMES or not near[place, named].any():
+            named.append(place)
+    for place in named:
+        task, point = tasks[place], coordinates[place]
+        # Of two names that would meet, the lower point has its own below.
+        is_below = any(near[place, other] and (coordinates[other, 1], -other) > (point[1], -place) for other in named)
         is_right = point[0] - coordinates[:, 0].min() > 0.6 * extent
-        offset, side = (-5 if is_right else 5, -11 if is_near else 4), "right" if is_right else "left"
+        offset, side = (-5 if is_right else 5, -11 if is_below else 4), "right" if is_right else "left"
         axes.annotate(label(task), point, offset, textcoords="offset points", ha=side, fontsize=9)
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.08)

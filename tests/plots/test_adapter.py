@@ -185,6 +185,20 @@ def test_the_map_shows_the_directions_of_any_embedding(options: dict[str, Any]) 
     assert axes.get_xlabel() == f"first principal component ({shares[0]:.0%} of the variance)"
 
 
+@pytest.mark.parametrize("upper", [0, 1])
+def test_names_of_near_tasks_do_not_meet(upper: int) -> None:
+    model = adapted_model("llama", tasks=["product_sent", "film_sent", "trec", "spam"], task_embedding_dim=3)
+    with torch.no_grad():
+        weight = model.base_model.router.network("default").task_embedding.weight
+        weight.copy_(torch.tensor([[-1, 0, 1], [-1, 0, 1], [1, 0, 1], [0, 2, 1.0]]))
+        weight[1 - upper] += torch.tensor([0.03, -0.07, 0])
+    figure = draw(model)["task_map"]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in main_axes(figure).texts]
+    assert len(boxes) == 4
+    assert not boxes[0].overlaps(boxes[1])
+
+
 def test_embeddings_without_any_difference_lie_on_one_point() -> None:
     model = adapted_model("llama")
     with torch.no_grad():
