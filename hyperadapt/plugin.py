@@ -33,7 +33,7 @@ from peft.mapping import (
 
 from hyperadapt.config.config import HyperAdapterConfig, HyperAdapterType
 from hyperadapt.hub.push import create_or_update_model_card, push_to_hub
-from hyperadapt.routing.forward_pass import ROUTING_ARGUMENTS
+from hyperadapt.routing.forward_pass import ROUTING_ARGUMENTS, check_spelling
 from hyperadapt.tuner.loading import load_adapter
 from hyperadapt.tuner.model import HyperAdapterModel
 
@@ -94,6 +94,7 @@ def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
         construct(model, *args, **kwargs)
         if isinstance(model.base_model, HyperAdapterModel):
             model.special_peft_forward_args.update(ROUTING_ARGUMENTS)
+            model.register_forward_pre_hook(_check_task_ids, with_kwargs=True)
             # Partials, unlike closures, follow the model through copy and pickle.
             vars(model).update({name: functools.partial(method, model) for name, method in METHODS.items()})
             if isinstance(model, PeftModelForSequenceClassification):
@@ -104,6 +105,12 @@ def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
 
     construct_and_adopt.adopts_hyperadapters = True  # type: ignore[attr-defined]
     return construct_and_adopt
+
+
+def _check_task_ids(model: PeftModel, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what PEFT's classes for a ``task_type`` take for prompts, and drop before the tuner sees it."""
+    if kwargs.get("task_ids") is not None and isinstance(model.active_peft_config, HyperAdapterConfig):
+        check_spelling(model.get_base_model(), {"task_ids": kwargs["task_ids"]})
 
 
 def _with_all_outputs(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:

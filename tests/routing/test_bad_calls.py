@@ -169,6 +169,15 @@ def test_a_misspelled_argument_is_not_ignored(shared: PeftModel, name: str, mean
             call(**BATCH, **{name: "beta"})
 
 
+def test_task_ids_are_refused_where_peft_would_drop_them() -> None:
+    model = adapted_model("llama", default_task="gamma", task_type="CAUSAL_LM")
+    with pytest.raises(
+        TypeError, match=re.escape("task_ids=['beta'] is no argument of the model. Did you mean tasks=?")
+    ):
+        model(**BATCH, task_ids=["beta"])
+    assert_close(logits(model, BATCH, task_ids=None, tasks="gamma"), logits(model, BATCH, tasks="gamma"))
+
+
 def test_an_argument_of_the_base_model_keeps_its_name() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
