@@ -29,7 +29,8 @@ for command in (
     *(publication.generate, publication.export),
     *(publication.push, publication.card, inspection.diagnose, inspection.plot, inspection.doctor),
 ):
-    app.command()(command)
+    # A terminal breaks the lines, and not their width in the source.
+    app.command(help="\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n")))(command)
 
 
 def _show_version(is_asked: bool) -> None:

@@ -9,7 +9,7 @@ from hyperadapt_cli.output import Json, quiet_output, show, table
 
 
 def diagnose(adapter: Adapter, task: Tasks = None, revision: Revision = None, as_json: Json = False) -> None:
-    """Tell whether the tasks' adapters differ, or the hypernetwork ignores its task; the base model is not loaded."""
+    """Tell whether the tasks' adapters differ, or the hypernetwork ignores its task, without loading the base model."""
     with quiet_output(f"reading {adapter}"):
         from hyperadapt.diagnosis import diagnose as diagnose_network
         from hyperadapt.loras.generator import LoraGenerator
@@ -39,7 +39,7 @@ def plot(
 ) -> None:
     """Draw the adapter, without loading the base model, as PNG and SVG.
 
-    Drawn are the tasks' map, singular values, norms, cosines and the course of training.
+    The pictures show the tasks' map, singular values, norms, cosines and the course of training.
     """
     with quiet_output(f"drawing {adapter}"):
         from hyperadapt.loras.generator import LoraGenerator

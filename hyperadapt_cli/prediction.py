@@ -23,10 +23,13 @@ def predict(
         typer.Argument(
             help="Texts; files (.jsonl, .json, .csv, .tsv, .parquet, or .txt with a text in each line); - for lines "
             "of the standard input.",
-            metavar="FILE-OR-TEXT...",
+            metavar="FILE-OR-TEXT",
         ),
     ],
-    task: Annotated[str | None, typer.Option(help="The task of all rows. [the rows' column, or the only task]")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="The task of all rows.", show_default="the one in each row's column, or the only task"),
+    ] = None,
     task_column: Annotated[str, typer.Option(help="The column that names the task of each row.")] = "task",
     output: Annotated[Path | None, typer.Option(help="File to write to, a JSON object in each line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 64,

@@ -27,7 +27,7 @@ def generate(
     description: Annotated[list[str] | None, typer.Option(help="What the task is; may be repeated.")] = None,
     examples: Annotated[
         Path | None,
-        typer.Option(help="Labelled rows, as a file like those of a recipe; they need the base model.", exists=True),
+        typer.Option(help="A file with labelled rows, as in a recipe; this loads the base model.", exists=True),
     ] = None,
     text_encoder: Annotated[
         str | None, typer.Option(help="The adapter's text encoder, if its folder has moved.")
@@ -35,9 +35,9 @@ def generate(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Write the LoRA that a description asks for, without loading the base model; or one from examples, which it reads.
+    """Write the LoRA that a description asks for, without loading the base model, or one made from examples.
 
-    The adapter was trained with descriptions, or with examples.
+    The adapter must have been trained with descriptions, or with examples.
     """
     if not description and examples is None:
         raise typer.BadParameter("Say what the task is with --description TEXT or --examples FILE.")
@@ -61,15 +61,15 @@ def export(
     adapter: Adapter,
     output: Output,
     task: Annotated[list[str] | None, typer.Option(help="The task to export; may be repeated.")] = None,
-    all_tasks: Annotated[bool, typer.Option("--all", help="Export all tasks, to a folder each.")] = False,
+    all_tasks: Annotated[bool, typer.Option("--all", help="Export all tasks, each to a folder of its own.")] = False,
     format: Annotated[Format, typer.Option(help="What the LoRAs are for.")] = Format.PEFT,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Write tasks as ordinary LoRA folders, without loading the base model.
 
-    They are for plain PEFT and servers, llama.cpp's converter, MLX or diffusers. Of several tasks each folder is
-    complete or absent, and the same command goes on where it was stopped.
+    The LoRAs are for plain PEFT and servers, llama.cpp's converter, MLX or diffusers. With several tasks, each folder
+    is complete or absent, and the same command goes on where it was stopped.
     """
     if bool(task) == all_tasks:
         raise typer.BadParameter("Give the tasks with --task NAME, or all of them with --all.")

@@ -17,18 +17,18 @@ def init(
             help="Files with rows (.csv, .tsv, .json, .jsonl, .parquet), or folders of such files.", exists=True
         ),
     ],
-    output: Annotated[Path, typer.Option(help="The recipe to write; one that is there is left alone.")] = Path(
+    output: Annotated[Path, typer.Option(help="The recipe to write; an existing file is not overwritten.")] = Path(
         "recipe.yaml"
     ),
     base_model: Annotated[
-        str | None, typer.Option(help="Name of the base model on the Hub, or its folder. [a small one]")
+        str | None, typer.Option(help="Name of the base model on the Hub, or its folder.", show_default="a small one")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a starter recipe from data files: guess their tasks, columns and splits, and say what was guessed.
 
-    A file is a task of its name. Files such as trec/train.csv and trec/test.csv, or trec_train.csv and trec_test.csv,
-    are the splits of a task trec.
+    Each file is a task with the file's name. Files such as trec/train.csv and trec/test.csv, or trec_train.csv and
+    trec_test.csv, are the splits of a task trec.
     """
     if output.exists():
         raise typer.BadParameter(f"{str(output)!r} is there already. Name another file.", param_hint="--output")

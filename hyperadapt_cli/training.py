@@ -31,7 +31,7 @@ class Split(StrEnum):
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", exists=True, dir_okay=False)] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write to, instead of the recipe's, or of the adapter's own.")
+        Path | None, typer.Option(help="Folder to write to, instead of the recipe's or the adapter's own.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a finished run in the folder.")] = False,
@@ -39,17 +39,17 @@ def train(
         str | None,
         typer.Option(
             "--continue",
-            help="A trained adapter that learns on, in place of a recipe.",
+            help="A trained adapter that learns more tasks, in place of a recipe.",
             metavar="ADAPTER",
             callback=checked_adapter,
         ),
     ] = None,
     add: Annotated[
         Path | None,
-        typer.Option(help="With --continue: its new tasks, a YAML file.", exists=True, dir_okay=False),
+        typer.Option(help="With --continue: a YAML file with the new tasks.", exists=True, dir_okay=False),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show what would be done; nothing is written.")
+        bool, typer.Option("--dry-run", help="Check everything and show what would be done; write nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -85,26 +85,26 @@ def evaluate(
     adapter: Annotated[
         str | None,
         typer.Argument(
-            help="Folder of a trained adapter, or its name on the Hub.", metavar="[ADAPTER]", callback=checked_adapter
+            help="Folder of a trained adapter, or its name on the Hub.", metavar="ADAPTER", callback=checked_adapter
         ),
     ] = None,
-    split: Annotated[Split, typer.Option(help="Which data.")] = Split.TEST,
+    split: Annotated[Split, typer.Option(help="Which rows to measure on.")] = Split.TEST,
     task: Tasks = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task at most, drawn at random.", min=1)] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(help="File for the answer to each row; without an ADAPTER, a file of answers to measure."),
+        typer.Option(help="File to write the answer to each row to; without an ADAPTER, a file of answers to measure."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 64,
     controls: Annotated[
-        bool, typer.Option("--controls", help="Answer the rows also under other descriptions; up to nine times slower.")
+        bool, typer.Option("--controls", help="Also answer the rows under other descriptions; up to nine times slower.")
     ] = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy and loss of every task, or of answers in a file.
 
-    Results of all tasks and rows go into the folder's record, by split, and card.
+    If all tasks and rows are measured, the results go into the folder's record, by split, and into its card.
     """
     if adapter is None:
         options = {"--split": split != Split.TEST, "--task": bool(task), "--limit": limit is not None}
@@ -158,37 +158,43 @@ def add_task(
     adapter: Adapter,
     name: Annotated[str, typer.Argument(help="Name of the new task.")],
     description: Annotated[
-        list[str] | None, typer.Option(help="What the task is; may be repeated. Alone it needs no training.")
+        list[str] | None, typer.Option(help="What the task is; may be repeated. With this alone, nothing is trained.")
     ] = None,
     examples: Annotated[
         Path | None,
-        typer.Option(help="8 to 64 labelled rows, or any number to train on: a file as in a recipe.", exists=True),
+        typer.Option(help="File with 8 to 64 labelled rows, or with --train any number; as in a recipe.", exists=True),
     ] = None,
     fit: Annotated[
-        bool, typer.Option("--fit", help="Fit to the examples also where the adapter reads them in one pass.")
+        bool, typer.Option("--fit", help="Fit to the examples even if the adapter could read them in one pass.")
     ] = False,
     test: Annotated[Path | None, typer.Option(help="Rows to evaluate the task on later.", exists=True)] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(help="A label that the task's rows may get; may be repeated. [from the examples]"),
+        typer.Option(help="A label of the task; may be repeated.", show_default="those of the examples"),
     ] = None,
     train: Annotated[
         bool,
-        typer.Option("--train", help="Train all of the adapter, half on the examples and half on rows of old tasks."),
+        typer.Option(
+            "--train", help="Train all of the adapter, half on the examples and half on rows of the old tasks."
+        ),
     ] = False,
     replay: Annotated[
         list[str] | None,
-        typer.Option(help="TASK=FILE, rows of an old task to train on again; may be repeated. [the recipe's]"),
+        typer.Option(
+            help="TASK=FILE, rows of an old task to train on again; may be repeated.", show_default="the recipe's"
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the training. [100]", min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Rate of the training. [the recipe's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the training.", show_default="100", min=1)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Rate of the training.", show_default="the recipe's")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write to, instead of changing the adapter's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Add a task to a trained adapter: by a description alone, fitted to examples, or trained.
 
-    A description alone, or --examples, to which the new embedding alone is fitted, leave every bit of the other tasks.
-    --train trains all of the adapter, with rows of the old tasks so that they are not forgotten.
+    With a description alone, or with --examples, to which only the new embedding is fitted, the other tasks keep every
+    bit. --train trains all of the adapter, with rows of the old tasks so that they are not forgotten.
     """
     folder = _folder_to_write(adapter, output)
     replayed = _replay(replay)

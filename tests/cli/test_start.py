@@ -45,6 +45,19 @@ def test_help_and_wrong_usage_load_nothing_that_takes_long() -> None:
     assert run(CODE.format(arguments=arguments)).stdout == "[]\n"
 
 
+def test_help_shows_defaults_in_words_and_breaks_lines_where_the_terminal_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    hyperadapt = CommandLine(monkeypatch, capsys)
+    started, added = hyperadapt("init", "--help"), hyperadapt("add-task", "--help")
+    # What stands in square brackets in a help text is taken for a colour, and left out.
+    assert "its folder. [default: (a small one)]" in started
+    assert [text for text in ("(those of the examples)", "(the recipe's)", "(100)") if text not in added] == []
+    assert "trec_train.csv and trec_test.csv, are the splits" in started
+    assert "evaluate [OPTIONS] [ADAPTER]" in hyperadapt("evaluate", "--help")
+
+
 def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert CommandLine(monkeypatch, capsys)("--version") == f"hyperadapt {version('hyperadapt')}\n"
 
