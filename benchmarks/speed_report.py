@@ -179,15 +179,16 @@ def _plot(rows: Sequence[Row], folder: Path) -> None:
     """Ratios to LoRA, a panel for each measure; a bar goes from the 20th to the 80th percentile."""
     rows = [row for row in rows if row["reference"] == LORA and row["arm"] != LORA]
     panels = list(dict.fromkeys((row["measure"], row["mode"]) for row in rows))
-    columns = min(4, len(panels))
+    # Two, so that names can be read where a page is as wide as its text.
+    columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4 * columns, 5 * lines), layout="constrained")
+    figure = Figure(figsize=(5 * columns, 4.2 * lines), layout="constrained")
     for place, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(lines, columns, place)
         _plot_panel(axes, [row for row in rows if (row["measure"], row["mode"]) == panel])
         axes.set_title(f"{panel[0]}, {panel[1]}: over one LoRA", fontsize="medium")
     handles = [Line2D([], [], color=color, marker="o", label=arm) for arm, color in COLORS.items() if arm != LORA]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     save_plot(figure, folder / "speed.svg")
     print(f"\nrows and plot: {folder / 'speed.jsonl'}, {folder / 'speed.svg'}")
 
