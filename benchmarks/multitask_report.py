@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.plots import save_plot
 from benchmarks.rows import write_rows
@@ -160,21 +161,31 @@ def _print_tasks(arms: dict[str, list[Row]]) -> None:
 
 
 def _plot(cells: Cells, folder: Path) -> None:
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _plot_sizes(left, cells[max(cells)])
-    _plot_fractions(right, cells)
+    figure = Figure(figsize=(9, 11), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    _plot_sizes(upper, cells[max(cells)])
+    _plot_fractions(lower, cells)
     save_plot(figure, folder / "multitask.svg")
     print(f"\nplot: {folder / 'multitask.svg'}")
 
 
 def _plot_sizes(axes: Axes, arms: dict[str, list[Row]]) -> None:
-    for arm, rows in arms.items():
-        mean, half = interval([row["accuracy"] for row in rows])
-        size, color = rows[0]["parameters"], COLORS.get(arm, "#999999")
+    intervals = {arm: interval([row["accuracy"] for row in rows]) for arm, rows in arms.items()}
+    means = [mean for mean, _ in intervals.values()]
+    line = 0.065 * (max(means) - min(means))
+    named: list[tuple[float, float]] = []
+    for arm, (mean, half) in sorted(intervals.items(), key=lambda item: -item[1][0]):
+        size, color = arms[arm][0]["parameters"], COLORS.get(arm, "#999999")
         axes.errorbar(size, mean, np.nan_to_num(half), fmt="o", capsize=3, color=color)
-        axes.annotate(arm, (size, mean), textcoords="offset points", xytext=(5, 4), fontsize="small", color=color)
+        # Below the names that are near.
+        height = min(
+            [mean, *(other - line for place, other in named if 0.6 < place / size < 1.6 and other < mean + line)]
+        )
+        named.append((size, height))
+        axes.annotate(arm, (size, height), textcoords="offset points", xytext=(6, 0), va="center", color=color)
+    axes.margins(x=0.3)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel("mean test accuracy")
     axes.set_title("All training rows")
