@@ -34,4 +34,4 @@ Adapter = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of an adapter on the Hub.")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
-Output = Annotated[Path, typer.Argument(help="Folder to write to.", file_okay=False)]
+Output = Annotated[Path, typer.Argument(help="Folder to write to.", metavar="OUTPUT", file_okay=False)]

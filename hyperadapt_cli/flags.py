@@ -15,6 +15,7 @@ _PHRASES = {
     r"\bTrain longer \(steps\), at another learning_rate\b": "Train longer (--steps), at another --learning-rate",
     r"\bneeds labels=,": "needs --label,",
     r"\blabels=(?=\[)": "--label ",
+    r", or remove_task\('.*?'\) first": "",
     r"\bPass examples= or embedding=, or train\b": "Give the task --examples, or train",
     r"\bPass description=, examples= or embedding=": "Give --description or --examples",
     r"\bFit a task to them with add_task\(name, examples=\.\.\.\)": "Fit a task to them with add-task --examples",

@@ -87,8 +87,10 @@ def export(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of an adapter or of an exported LoRA.", exists=True)],
-    repo_id: Annotated[str, typer.Argument(help="Name on the Hub, user/name.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of an adapter or of an exported LoRA.", metavar="FOLDER", exists=True)
+    ],
+    repo_id: Annotated[str, typer.Argument(help="Name on the Hub.", metavar="USER/NAME")],
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Folder in the repository.")] = None,
@@ -114,7 +116,9 @@ def push(
 
 
 def card(
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.", exists=True, file_okay=False)],
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder of an adapter.", metavar="ADAPTER", exists=True, file_okay=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Write the model card of an adapter anew, README.md, without loading the base model.

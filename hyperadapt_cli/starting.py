@@ -14,7 +14,9 @@ def init(
     data: Annotated[
         list[Path],
         typer.Argument(
-            help="Files with rows (.csv, .tsv, .json, .jsonl, .parquet), or folders of such files.", exists=True
+            help="Files with rows (.csv, .tsv, .json, .jsonl, .parquet), or folders of such files.",
+            metavar="DATA",
+            exists=True,
         ),
     ],
     output: Annotated[Path, typer.Option(help="The recipe to write; an existing file is not overwritten.")] = Path(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hyperadapt.runs.preview import Preview
 
 _SHOWN_LABELS = 6
+_TRAINED_ON = "These rows were trained on. Add test files to the recipe to see how other rows fare."
 
 
 class Split(StrEnum):
@@ -29,7 +30,9 @@ class Split(StrEnum):
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", exists=True, dir_okay=False)] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE", exists=True, dir_okay=False)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write to, instead of the recipe's or the adapter's own.")
     ] = None,
@@ -78,7 +81,10 @@ def train(
     if dry_run:
         return show(asdict(seen), _preview_text(seen), as_json)
     result = {"folder": str(run.folder), **run.record.results}
-    show(result, f"{_results_table(run.record.results)}\n\nsaved to {run.folder}", as_json)
+    lines = [_results_table(run.record.results)]
+    if run.record.results["split"] == Split.TRAIN:
+        lines.append(_TRAINED_ON)
+    show(result, "\n".join([*lines, "", f"saved to {run.folder}"]), as_json)
 
 
 def evaluate(
@@ -156,7 +162,7 @@ def _results_lines(results: Mapping[str, Any]) -> list[str]:
 
 def add_task(
     adapter: Adapter,
-    name: Annotated[str, typer.Argument(help="Name of the new task.")],
+    name: Annotated[str, typer.Argument(help="Name of the new task.", metavar="NAME")],
     description: Annotated[
         list[str] | None, typer.Option(help="What the task is; may be repeated. With this alone, nothing is trained.")
     ] = None,
@@ -252,7 +258,7 @@ def continue_training(
 def _folder_to_write(adapter: str, output: Path | None) -> Path:
     """Where an adapter that was changed goes."""
     if output is None and not Path(adapter).is_dir():
-        raise typer.BadParameter(f"{adapter!r} is no folder. Name a folder to write to with --output.")
+        raise typer.BadParameter(f"{adapter!r} is a name on the Hub. Name a folder to write to with --output.")
     return output or Path(adapter)
 
 
@@ -312,7 +318,9 @@ def _results_table(results: Mapping[str, Any]) -> str:
     rows += [[task, *(_known(values[name]) for name in names)] for task, values in results["tasks"].items()]
     mean = results["mean"]
     rows.append(["mean", "", *(_known(mean[name]) for name in names[1:])])
-    return f"{results['split']} split\n{table(rows)}"
+    # A file of answers is no split.
+    head = results["split"] if results["split"] == "predictions" else f"{results['split']} split"
+    return f"{head}\n{table(rows)}"
 
 
 def _known(value: object) -> object:

@@ -98,8 +98,8 @@ def evaluate(
     lacking = [name for name in names if getattr(known[name], split) is None]
     if lacking or not names:
         raise ValueError(
-            f"split={split!r} is not given for the tasks {shown(lacking or list(known))}. Name its file in {RECIPE} of "
-            f"{run.folder}, or choose another split."
+            f"The tasks {shown(lacking or list(known))} have no rows for split={split!r}. Name a file with such rows "
+            f"in {RECIPE} of {run.folder}, or choose another split."
         )
     if limit is not None:
         check_integer("limit", limit, MAX_ROWS)

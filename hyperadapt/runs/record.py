@@ -112,7 +112,10 @@ def hardware(device: torch.device) -> str:
     """What a model was trained on: number and name of the GPUs, or of the CPU's threads."""
     if device.type == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
-    return f"{torch.get_num_threads()} threads of {_processor()}" if device.type == "cpu" else str(device)
+    if device.type == "cpu":
+        count = torch.get_num_threads()
+        return f"{count} thread{'s' if count > 1 else ''} of {_processor()}"
+    return str(device)
 
 
 def versions() -> dict[str, str]:

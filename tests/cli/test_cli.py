@@ -205,6 +205,18 @@ def test_a_card_of_ones_own_is_kept(hyperadapt: CommandLine, adapter: Path) -> N
     assert "## Mine" in path.read_text()
 
 
+def test_results_of_rows_that_were_trained_on_say_so(hyperadapt: CommandLine, tmp_path: Path) -> None:
+    tasks = {"mail": {"train": "data/mail/train.jsonl"}}
+    path = tiny_runs.write_recipe(tmp_path, "SEQ_CLS", {"tasks": tasks, **tiny_runs.training(max_steps=1)})
+    lines = hyperadapt("train", path).splitlines()
+    assert lines[0] == "train split"
+    assert lines[-3:] == [
+        "These rows were trained on. Add test files to the recipe to see how other rows fare.",
+        "",
+        f"saved to {tmp_path / 'run'}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -220,11 +232,11 @@ def test_a_card_of_ones_own_is_kept(hyperadapt: CommandLine, adapter: Path) -> N
         (["export", "ADAPTER", "RECIPE", "--all"], 2, "is a file."),
         (["train", "RECIPE", "--resume", "--overwrite"], 2, "Give --resume or --overwrite, not both."),
         (["export", "ADAPTER", "OUT"], 2, "Give the tasks with --task NAME, or all of them with --all."),
-        (["add-task", "user/repo", "new", "--description", "x"], 2, "is no folder. Name a folder to write to"),
+        (["add-task", "user/repo", "new", "--description", "x"], 2, "is a name on the Hub. Name a folder to write to"),
         (
             ["add-task", "ADAPTER", "mail", "--description", "x", "--label", "mail"],
             1,
-            "There already is a task 'mail'.",
+            "There already is a task 'mail'. Choose another name.",
         ),
         (["diagnose", "ADAPTER", "--task", "unknown"], 1, "Unknown task 'unknown'."),
         (["push", "EMPTY", "user/repo"], 1, "holds no adapter"),

@@ -60,7 +60,7 @@ def test_an_adapter_learns_on(hyperadapt: CommandLine, adapter: Path, tmp_path: 
             ["MORE", "--continue", "ADAPTER", "--add", "MORE", "--resume"],
             "--continue does not go with RECIPE, --resume. Leave out the one or the other.",
         ),
-        (["--continue", "me/first", "--add", "MORE"], "'me/first' is no folder. Name a folder to write to with"),
+        (["--continue", "me/first", "--add", "MORE"], "'me/first' is a name on the Hub. Name a folder to write to"),
     ],
 )
 def test_what_cannot_be_read_is_misuse(

@@ -67,7 +67,7 @@ def test_answers_go_to_a_file_and_are_measured(hyperadapt: CommandLine, adapter:
     measured = hyperadapt.json("evaluate", "--predictions", out)
     known = hyperadapt.json("evaluate", adapter, "--task", "mail")
     assert measured["tasks"]["mail"]["accuracy"] == known["tasks"]["mail"]["accuracy"]
-    assert hyperadapt("evaluate", "--predictions", out).splitlines()[0] == "predictions split"
+    assert hyperadapt("evaluate", "--predictions", out).splitlines()[0] == "predictions"
     before = out.read_bytes()
     hyperadapt("predict", adapter, out, "--task", "mail", "--output", out, code=1)
     assert f"--output {out} is one of the files to answer, and would replace it." in hyperadapt.stderr

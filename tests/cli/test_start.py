@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, version
 from pathlib import Path
 
 import pytest
+import typer
 from transformers.utils import logging
 
 import hyperadapt_cli as cli
@@ -56,6 +57,14 @@ def test_help_shows_defaults_in_words_and_breaks_lines_where_the_terminal_does(
     assert [text for text in ("(those of the examples)", "(the recipe's)", "(100)") if text not in added] == []
     assert "trec_train.csv and trec_test.csv, are the splits" in started
     assert "evaluate [OPTIONS] [ADAPTER]" in hyperadapt("evaluate", "--help")
+
+
+def test_arguments_have_names_in_capitals_without_brackets() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    names = {
+        one.metavar for command in commands.values() for one in command.params if one.param_type_name == "argument"
+    }
+    assert names == {"ADAPTER", "DATA", "FILE-OR-TEXT", "FOLDER", "NAME", "OUTPUT", "RECIPE", "USER/NAME"}
 
 
 def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

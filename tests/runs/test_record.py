@@ -62,8 +62,10 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
     assert Record.load(tmp_path) == RECORDED
 
 
-def test_what_a_run_was_made_with() -> None:
-    assert re.fullmatch(r"\d+ threads of .+", hardware(torch.device("cpu")))
+def test_what_a_run_was_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, words in ((1, "1 thread"), (3, "3 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert re.fullmatch(rf"{words} of .+", hardware(torch.device("cpu")))
     found = versions()
     assert list(found) == ["python", "hyperadapt", "torch", "transformers", "peft"]
     # Builds differ in whether the package's own version names the local one.

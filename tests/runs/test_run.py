@@ -230,7 +230,7 @@ def test_a_split_that_some_tasks_lack(copied: Callable[[str], Path]) -> None:
     tasks = {name: replace(task, test=None) if name != "mail" else task for name, task in run.recipe.tasks.items()}
     run.recipe = replace(run.recipe, tasks=tasks)
     assert list(evaluate(run)["tasks"]) == ["mail"]
-    message = r"split='test' is not given for the tasks \['letters'\]. Name its file in recipe.yaml"
+    message = r"The tasks \['letters'\] have no rows for split='test'. Name a file with such rows in recipe.yaml"
     with pytest.raises(ValueError, match=message):
         evaluate(run, tasks=["mail", "letters"])
     run.recipe = replace(run.recipe, tasks={"letters": tasks["letters"]})
