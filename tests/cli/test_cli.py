@@ -12,7 +12,6 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 import hyperadapt_cli as cli
 from examples import write_recipe
@@ -27,13 +26,6 @@ from tests.support.card_schema import check_card
 from tests.support.command_line import CommandLine
 from tests.support.helpers import ROOT, run_python
 from tests.support.hub_server import HubServer
-
-
-@pytest.fixture
-def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    # As in a fresh process; other tests turn them off.
-    logging.enable_progress_bar()
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers.utils import logging
 
 from hyperadapt.runs import load_run
 from tests.support.command_line import CommandLine
 from tests.support.tiny_runs import contents, labelled_rows, recipe, silent, training, write_rows
-
-
-@pytest.fixture
-def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    logging.enable_progress_bar()
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,6 @@ from tests.support.hub_server import HubServer
 from tests.support.tiny_runs import write_recipe
 
 
-@pytest.fixture
-def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
 def only_error(hyperadapt: CommandLine, *arguments: object) -> str:
     """The message of a command that fails, which is one line and the same for machines."""
     error = hyperadapt.json(*arguments, code=1)["error"]

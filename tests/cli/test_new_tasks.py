@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers.utils import logging
 
 from hyperadapt.runs import Record, load_run, train
 from hyperadapt.tasks import encoders
@@ -30,12 +29,6 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> None:
         return letters(texts), None
 
     monkeypatch.setattr(encoders, "encode_texts", encode_texts)
-
-
-@pytest.fixture
-def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    logging.enable_progress_bar()
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,6 @@ from tests.support import tiny_runs
 from tests.support.command_line import CommandLine
 
 
-@pytest.fixture
-def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}

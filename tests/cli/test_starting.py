@@ -11,11 +11,6 @@ from tests.support.command_line import CommandLine
 from tests.support.tiny_runs import contents, write_recipe
 
 
-@pytest.fixture
-def hyperadapt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
 def test_a_starter_for_people_and_for_machines(
     hyperadapt: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
