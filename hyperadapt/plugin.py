@@ -2,8 +2,9 @@
 
 - Three mappings get this method.
 - The constructor of ``PeftModel`` looks whether the model has a hyperadapter, and changes that model alone: it keeps
-  ``tasks`` and what belongs to it from the base model, loads adapters with checks of its own, and publishes with our
-  card. A tuner cannot do this, since it is never told which model it becomes part of.
+  ``tasks`` and what belongs to it from the base model, loads adapters with checks of its own, publishes with our card,
+  and trains the head of token classification and of question answering. A tuner cannot do this, since it is never told
+  which model it becomes part of.
 - ``AutoPeftModelForSequenceClassification``, and that for tokens, load the base model of a hyperadapter with as many
   outputs as it was trained with, and their names.
 - ``pipeline("text-classification")`` answers with the labels of a task, once there is a classifier with a hyperadapter.
@@ -22,7 +23,9 @@ from peft import (
     AutoPeftModelForTokenClassification,
     PeftConfig,
     PeftModel,
+    PeftModelForQuestionAnswering,
     PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
     optimizers,
 )
 from peft.mapping import (
@@ -43,6 +46,11 @@ METHODS: dict[str, Callable[..., Any]] = {
     "create_or_update_model_card": create_or_update_model_card,
 }
 CLASSIFIERS = (AutoPeftModelForSequenceClassification, AutoPeftModelForTokenClassification)
+# What the constructors of these write into the caller's `modules_to_save` after the adapter is made, which has a copy.
+HEADS: dict[type[PeftModel], list[str]] = {
+    PeftModelForTokenClassification: ["classifier", "score"],
+    PeftModelForQuestionAnswering: ["qa_outputs"],
+}
 # The third, of Riemannian preconditioning, refuses by itself a model without LoRA's factors.
 LORA_OPTIMIZERS = ("create_loraplus_optimizer", "create_lorafa_optimizer")
 
@@ -90,14 +98,16 @@ def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(construct)
-    def construct_and_adopt(model: PeftModel, /, *args: Any, **kwargs: Any) -> None:
-        construct(model, *args, **kwargs)
-        if isinstance(model.base_model, HyperAdapterModel):
-            model.special_peft_forward_args.update(ROUTING_ARGUMENTS)
-            model.register_forward_pre_hook(_check_task_ids, with_kwargs=True)
+    def construct_and_adopt(peft_model: PeftModel, /, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(peft_config, HyperAdapterConfig):
+            peft_config = _with_head(peft_config, peft_model)
+        construct(peft_model, model, peft_config, *args, **kwargs)
+        if isinstance(peft_model.base_model, HyperAdapterModel):
+            peft_model.special_peft_forward_args.update(ROUTING_ARGUMENTS)
+            peft_model.register_forward_pre_hook(_check_task_ids, with_kwargs=True)
             # Partials, unlike closures, follow the model through copy and pickle.
-            vars(model).update({name: functools.partial(method, model) for name, method in METHODS.items()})
-            if isinstance(model, PeftModelForSequenceClassification):
+            vars(peft_model).update({name: functools.partial(method, peft_model) for name, method in METHODS.items()})
+            if isinstance(peft_model, PeftModelForSequenceClassification):
                 # Its import waits until a pipeline could be asked for.
                 from hyperadapt.tuner.pipelines import register as register_pipeline
 
@@ -105,6 +115,12 @@ def _adopting(construct: Callable[..., None]) -> Callable[..., None]:
 
     construct_and_adopt.adopts_hyperadapters = True  # type: ignore[attr-defined]
     return construct_and_adopt
+
+
+def _with_head(config: HyperAdapterConfig, peft_model: PeftModel) -> HyperAdapterConfig:
+    """A copy that names the head of a model's kind as well, and each module once."""
+    heads = (name for kind, names in HEADS.items() if isinstance(peft_model, kind) for name in names)
+    return config.replaced(modules_to_save=list(dict.fromkeys([*(config.modules_to_save or ()), *heads])) or None)
 
 
 def _check_task_ids(model: PeftModel, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The method as PEFT sees it."""
 
+import copy
 import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -8,18 +9,26 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
+)
 
-from hyperadapt import HyperAdapterConfig, HyperAdapterModel
+from hyperadapt import HyperAdapterConfig, HyperAdapterModel, LoraGenerator
 from hyperadapt.config.config import HyperAdapterType
 from hyperadapt.plugin import LORA_OPTIMIZERS, METHODS, ROUTING_ARGUMENTS, register
-from tests.support.helpers import adapted_model, base_model, run_python
+from tests.support.helpers import adapted_model, adapter_config, base_model, make_active, run_python
 
 KIND = HyperAdapterType.HYPERADAPTER
 MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
@@ -65,6 +74,51 @@ def test_optimizers_of_lora_s_factors_are_refused(name: str) -> None:
     register()
     assert getattr(peft.optimizers, name) is create
     assert sum(len(group["params"]) for group in create(model=lora, **options).param_groups) > 0
+
+
+HEADS = {
+    "SEQ_CLS": (BertForSequenceClassification, ["classifier", "score"]),
+    "TOKEN_CLS": (BertForTokenClassification, ["classifier", "score"]),
+    "QUESTION_ANS": (BertForQuestionAnswering, ["qa_outputs"]),
+    "CAUSAL_LM": (BertLMHeadModel, None),
+    "FEATURE_EXTRACTION": (BertModel, None),
+}
+
+
+@pytest.mark.parametrize("extra", [None, ["attention.output.dense"]])
+@pytest.mark.parametrize("task_type", HEADS)
+def test_the_head_of_each_kind_of_model_is_trained_and_saved(
+    task_type: str, extra: list[str] | None, tmp_path: Path
+) -> None:
+    kind, head = HEADS[task_type]
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertConfig(**sizes, intermediate_size=16, is_decoder=task_type == "CAUSAL_LM")
+    config = adapter_config(task_type=task_type, target_modules="all-linear", modules_to_save=copy.copy(extra))
+    torch.manual_seed(0)
+    model = get_peft_model(kind(base), config)
+    assert type(model) is MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type]
+    wanted = [*(extra or []), *(head or [])] or None
+    assert model.peft_config["default"].modules_to_save == config.modules_to_save == wanted
+    # No model here has a "score".
+    modules = {name for name in wanted or () if name != "score"}
+    trained = {name for name, one in model.named_parameters() if one.requires_grad and "hyperadapter_" not in name}
+    assert {ending for ending in modules for name in trained if f".{ending}." in name} == modules
+    assert all(any(f".{ending}." in name for ending in modules) for name in trained)
+    # Nothing of it is adapted as well.
+    positions = {position.name for position in model.base_model.router.network("default").positions}
+    assert not any(name.endswith(tuple(modules)) for name in positions if modules)
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).normal_()
+    make_active(model).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(kind(base), tmp_path)
+    assert loaded.peft_config["default"].modules_to_save == wanted
+    ids = torch.arange(3, 9).reshape(2, 3)
+    assert torch.equal(loaded(ids, tasks="beta")[0], model(ids, tasks="beta")[0])
+    # Its files alone tell of the head, too.
+    made = LoraGenerator.from_pretrained(tmp_path).state_dict("beta")
+    assert {ending for ending in modules for name in made if f".{ending}." in name} == modules
 
 
 class Foreign:

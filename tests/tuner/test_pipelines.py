@@ -150,7 +150,6 @@ def test_tags_of_tokens_get_their_head_too(base: Path, tmp_path: Path) -> None:
     made = AutoModelForTokenClassification.from_pretrained(base, num_labels=7, ignore_mismatched_sizes=True)
     config = HyperAdapterConfig(
         task_type="TOKEN_CLS",
-        modules_to_save=["classifier"],
         **tiny_runs.ADAPTER,
         task_labels={"default": {0: "O", 6: "B-PER"}},
     )
