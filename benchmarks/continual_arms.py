@@ -37,7 +37,8 @@ class Arm:
     Attributes:
         kind: What learned the known tasks: ``"hyperadapter"`` or ``"lora"``.
         replay: Whether half of the rows are of known tasks.
-        way: ``"train"`` all of it further; ``"fit"`` an embedding, all else frozen; or an ``"own"`` LoRA for the task.
+        way: ``"train"`` all of it further; ``"fit"`` an embedding, all else frozen; then train ``"own factors"``
+            alone, too; or an ``"own"`` LoRA for the task.
         rates: Learning rates.
     """
 
@@ -50,7 +51,8 @@ class Arm:
 ARMS = {
     "hyperadapter, replay": Arm("hyperadapter", replay=True),
     "hyperadapter, no replay": Arm("hyperadapter"),
-    "hyperadapter, exact": Arm("hyperadapter", way="fit", rates=(FIT_RATE,)),
+    "hyperadapter, exact": Arm("hyperadapter", way="own factors"),
+    "hyperadapter, embedding alone": Arm("hyperadapter", way="fit", rates=(FIT_RATE,)),
     "LoRA, replay": Arm("lora", replay=True),
     "LoRA, no replay": Arm("lora"),
     "LoRA, and an own one": Arm("lora", way="own", rates=(START_RATE,)),
@@ -148,6 +150,9 @@ def run_arm(start: Start, arm: Arm, rate: float) -> dict[str, Any]:
     started, own = time.process_time(), model
     if arm.way == "own":
         own = start.fresh(lora(OWN_RANK))
+    elif arm.way == "own factors":
+        model.add_own_factors(model.tasks[-1])
+        model.set_trained_task(model.tasks[-1])
     if arm.way != "fit":
         groups = [start.data.train[start.new]]
         if arm.replay:

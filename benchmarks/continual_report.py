@@ -23,6 +23,7 @@ PAIRS = (
     ("hyperadapter, no replay", "LoRA, no replay"),
     ("hyperadapter, replay", "LoRA, replay"),
     ("LoRA, and an own one", "hyperadapter, exact"),
+    ("hyperadapter, exact", "hyperadapter, embedding alone"),
 )
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="known tasks")
     parser.add_argument("--rows", type=int, default=1000, help="training rows per task at most")
     parser.add_argument("--steps", type=int, default=300, help="on the known tasks")
-    parser.add_argument("--new-steps", type=int, default=100, help="on the new task, with rows of the known ones")
+    parser.add_argument("--new-steps", type=int, default=100, help="on the new task")
     parser.add_argument("--output", type=Path, default=Path("runs/continual"))
     options = parser.parse_args()
     disable_progress_bars()
@@ -40,8 +40,8 @@ def main() -> None:
     }
     scores = {"before": evaluate(train(load_recipe(write(folder / "first.yaml", content))))}
     more = {"tasks": {NEW_TASK: files(NEW_TASK, folder, options.rows)}}
-    for keep, how in (("replay", {"steps": options.new_steps}), ("exact", {})):
-        path = write(folder / f"{keep}.yaml", {"keep": keep, **how, **more})
+    for keep in ("replay", "exact"):
+        path = write(folder / f"{keep}.yaml", {"keep": keep, "steps": options.new_steps, **more})
         # `hyperadapt train --continue FOLDER/first --add PATH --output FOLDER/KEEP` does the same.
         run = load_run(folder / "first")
         for added in continue_run(run, load_additions(path, run.recipe)):

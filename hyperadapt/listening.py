@@ -184,8 +184,7 @@ def compare(
 
 
 def _table(model: nn.Module) -> TaskTable:
-    network = active_network(model)[1]
-    return TaskTable(network.config, network.task_embedding)
+    return active_network(model)[1].table
 
 
 def _conditions(

@@ -37,6 +37,7 @@ from hyperadapt.config.task_fields import (
     TEXT,
     check_example_fields,
     check_text_fields,
+    checked_own_factors,
     checked_sources,
     checked_tasks,
     descriptions_of,
@@ -89,6 +90,8 @@ class HyperAdapterConfig(PeftConfig):
             names that outputs have in the base model's ``id2label``; where those have no names, a list with one for
             each. Only a task's own labels compete; see ``docs/classifier-labels.md``. After the adapter is made always
             dicts.
+        own_factors: Tasks that have factors of their own, as many numbers as a LoRA, which are added to the generated
+            ones before these are normalised. Filled in by ``HyperAdapterModel.add_own_factors``.
         default_task: Task of calls that name none. None takes the first, but then refuses to train several tasks
             without being told which.
         task_embedding: Where a task's embedding comes from: ``"learned"``, ``"text"`` (a projection of its
@@ -170,6 +173,7 @@ class HyperAdapterConfig(PeftConfig):
     task_labels: dict[str, Labels] | None = field(
         default=None, metadata={"help": "Of a classifier: task name -> output -> label."}
     )
+    own_factors: list[str] | None = field(default=None, metadata={"help": "Tasks with factors of their own."})
     default_task: str | None = field(default=None, metadata={"help": "Task of calls that name none."})
     task_embedding: str | dict[str, str] = field(
         default="learned",
@@ -248,6 +252,12 @@ class HyperAdapterConfig(PeftConfig):
         """Where each task's embedding comes from, by task id."""
         sources = self.task_embedding
         return [sources if isinstance(sources, str) else sources[name] for name in self.tasks]
+
+    @property
+    def own_task_ids(self) -> list[int]:
+        """The ids of the tasks that have factors of their own."""
+        places = {name: place for place, name in enumerate(self.tasks)}
+        return [places[name] for name in self.own_factors or ()]
 
     @property
     def has_examples(self) -> bool:
@@ -355,6 +365,7 @@ class HyperAdapterConfig(PeftConfig):
         if isinstance(self.text_encoder, os.PathLike):
             self.text_encoder = os.fspath(self.text_encoder)
         self.tasks, self.task_descriptions = checked_tasks(self.tasks, self.task_descriptions, self.default_task)
+        self.own_factors = checked_own_factors(self.own_factors, self.tasks)
         self.task_embedding = checked_sources(self.task_embedding, self.tasks, self.task_descriptions)
         has_text = any(source in TEXT for source in self.task_sources)
         check_text_fields(has_text, self.text_encoder, self.text_encoder_revision, self.text_embedding_dim)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hyperadapt.config.checks import check_integer, check_type, shown
+from hyperadapt.config.checks import check_integer, check_type, checked_names, shown
 
 # Those with a vector of their own that training learns, with text, and with examples.
 LEARNED, TEXT, EXAMPLES = ("learned", "both"), ("text", "both", "text+examples"), ("examples", "text+examples")
@@ -111,6 +111,19 @@ def checked_sources(
                 "from name to description, or give the task task_embedding='learned'."
             )
     return sources[tasks[0]] if len(set(sources.values())) == 1 else sources
+
+
+def checked_own_factors(own_factors: Any, tasks: Sequence[str]) -> list[str] | None:
+    """The tasks with factors of their own, in the order of the tasks; None if there are none."""
+    if own_factors is None:
+        return None
+    names, known = set(checked_names("own_factors", own_factors)), set(tasks)
+    for name in own_factors:
+        if name not in known:
+            raise ValueError(
+                f"own_factors names {shown(name)}, which is not among the tasks {shown(list(tasks))}. Leave it out."
+            )
+    return [name for name in tasks if name in names] or None
 
 
 def check_text_fields(has_text: bool, text_encoder: Any, revision: Any, text_embedding_dim: Any) -> None:

@@ -124,7 +124,7 @@ class Hypernetwork(nn.Module):
         self.shared = nn.ParameterDict()
         groups: dict[str, list[Position]] = {}
         for position in positions:
-            groups.setdefault(_shape(position), []).append(position)
+            groups.setdefault(shape_name(position), []).append(position)
         self._places = {member.name: place for members in groups.values() for place, member in enumerate(members)}
         for shape, members in groups.items():
             position, r = members[0], members[0].r
@@ -148,7 +148,7 @@ class Hypernetwork(nn.Module):
         """One group for each shape and rank among the positions; of embeddings only the direction counts."""
         groups: dict[str, list[Position]] = {}
         for position in positions:
-            groups.setdefault(_shape(position), []).append(position)
+            groups.setdefault(shape_name(position), []).append(position)
         # In the groups' order, in which each group's part is a view.
         hidden = self._hidden(task_embeddings, [position for members in groups.values() for position in members])
         sizes = [sum(position.weights for position in members) for members in groups.values()]
@@ -176,7 +176,7 @@ class Hypernetwork(nn.Module):
 
     def _shared(self, factor: str, members: Sequence[Position]) -> Tensor:
         """What all tasks share of a factor of some positions of one shape, (positions, r, size)."""
-        shared: Tensor = self.shared[f"{factor}_{_shape(members[0])}"]
+        shared: Tensor = self.shared[f"{factor}_{shape_name(members[0])}"]
         places = [self._places[position.name] for position in members]
         return shared if places == list(range(len(shared))) else shared[self._tables.table(places, shared.device)]
 
@@ -222,7 +222,7 @@ class Hypernetwork(nn.Module):
         return f"{factor}_{size}_r{position.r}{fan_in}"
 
 
-def _shape(position: Position) -> str:
+def shape_name(position: Position) -> str:
     """Name of a position's shape; positions with the same name are generated together."""
     fan_in = f"_fan{position.fan_in}" if position.fan_in else ""
     experts = f"_e{position.experts}" if position.experts else ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork
+from hyperadapt.hypernetwork.own_factors import OwnFactors
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.updates import largest_singular_values, update_grams
 from hyperadapt.hypernetwork.warmup import BoundWarmup
@@ -20,6 +21,7 @@ from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS, frobenius_norm_squared, learned_bound, soft_scale
 from hyperadapt.tables import Tables
 from hyperadapt.tasks.embedding import TaskEmbedding
+from hyperadapt.tasks.table import TaskTable
 
 
 class HyperAdapterNetwork(nn.Module):
@@ -52,6 +54,7 @@ class HyperAdapterNetwork(nn.Module):
             mixing="logits" in method.needs,
             conditioning=config.conditioning,
         )
+        self.own_factors = OwnFactors(self.positions, config.own_task_ids)
         self.register_buffer("base_norms", base_norms)
         # A random start has its whole size at once.
         warmup = config.normalization_options.get("warmup", 1) if config.has_zero_heads else 1
@@ -82,19 +85,33 @@ class HyperAdapterNetwork(nn.Module):
         if self.warmup is not None and is_trained:
             self.warmup.expect_step()
         # Looked up in here, where sharded training has gathered the parameters.
-        tasks = tasks.to(self.hypernetwork.layer_embedding.device, non_blocking=True)
-        task_embeddings = tasks if tasks.is_floating_point() else self.task_embedding(tasks)
+        device = self.hypernetwork.layer_embedding.device
+        is_known = not tasks.is_floating_point()
+        moved = tasks.to(device, non_blocking=True)
+        task_embeddings = self.task_embedding(moved) if is_known else moved
         kind = task_embeddings.device.type
         # The device "meta" knows no autocast.
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             by_rank: dict[int, list[Generated]] = {}
-            for group in self.hypernetwork(task_embeddings, positions):
+            generated = self.hypernetwork(task_embeddings, positions)
+            for group in self.own_factors.added_to(generated, tasks) if is_known else generated:
                 by_rank.setdefault(group.positions[0].r, []).append(group)
             return {
                 name: factors
                 for groups in by_rank.values()
                 for name, factors in self._normalized(groups, dtype, is_whole).items()
             }
+
+    @property
+    def table(self) -> TaskTable:
+        """The tasks, to be changed in a copy."""
+        own = {name: self.own_factors.of(place) for place, name in enumerate(self.config.own_factors or ())}
+        return TaskTable(self.config, self.task_embedding, own)
+
+    def take(self, table: TaskTable) -> None:
+        """Have the tasks of a table that was made of this network's own."""
+        self.config, self.task_embedding = table.config, table.embedding
+        self.own_factors = OwnFactors(self.positions, table.config.own_task_ids, table.own_factors.values())
 
     @property
     def position_norms(self) -> Tensor:

@@ -30,7 +30,6 @@ from hyperadapt.loras.folders import check_folder_names, check_places, write_lor
 from hyperadapt.loras.library import unfinished_library
 from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors, warn_of_zeros
 from hyperadapt.tasks.ids import resolve_task_ids
-from hyperadapt.tasks.table import TaskTable
 from hyperadapt.tuner.active import active_network, find_tuner
 from hyperadapt.tuner.model import HyperAdapterModel
 from hyperadapt.tuner.saved_adapter import read_adapter
@@ -257,7 +256,7 @@ class LoraGenerator:
         Raises:
             ValueError: If the adapter knows no text, the description is empty, or the encoder is another one.
         """
-        embedding = TaskTable(self.config, self.network.task_embedding).embed(description, text_encoder)
+        embedding = self.network.table.embed(description, text_encoder)
         texts = [description] if isinstance(description, str) else list(description)
         return GeneratedLora(self._made(embedding[None], None, texts))
 
@@ -284,7 +283,7 @@ class LoraGenerator:
             ValueError: If the generator was made from files, which lack the base model that reads examples, or the
                 adapter was trained without any, or they are wrong.
         """
-        TaskTable(self.config, self.network.task_embedding).check_reads_examples(len(examples), "examples")
+        self.network.table.check_reads_examples(len(examples), "examples")
         if self._model is None:
             raise ValueError(
                 "This generator was made from an adapter's files, and examples are read by the base model. Load that "

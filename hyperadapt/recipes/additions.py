@@ -15,7 +15,6 @@ from hyperadapt.recipes.schema import Section, check_tasks, checked_file, checke
 from hyperadapt.recipes.yaml_lines import Check, YamlFile, check_text
 
 KEEP = ("replay", "exact")
-_OF_A_TRAINING = ("replay", "steps", "learning_rate")
 _OF_THE_ADAPTER = ("base_model", "revision", "dtype", "output_dir", "max_length", "adapter", "trainer", "training")
 
 
@@ -26,7 +25,7 @@ class Additions:
     Args:
         tasks: Name -> new task, in the order in which they are learned.
         keep: How the known tasks are kept: ``"replay"`` trains all of the adapter, half on rows of a new task and half
-            on rows of the known ones; ``"exact"`` leaves every bit of theirs, and fits the new task's embedding alone.
+            on rows of the known ones; ``"exact"`` leaves every bit of theirs, and trains factors of the new task's own.
         replay: Known task -> file with rows of it, in place of what the adapter's recipe names.
         steps: Steps of the training on each new task; None for 100.
         learning_rate: Its rate; None for that of the adapter's recipe.
@@ -71,12 +70,17 @@ def load_additions(path: str | os.PathLike[str], recipe: Recipe) -> Additions:
     for name, task in tasks.items():
         _check_task(file, name, task, recipe, keep)
     replay = _checked_replay(file, fields.get("replay", {}), recipe, folder)
-    given = [name for name in _OF_A_TRAINING if name in fields]
-    if keep == "exact" and given:
+    if keep == "exact" and "replay" in fields:
+        file.refuse(
+            ("replay",),
+            "replay names rows of known tasks, which keep='exact' holds without them. Leave it out, or set keep: "
+            "replay.",
+        )
+    given = [name for name in ("steps", "learning_rate") if name in fields]
+    if keep == "exact" and given and tasks and not any("train" in task for task in tasks.values()):
         file.refuse(
             (given[0],),
-            f"{given[0]} is for a training, but keep='exact' leaves all that the tasks share as it is. Leave it out, "
-            "or set keep: replay.",
+            f"{given[0]} is for a training, but no task has rows to train on (train). Leave it out, or name some.",
         )
     if file.problems:
         raise RecipeError(path, file.problems)

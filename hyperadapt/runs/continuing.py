@@ -17,7 +17,8 @@ def continue_run(  # noqa: DOC502
     """Have a trained adapter learn new tasks in memory, one after the other; write it with ``save_run``.
 
     Each task is added as by ``add_task``: with ``keep="replay"`` trained, with rows of all tasks before it; with
-    ``keep="exact"`` fitted to its rows, or added by its description where it has none.
+    ``keep="exact"`` fitted to its rows, with own factors that are trained alone; or added by its description, where it
+    has none.
 
     Args:
         run: The run, whose model, recipe and record are changed. All data are read first. On a later error the task
@@ -44,6 +45,7 @@ def continue_run(  # noqa: DOC502
     way = Way(
         fit=not is_trained,
         train=is_trained,
+        own_factors=not is_trained,
         replay=additions.replay,
         steps=additions.steps or STEPS,
         learning_rate=additions.learning_rate,

@@ -42,12 +42,14 @@ class AddedTask:
             examples.
         no_better_than_majority: Whether always giving the most frequent answer would do as well on them.
         old_tasks: Of a training, old task -> ``before`` and ``after``, its accuracies, on ``rows`` rows of ``split``.
+        trained: Whether the adapter, or the task's own factors, were trained on its examples.
     """
 
     name: str
     examples: Mapping[str, float] | None = None
     no_better_than_majority: bool = False
     old_tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trained: bool = False
 
     def __str__(self) -> str:
         if self.examples is None:
@@ -56,7 +58,7 @@ class AddedTask:
         lines = [f"{self.name}, on its own {self.examples['rows']} examples: {shares.format(**self.examples)}"]
         if self.no_better_than_majority:
             results = {"tasks": {self.name: self.examples}, "no_better_than_majority": [self.name]}
-            remedy = "train longer, or at another rate" if self.old_tasks else "train on it, with train=True (--train)"
+            remedy = "train longer, or at another rate" if self.trained else "train on it, with train=True (--train)"
             lines += [f"{line}: {remedy}" for line in no_better_lines(results)]
         if self.old_tasks:
             before, after = (
@@ -78,6 +80,8 @@ class Way:
 
     fit: bool = False
     train: bool = False
+    # Whether it gets factors of its own, which are trained alone on its rows.
+    own_factors: bool = False
     replay: Mapping[str, Source] = field(default_factory=dict)
     steps: int = STEPS
     learning_rate: float | None = None
@@ -152,19 +156,22 @@ def add_checked(
 ) -> AddedTask:
     """As ``add_task``, of a task with its rows."""
     task = with_labels(run, name, task, rows)
-    old = read_replay(run, way.replay) if way.train else None
+    old = read_replay(run, way.replay) if way.train else Replay({}, {}, {})
+    has_own = way.own_factors and rows is not None
     before = run.recipe, run.record
     by_description = way.train and task.description is not None and _reads_text(run)
     _add(run, name, task, rows, by_description=by_description, fit=way.fit)
     try:
+        if has_own:
+            _add_own_factors(run, name)
         if rows is not None and run.recipe.shows_inputs:
             run.record = replace(
                 run.record, prompts={**run.record.prompts, name: prompt_of(rows, run.recipe.task_type)}
             )
         with quiet_loading() if report is None else nullcontext():
-            if old is None or rows is None:
+            if rows is None or not (way.train or has_own):
                 return _told(run, name, rows)
-            with trainable(run.model):
+            with trainable(run.model, name if has_own else None):
                 return _trained(run, name, rows, old, way, report)
     except BaseException:
         find_tuner(run.model).remove_task(name)
@@ -215,6 +222,12 @@ def _add(run: Run, name: str, task: TaskRecipe, rows: TaskRows | None, *, by_des
     run.recipe = replace(run.recipe, adapter=adapter, tasks={**run.recipe.tasks, name: task})
 
 
+def _add_own_factors(run: Run, name: str) -> None:
+    find_tuner(run.model).add_own_factors(name)
+    own = active_network(run.model)[1].config.own_factors
+    run.recipe = replace(run.recipe, adapter={**run.recipe.adapter, "own_factors": own})
+
+
 def _reads_text(run: Run) -> bool:
     return any(active_network(run.model)[1].config.embedded_descriptions)
 
@@ -236,14 +249,15 @@ def _trained(
     way: Way,
     report: Report | None,
 ) -> AddedTask:
-    """Train a task that was added, and measure it and the old ones."""
+    """Train a task that was added, and measure it and the old ones that are replayed."""
     say = report or (lambda line: None)
     left_out = [task for task in run.recipe.tasks if task not in old.train and task != name]
-    if left_out:
+    if old.train and left_out:
         say(f"no rows to train on again: {', '.join(left_out)}")
     accuracies = [_accuracies(run, old)]
     own = tokenize(rows, run.recipe, run.tokenizer)
-    say(f"training on {len(own)} rows of {name} and {sum(map(len, old.train.values()))} of {len(old.train)} old tasks")
+    replayed = f" and {sum(map(len, old.train.values()))} of {len(old.train)} old tasks" if old.train else ""
+    say(f"training on {len(own)} rows of {name}{replayed}")
     facts = train_with_replay(
         run, name, own, old.train, steps=way.steps, learning_rate=way.learning_rate, report=report
     )
@@ -251,11 +265,13 @@ def _trained(
     told = _told(run, name, rows)
     _check_learned(told, facts)
     added = {**run.record.training.get("added_tasks", {}), name: facts}
-    # The results were those of the adapter before.
-    run.record = replace(run.record, training={**run.record.training, "added_tasks": added}, results={})
+    # After a replay, the results are those of the adapter before.
+    stale: dict[str, Any] = {"results": {}, "other_results": {}} if old.train else {}
+    run.record = replace(run.record, training={**run.record.training, "added_tasks": added}, **stale)
     first, last = accuracies
     return replace(
         told,
+        trained=True,
         old_tasks={
             task: {"before": first[task], "after": last[task], "rows": len(data), "split": old.splits[task]}
             for task, data in old.measured.items()
@@ -276,7 +292,7 @@ def _check_learned(told: AddedTask, facts: Mapping[str, Any]) -> None:
 
 
 def _accuracies(run: Run, old: Replay) -> dict[str, float]:
-    results = evaluate_rows(run, "old tasks", old.measured, 64)["tasks"]
+    results = evaluate_rows(run, "old tasks", old.measured, 64)["tasks"] if old.measured else {}
     return {task: values["accuracy"] for task, values in results.items()}
 
 

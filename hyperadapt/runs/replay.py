@@ -1,4 +1,4 @@
-"""Training of a new task together with rows of the old ones, so that those are not forgotten."""
+"""Training of a new task: with rows of the old ones, so that those are not forgotten, or of its own factors alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hyperadapt.recipes.schema import checked_file
 from hyperadapt.runs.evaluation import tokenize
 from hyperadapt.runs.run import Run
 from hyperadapt.runs.training import Report, make_trainer
-from hyperadapt.tuner.active import active_network
+from hyperadapt.tuner.active import active_network, find_tuner
 
 Source: TypeAlias = str | os.PathLike[str] | Dataset
 # Of each old task, how many rows at most are trained on again, and how many are answered before and after.
@@ -100,7 +100,7 @@ def train_with_replay(
     learning_rate: float | None,
     report: Report | None,
 ) -> dict[str, Any]:
-    """Train all of the adapter, half on a task's rows and half on those of the old ones; the facts to record."""
+    """Train what is trainable, half on a task's rows and half on those of old ones, if any; the facts to record."""
     training = {key: value for key, value in run.recipe.training.items() if not _OF_THE_FIRST.fullmatch(key)}
     training |= {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
     if learning_rate is not None:
@@ -122,12 +122,11 @@ def train_with_replay(
 
 
 @contextmanager
-def trainable(model: PeftModel) -> Iterator[None]:
-    """Let the active adapter be trained; on an error its numbers are what they were."""
+def trainable(model: PeftModel, task: str | None = None) -> Iterator[None]:
+    """Let the active adapter be trained, or a task's own factors; on an error its numbers are what they were."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    name, network = active_network(model)
-    model.set_requires_grad(name)
-    network.requires_grad_(True)
+    _, network = active_network(model)
+    find_tuner(model).set_trained_task(task)
     state = [*(one for one in model.parameters() if one.requires_grad), *network.buffers()]
     copies = [tensor.detach().clone() for tensor in state]
     try:

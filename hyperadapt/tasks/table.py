@@ -38,14 +38,19 @@ class TaskRow:
     # See ``ExampleRows.parts``.
     examples: tuple[Tensor, Tensor] | None = None
     labels: Labels | None = None
+    own_factors: nn.ParameterDict | None = None
 
 
 @dataclass(frozen=True)
 class TaskTable:
-    """The tasks as a configuration lists them and an embedding knows them; every change gives a new table."""
+    """The tasks as a configuration lists them and an embedding knows them; every change gives a new table.
+
+    Own factors are by the name of the task, in the configuration's order.
+    """
 
     config: HyperAdapterConfig
     embedding: TaskEmbedding
+    own_factors: Mapping[str, nn.ParameterDict]
 
     def appended(self, row: TaskRow) -> TaskTable:
         """With one more task."""
@@ -70,6 +75,17 @@ class TaskTable:
         rows[task_id] = replace(rows[task_id], name=new_name)
         return self._of(rows, default_task=new_name if self.config.default_task == name else self.config.default_task)
 
+    def with_own_factors(self, name: str, factors: nn.ParameterDict) -> TaskTable:
+        """With factors of its own for a task, which may not have any."""
+        rows, task_id = self._rows(), self._id(name)
+        if name in self.own_factors:
+            raise ValueError(
+                f"Task {name!r} has factors of its own already. Train them (set_trained_task({name!r})), or remove the "
+                "task and add it anew."
+            )
+        rows[task_id] = replace(rows[task_id], own_factors=factors)
+        return self._of(rows)
+
     def row_between(self, name: str, weights: Mapping[str, float]) -> TaskRow:
         """A task whose embedding is the weighted sum of others' directions."""
         self.check_new_name(name)
@@ -77,6 +93,11 @@ class TaskTable:
             raise ValueError(f"interpolate_tasks({name!r}) got no weights. Pass a dict from known task to weight.")
         for task, weight in weights.items():
             check_number(f"weights[{shown(task)}]", weight, "a finite number", lambda value: True)
+            if task in self.own_factors:
+                raise ValueError(
+                    f"weights names {shown(task)}, which has factors of its own, and those do not follow from an "
+                    "embedding. Leave it out."
+                )
         directions = self._directions(resolve_task_ids(list(weights), self.config.task_names))
         factors = torch.tensor(list(weights.values()), dtype=directions.dtype, device=directions.device)
         embedding = factors @ directions
@@ -224,6 +245,7 @@ class TaskTable:
                 next(vectors) if source in TEXT else None,
                 next(examples) if source in EXAMPLES else None,
                 config.labels_of(name) or None,
+                self.own_factors.get(name),
             )
             for name, source in zip(config.tasks, config.task_sources, strict=True)
         ]
@@ -236,8 +258,10 @@ class TaskTable:
             changes |= {"text_encoder": None, "text_encoder_revision": None, "text_embedding_dim": None}
         if not has_examples:
             changes |= {"example_dim": None, "example_classes": None}
+        own_factors = {row.name: row.own_factors for row in rows if row.own_factors is not None}
         config = self.config.replaced(
             tasks=[row.name for row in rows],
+            own_factors=list(own_factors) or None,
             task_descriptions={row.name: row.description for row in rows if row.description} or None,
             task_embedding={row.name: row.source for row in rows},
             task_labels={row.name: row.labels for row in rows if row.labels} or None,
@@ -266,4 +290,4 @@ class TaskTable:
         if examples:
             kept, banks = zip(*examples, strict=True)
             new.example_rows.fill(torch.stack(kept), banks, old.example_rows.is_given)
-        return TaskTable(config, new)
+        return TaskTable(config, new, own_factors)

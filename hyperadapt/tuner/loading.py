@@ -46,7 +46,10 @@ def check_size(config: HyperAdapterConfig, positions: Sequence[Position], size: 
         network = HyperAdapterNetwork(config, positions, torch.empty(sum(p.weights for p in positions)))
     sizes: Counter[str] = Counter()
     for name, parameter in network.named_parameters():
-        part = next((part for part in ("heads", "shared", "trunk", "task_embedding") if f"{part}." in name), "inputs")
+        part = next(
+            (part for part in ("own_factors", "heads", "shared", "trunk", "task_embedding") if f"{part}." in name),
+            "inputs",
+        )
         sizes[part] += parameter.numel()
     if network.task_embedding.has_text:
         sizes["descriptions"] = network.task_embedding.text_vectors.numel()
@@ -56,6 +59,7 @@ def check_size(config: HyperAdapterConfig, positions: Sequence[Position], size: 
         fields = {
             "heads": "r, rank_pattern or hypernetwork_dim, or choose head='row'",
             "shared": "r or rank_pattern, or leave modules out with exclude_modules",
+            "own_factors": "r, or the number of tasks in own_factors",
             "trunk": "hypernetwork_dim or hypernetwork_depth",
             "task_embedding": "task_embedding_dim or the number of tasks",
             "descriptions": "text_embedding_dim or the number of descriptions",

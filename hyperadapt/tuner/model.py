@@ -15,7 +15,6 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.routing.checkpointing import factors_carried
 from hyperadapt.routing.forward_pass import call_of, check_spelling, main_input
 from hyperadapt.routing.requests import Request, Tasks
-from hyperadapt.tasks.table import TaskTable
 from hyperadapt.tuner.base_norms import base_norm, is_made_empty
 from hyperadapt.tuner.building import built_network, check_in_use, router_of, take_out
 from hyperadapt.tuner.labelled_tuner import LabelledTuner
@@ -25,9 +24,10 @@ from hyperadapt.tuner.loading import weights_follow
 from hyperadapt.tuner.lora_only import LORA_ONLY
 from hyperadapt.tuner.merging import check_merge, check_pin, check_removal
 from hyperadapt.tuner.model_state import unchanged_on_error
-from hyperadapt.tuner.new_tasks import ExampleReader, NewTask, table_of
+from hyperadapt.tuner.new_tasks import ExampleReader, NewTask
 from hyperadapt.tuner.saved_tuner import SavedTuner
 from hyperadapt.tuner.targeted_parameters import ParameterTuner
+from hyperadapt.tuner.task_tuner import TaskTuner
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hyperadapt.tasks.fitting import Examples
 
 
-class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner):
+class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, TaskTuner):
     """PEFT tuner for hyperadapters; made by ``get_peft_model`` with a ``HyperAdapterConfig``.
 
     What it offers on tasks is for the active adapter. An optimizer has to be made anew after tasks have changed.
@@ -296,16 +296,6 @@ class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner):
 
     def _reader(self, data_collator: Callable[[list[Any]], Any] | None) -> ExampleReader:
         return ExampleReader(self.model, self.router, self._table(), data_collator)
-
-    def _table(self) -> TaskTable:
-        return table_of(self.router.only(self.active_adapters)[1])
-
-    def _set_table(self, table: TaskTable) -> None:
-        adapter_name, network = self.router.only(self.active_adapters)
-        network.task_embedding, network.config = table.embedding, table.config
-        self.peft_config[adapter_name] = table.config
-        # A new tensor may lie where the old one did, so that nothing tells stale factors.
-        self.router.drop_factors(adapter_name)
 
     def __getattr__(self, name: str) -> Any:
         # PEFT looks names up in the base model, so that the error would tell of that one.

@@ -30,7 +30,7 @@ def table_of(network: HyperAdapterNetwork) -> TaskTable:
             "The adapter is sharded over processes, so its tasks cannot be changed. Save it, and change them in one "
             "process."
         )
-    return TaskTable(network.config, network.task_embedding)
+    return network.table
 
 
 @dataclass(frozen=True)

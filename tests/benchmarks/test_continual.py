@@ -34,17 +34,18 @@ def test_fast_form_runs_resumes_and_refuses_other_settings(
     arms = {
         name: Arm(arm.kind, arm.replay, arm.way, arm.rates[-1:])
         for name, arm in continual.ARMS.items()
-        if name in ("hyperadapter, replay", "hyperadapter, exact", "LoRA, no replay", "LoRA, and an own one")
+        if name not in ("hyperadapter, no replay", "LoRA, replay")
     }
     monkeypatch.setattr(continual, "ARMS", arms)
     command = ["continual", "--fast", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", command)
     continual.main()
-    assert capsys.readouterr().out.count("seed 0 arm ") == 4
+    assert capsys.readouterr().out.count("seed 0 arm ") == 5
     rows = {row["arm"]: row for row in read_rows(tmp_path / "rows.jsonl")}
     assert {name: row["identical"] for name, row in rows.items()} == {
         "hyperadapter, replay": False,
         "hyperadapter, exact": True,
+        "hyperadapter, embedding alone": True,
         "LoRA, no replay": False,
         "LoRA, and an own one": True,
     }

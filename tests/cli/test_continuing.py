@@ -36,11 +36,13 @@ def test_an_adapter_learns_on(hyperadapt: CommandLine, adapter: Path, tmp_path: 
     assert lines[-1] == f"4 tasks, saved to {tmp_path / 'second'}"
     assert load_run(tmp_path / "second").recipe.adapter_config.task_names == ["reviews", "letters", "mail", "new"]
     exact = tmp_path / "exact.yaml"
-    exact.write_text(f"keep: exact\n{file.read_text().replace('new.jsonl', str(adapter.parent / 'new.jsonl'))[9:]}")
+    exact.write_text(f"keep: exact\n{file.read_text().replace('new.jsonl', str(adapter.parent / 'new.jsonl'))}")
     result = hyperadapt.json("train", "--continue", adapter, "--add", exact)
     assert (result["folder"], result["tasks"]) == (str(adapter), ["reviews", "letters", "mail", "new"])
     [added] = result["added"]
     assert (added["name"], added["old_tasks"], added["examples"]["rows"]) == ("new", {}, 12)
+    assert added["trained"]
+    assert load_run(adapter).recipe.adapter_config.own_factors == ["new"]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ FULL = {
     "modules_to_save": ["classifier"],
     "tasks": DESCRIPTIONS,
     "default_task": "sst2",
+    "own_factors": ["boolq"],
     "task_labels": {"boolq": {0: "no", 1: "yes"}},
     "task_embedding": "both",
     "conditioning": "additive",
@@ -186,6 +187,12 @@ BAD = [
         r"tasks=['a', ' \t'] holds ' \t'; every task needs a non-empty name.",
     ),
     ({"tasks": ["a", 1]}, ValueError, "tasks=['a', 1] holds 1; every task needs a non-empty name."),
+    (
+        {"tasks": ["a"], "own_factors": ["b"]},
+        ValueError,
+        "own_factors names 'b', which is not among the tasks ['a']. Leave it out.",
+    ),
+    ({"tasks": ["a"], "own_factors": "a"}, TypeError, "own_factors='a' must be a list of names, not str."),
     ({"tasks": {1: "One."}}, ValueError, "tasks=[1] holds 1; every task needs a non-empty name."),
     (
         {"tasks": ["a", "b", "a"]},

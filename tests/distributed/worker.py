@@ -39,7 +39,7 @@ CHECKPOINTING = {"none": None, "non_reentrant": False, "reentrant": True}
 METHODS: dict[str, dict[str, Any]] = {
     "soft_frobenius": {"normalization": "soft_frobenius", "normalization_bound": 0.5},
     "spectral, rows": {"normalization": "spectral", "head": "row"},
-    "soft_polar": {"normalization_warmup": STEPS},
+    "soft_polar": {"normalization_warmup": STEPS, "own_factors": ["beta"]},
     "adaptive": {"normalization": "adaptive"},
     "sinkhorn": {"normalization": "sinkhorn"},
     "text, gated": {

@@ -39,8 +39,9 @@ def test_all_fields_are_read(file: Path) -> None:
         7,
         1e-3,
     )
-    file.write_text("keep: exact\ntasks:\n  new: {description: Tell a.}\n")
-    assert load_additions(file, KNOWN) == Additions({"new": TaskRecipe(description="Tell a.")}, "exact")
+    file.write_text("keep: exact\ntasks:\n  new: {description: Tell a.}\n  newer: {train: data/new.jsonl}\nsteps: 7\n")
+    tasks = {"new": TaskRecipe(description="Tell a."), "newer": TaskRecipe(train=rows)}
+    assert load_additions(file, KNOWN) == Additions(tasks, "exact", steps=7)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +69,15 @@ def test_all_fields_are_read(file: Path) -> None:
         ),
         ("keep: frozen\n", 1, "keep='frozen' is unknown. Choose one of 'replay', 'exact'."),
         (
-            "keep: exact\ntasks:\n  new: {train: data/new.jsonl}\nsteps: 5\n",
+            "keep: exact\ntasks:\n  new: {description: Tell a.}\nsteps: 5\n",
             4,
-            "steps is for a training, but keep='exact' leaves all that the tasks share as it is. Leave it out, or set "
-            "keep: replay.",
+            "steps is for a training, but no task has rows to train on (train). Leave it out, or name some.",
+        ),
+        (
+            "keep: exact\ntasks:\n  new: {train: data/new.jsonl}\nreplay: {mail: data/new.jsonl}\n",
+            4,
+            "replay names rows of known tasks, which keep='exact' holds without them. Leave it out, or set keep: "
+            "replay.",
         ),
         (
             "tasks:\n  new: {train: data/new.jsonl}\nreplay: {mial: data/new.jsonl}\n",

@@ -12,6 +12,7 @@ import torch
 
 from hyperadapt.recipes import load_additions
 from hyperadapt.runs import Run, continue_run, load_run, save_run, train
+from tests.support.helpers import trainable
 from tests.support.tiny_runs import labelled_rows, recipe, tokenizer, training, write_rows
 
 LABELS = {"a": "positive", "b": "negative"}
@@ -63,15 +64,29 @@ def is_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
 def test_known_tasks_are_held_bit_by_bit(run: Run) -> None:
     before = answers(run)
     weights = {name: value.clone() for name, value in run.model.state_dict().items() if "task_embedding" not in name}
-    added = continue_run(run, load_additions(file(run, "keep: exact\n"), run.recipe), report=None)
+    flags, results, lines = trainable(run.model), run.record.results, []
+    additions = load_additions(file(run, "keep: exact\nsteps: 12\nlearning_rate: 5e-3\n"), run.recipe)
+    added = continue_run(run, additions, report=lines.append)
     assert [one.name for one in added] == ["first", "second"]
-    assert all(one.examples and one.examples["rows"] == 24 and not one.old_tasks for one in added)
+    assert all(one.trained and not one.old_tasks for one in added)
+    assert [one.examples and one.examples["rows"] for one in added] == [24, 24]
+    assert [line for line in lines if line.startswith(("training on", "no rows"))] == [
+        "training on 24 rows of first",
+        "training on 24 rows of second",
+    ]
+    # What was measured of the known tasks holds as well.
+    assert run.record.results == results != {}
+    facts = {"steps": 12, "learning_rate": 5e-3, "rows": 24, "replayed_rows": 0}
+    assert run.record.training["added_tasks"] == {"first": facts, "second": facts}
+    assert {name for name in trainable(run.model) if ".own_factors." not in name} == flags
     assert is_same(answers(run), before)
     after = run.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in weights.items())
     assert run.recipe.adapter_config.task_names == ["reviews", "letters", "mail", "first", "second"]
     assert run.recipe.tasks["first"].test == str(run.folder.parent / "new" / "first.jsonl")
-    # The new tasks do learn: their embeddings are their own.
+    assert run.recipe.adapter_config.own_factors == ["first", "second"]
+    assert all(one.any() for name, one in run.model.named_parameters() if ".own_factors." in name)
+    # The new tasks do learn.
     batch = tokenizer(run.recipe.task_type)(["good a b"], return_tensors="pt")
     with torch.no_grad():
         logits = {name: run.model(**batch, tasks=name).logits for name in run.recipe.tasks}

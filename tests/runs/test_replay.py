@@ -88,6 +88,7 @@ def is_unchanged(run: Run, before: tuple[Any, ...]) -> bool:
 def test_a_task_is_trained_and_the_old_ones_are_kept(copied: Callable[[str], Run], task_type: str) -> None:
     run, lines = copied(task_type), []
     before = evaluate(run)["tasks"]
+    run.record = replace(run.record, other_results={"validation": {"split": "validation", "tasks": before}})
     added = add_task(run, "new", examples=rows(30, 1, task_type), train=True, steps=60, report=lines.append)
     assert isinstance(added, AddedTask)
     assert added.examples is not None
@@ -110,7 +111,7 @@ def test_a_task_is_trained_and_the_old_ones_are_kept(copied: Callable[[str], Run
     assert re.fullmatch(r"old tasks, mean accuracy: [01]\.\d{3} before, [01]\.\d{3} after", text[1])
     assert re.fullmatch(r"  reviews: [01]\.\d{3} before, [01]\.\d{3} after \(test, 16 rows\)", text[2])
     # What was measured of the adapter before is not told of this one.
-    assert run.record.results == {}
+    assert (run.record.results, run.record.other_results) == ({}, {})
     facts = run.record.training["added_tasks"]["new"]
     assert facts == {"steps": 60, "learning_rate": 1e-2, "rows": 30, "replayed_rows": 120}
     save_run(run, run.folder)
@@ -276,7 +277,9 @@ def test_the_last_word_on_a_task_that_learned_nothing() -> None:
     fitted = str(AddedTask("new", scores, True))
     assert fitted.splitlines()[1] == f"{line}train on it, with train=True (--train)"
     old = {"mail": {"before": 0.9, "after": 0.8, "rows": 16, "split": "test"}}
-    assert str(AddedTask("new", scores, True, old)).splitlines()[1:] == [
+    alone = str(AddedTask("new", scores, True, trained=True))
+    assert alone.splitlines()[1:] == [f"{line}train longer, or at another rate"]
+    assert str(AddedTask("new", scores, True, old, trained=True)).splitlines()[1:] == [
         f"{line}train longer, or at another rate",
         "old tasks, mean accuracy: 0.900 before, 0.800 after",
         "  mail: 0.900 before, 0.800 after (test, 16 rows)",
