@@ -204,3 +204,13 @@ def test_headings_and_fences_that_readers_could_not_use_are_refused(tmp_path: Pa
         anchors(page)
     with pytest.raises(ValueError, match=r"page.md:5: code without a fence"):
         blocks(page)
+
+
+def test_what_works_has_an_example_and_tests() -> None:
+    """The table on the first page."""
+    section = (DOCS / "index.md").read_text(encoding="utf-8").partition("## What works")[2].partition("## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.strip().splitlines()[2:]]
+    assert len(rows) == 8
+    for _, _, example, held in rows:
+        assert (ROOT / "examples" / f"{example.strip('`')}.py").is_file(), example
+        assert (ROOT / held.strip("`")).is_file(), held

@@ -13,7 +13,7 @@ from hyperadapt.cards.lora_card import lora_card
 from hyperadapt.config.checks import check_choice, shown
 from hyperadapt.files import whole_folders
 from hyperadapt.loras.file_formats import FORMATS
-from hyperadapt.loras.lora import Lora, warn_of_zeros
+from hyperadapt.loras.lora import Lora, LoraFamily, warn_of_mistaken_names, warn_of_zeros
 
 # Folders of these names, also with an ending, cannot be made on Windows.
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{digit}" for name in ("com", "lpt") for digit in range(10))}
@@ -43,12 +43,16 @@ def check_folder_names(names: Sequence[str]) -> None:
 def write_loras(loras: Iterable[Lora], folders: Sequence[Path], format: str) -> None:
     """Write LoRAs with their cards to a folder each; all of them, or none."""
     check_places(folders, format)
-    zeros = []
+    zeros: list[str | None] = []
+    families: list[LoraFamily] = []
     with whole_folders(folders) as new:
         for lora, place, folder in zip(loras, new, folders, strict=True):
             write_lora(lora, place, folder, format)
             zeros += [lora.task] if lora.is_zero else []
+            families.append(lora.family)
     warn_of_zeros(zeros)
+    # All of a call are of one adapter.
+    warn_of_mistaken_names(families[:1], format)
 
 
 def check_places(folders: Iterable[Path], format: str) -> None:

@@ -28,7 +28,7 @@ from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.loras.file_formats import peft_tensors
 from hyperadapt.loras.folders import check_folder_names, check_places, write_loras
 from hyperadapt.loras.library import unfinished_library
-from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors, warn_of_zeros
+from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors, warn_of_mistaken_names, warn_of_zeros
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import active_network, find_tuner
 from hyperadapt.tuner.model import HyperAdapterModel
@@ -239,6 +239,7 @@ class LoraGenerator:
                     bar.set_postfix_str(library.progress, refresh=False)
                     bar.update()
         warn_of_zeros(zeros)
+        warn_of_mistaken_names([self._family], format)
         return folders
 
     def from_description(  # noqa: DOC502

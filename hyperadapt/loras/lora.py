@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from torch import Tensor
 
 from hyperadapt.config.adapted_fields import AdaptedModel
@@ -138,6 +139,23 @@ class Lora:
             for name, pair in self.factors.items()
             for end, tensor in pair.items()
         }
+
+
+def warn_of_mistaken_names(families: Sequence[LoraFamily], format: str) -> None:
+    """Say that PEFT takes linear layers of some mixtures for experts, which had their names before transformers 5."""
+    for family in families if format == "peft" else ():
+        model_type = (family.base.config or {}).get("model_type", "")
+        mistaken = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), {})
+        modules = [name for name, one in family.positions.items() if not one.experts]
+        names = [name for name in modules if name.rpartition(".")[2] in mistaken]
+        if names:
+            endings = "|".join(sorted({name.rpartition(".")[2] for name in names}))
+            warnings.warn(
+                f"The export adapts {shown(names)}, linear layers of a model of type {model_type!r}. PEFT takes their "
+                "names for those of experts, and cannot load the export as it is. For one that it loads, leave them "
+                f"out when the adapter is made: exclude_modules=r'.*\\.({endings})'. Or merge the task.",
+                stacklevel=4,
+            )
 
 
 def warn_of_zeros(loras: Sequence[str | None]) -> None:

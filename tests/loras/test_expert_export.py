@@ -53,6 +53,19 @@ def test_pefts_lora_reads_an_export(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found[path], update, rtol=1e-5, atol=1e-6)
 
 
+def test_layers_that_peft_takes_for_experts_are_told(tmp_path: Path) -> None:
+    model = adapted(mixture("deepseek v3").float(), target_modules=["down_proj", "gate_proj", "up_proj", "o_proj"])
+    message = re.escape("exclude_modules=r'.*\\.(down_proj|gate_proj|up_proj)'. Or merge the task.")
+    with pytest.warns(UserWarning, match=rf"mlp\.down_proj'.*type 'deepseek_v3'\. PEFT takes their names .* {message}"):
+        export_lora(model, TASKS[0], tmp_path / "one")
+    generator = LoraGenerator.from_model(model)
+    with pytest.warns(UserWarning, match="PEFT takes their names for those of experts"):
+        generator.save_all(tmp_path / "all", [TASKS[0]])
+    # It is so: PEFT gives the experts twice the rank.
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*layers\.1\.mlp\.experts"):
+        PeftModel.from_pretrained(mixture("deepseek v3").float(), str(tmp_path / "one"))
+
+
 def test_the_factors_of_an_export_are_those_of_the_adapter(tmp_path: Path) -> None:
     model = adapted(mixture().float(), r=4)
     export_lora(model, TASKS[0], tmp_path)
