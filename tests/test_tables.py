@@ -1,8 +1,10 @@
 """Tables that a module makes once for each device."""
 
 import copy
+import operator
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hyperadapt.tables import Tables
@@ -40,3 +42,19 @@ def test_a_copy_makes_its_own() -> None:
     tables = Tables()
     table = tables.table([1], CPU)
     assert copy.deepcopy(tables).table([1], CPU) is not table
+
+
+def test_a_graph_compiled_after_a_first_call_neither_makes_nor_copies_tables() -> None:
+    torch.compiler.reset()
+    tables, values, called = Tables(), torch.randn(4, 3), set()
+
+    def forward(values: Tensor) -> Tensor:
+        return values[tables.table([2, 0], CPU)] * tables.table((0.5, 2.0), CPU, torch.float32)[:, None]
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        called.update(node.target for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
+
+    expected = forward(values)
+    assert torch.equal(torch.compile(forward, fullgraph=True, backend=note)(values), expected)
+    assert called == {operator.getitem, operator.mul}

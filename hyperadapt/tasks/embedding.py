@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import embedding, rms_norm
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import EXAMPLES, LEARNED, TEXT
+from hyperadapt.tables import Tables
 from hyperadapt.tasks.examples import ExampleEncoder, ExampleRows
 
 # How often training leaves out the learned part where a task has text too: otherwise the text would go unused, and a
@@ -54,13 +56,14 @@ class TaskEmbedding(nn.Module):
         else:
             # Without rows it would be a parameter that never gets a gradient.
             self.register_parameter("weight", None)
-        # Plain tensors: they follow from the configuration, so no file should hold them.
-        self._is_learned, self._has_examples = (torch.tensor(kind, device="cpu") for kind in (learned, examples))
+        # By task. They follow from the configuration, so no file should hold them.
+        self._tables = Tables()
+        self._is_learned, self._has_examples = tuple(learned), tuple(examples)
         self._learned_row, self._example_row = (
-            (kind.long().cumsum(0) - 1).clamp(min=0) for kind in (self._is_learned, self._has_examples)
+            tuple(max(count - 1, 0) for count in accumulate(kind)) for kind in (learned, examples)
         )
-        self._has_both = torch.tensor([source == "both" for source in sources], device="cpu")
-        self._count = torch.tensor(num_descriptions, device="cpu")
+        self._has_both = tuple(source == "both" for source in sources)
+        self._count = tuple(num_descriptions)
         # False until there are vectors: computed, or loaded.
         self.has_vectors = not self.has_text
         if self.has_text:
@@ -69,7 +72,7 @@ class TaskEmbedding(nn.Module):
             # Of vectors with root mean square 1, it then makes embeddings with the same, as learned ones have.
             nn.init.normal_(self.text_projection.weight, std=text_embedding_dim**-0.5)
             self.register_buffer("text_vectors", torch.full((sum(num_descriptions), text_embedding_dim), torch.nan))
-            self._first = self._count.cumsum(0) - self._count
+            self._first = tuple(end - count for end, count in zip(accumulate(self._count), self._count, strict=True))
             self._most = max(num_descriptions)
         if self.has_examples:
             assert example_encoder is not None
@@ -118,7 +121,7 @@ class TaskEmbedding(nn.Module):
             return embedding(task_ids, self.weight)
         self.check_filled()
         training = self.training and torch.is_grad_enabled()
-        has_text, has_examples = _look_up(self._count, task_ids) > 0, _look_up(self._has_examples, task_ids)
+        has_text, has_examples = self._of(self._count, task_ids) > 0, self._of(self._has_examples, task_ids)
         if self.has_text and self.has_examples and training:
             chance = torch.rand(task_ids.shape[0], device=task_ids.device)
             has_two = has_text & has_examples
@@ -129,15 +132,15 @@ class TaskEmbedding(nn.Module):
             text = self.project(self._vectors(task_ids, training))
             embeddings = torch.where(has_text[:, None], text, 0.0)
         if self.has_examples:
-            places = _look_up(self._example_row, task_ids)
+            places = self._of(self._example_row, task_ids)
             rows = self.example_rows.drawn(places) if training else self.example_rows.vectors[places]
             embeddings = embeddings + torch.where(has_examples[:, None], self.example_encoder(rows), 0.0)
         if self.weight is not None:
-            is_learned = _look_up(self._is_learned, task_ids)
+            is_learned = self._of(self._is_learned, task_ids)
             if training:
                 left_out = torch.rand(task_ids.shape[0], device=task_ids.device) < TEXT_ALONE
-                is_learned = is_learned & ~(left_out & _look_up(self._has_both, task_ids))
-            learned = embedding(_look_up(self._learned_row, task_ids), self.weight)
+                is_learned = is_learned & ~(left_out & self._of(self._has_both, task_ids))
+            learned = embedding(self._of(self._learned_row, task_ids), self.weight)
             embeddings = embeddings + torch.where(is_learned[:, None], learned, 0.0)
         return embeddings
 
@@ -169,7 +172,7 @@ class TaskEmbedding(nn.Module):
 
     def _vectors(self, task_ids: Tensor, one: bool) -> Tensor:
         """A vector of each task's text, of one description or the sum over all; any for tasks without."""
-        first, count = _look_up(self._first, task_ids), _look_up(self._count, task_ids)
+        first, count = self._of(self._first, task_ids), self._of(self._count, task_ids)
         last = len(self.text_vectors) - 1
         if one:
             choice = (torch.rand(task_ids.shape[0], device=task_ids.device) * count).long()
@@ -179,10 +182,11 @@ class TaskEmbedding(nn.Module):
         directions = rms_norm(vectors, vectors.shape[-1:])
         return torch.where((steps < count[:, None])[:, :, None], directions, 0.0).sum(1)
 
+    def _of(self, numbers: tuple[int, ...], task_ids: Tensor) -> Tensor:
+        """The numbers of tasks, on the device of their ids; of flags, flags."""
+        dtype = torch.bool if isinstance(numbers[0], bool) else torch.int64
+        return self._tables.table(numbers, task_ids.device, dtype)[task_ids]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.has_vectors = self.has_vectors or f"{prefix}text_vectors" in state_dict
-
-
-def _look_up(values: Tensor, task_ids: Tensor) -> Tensor:
-    return values.to(task_ids.device, non_blocking=True)[task_ids]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm
+
+from hyperadapt.tables import Tables
 
 # Examples that are read at once, at most; training draws from 1 to so many.
 MAX_EXAMPLES = 32
@@ -100,6 +103,7 @@ class ExampleRows(nn.Module):
         # Whether there are rows to read, and whether the bank holds more than what was saved.
         self.is_filled = self.is_given = False
         self._rows_of_task = tasks * [0]
+        self._tables = Tables()
 
     def fill(self, vectors: Tensor, banks: Sequence[Tensor], is_given: bool) -> None:
         """Take what is read outside of training, and of each task the rows ``(rows, size)`` to draw from."""
@@ -107,12 +111,13 @@ class ExampleRows(nn.Module):
         self.vectors, self.is_filled, self.is_given = vectors, all(self._rows_of_task), is_given
         groups = [self._by_class(bank) for bank in banks]
         self.bank = torch.cat([group for of_task in groups for group in of_task])
-        # Plain tensors: they follow from the bank. Each class of a task is a group.
-        sizes = [len(group) for of_task in groups for group in of_task]
-        self._size = torch.tensor(sizes, device="cpu")
-        self._start = self._size.cumsum(0) - self._size
-        self._groups = torch.tensor([len(of_task) for of_task in groups], device="cpu")
-        self._first = self._groups.cumsum(0) - self._groups
+        # Each class of a task is a group.
+        self._size = tuple(len(group) for of_task in groups for group in of_task)
+        self._groups = tuple(len(of_task) for of_task in groups)
+        self._start, self._first = (
+            tuple(end - size for end, size in zip(accumulate(sizes), sizes, strict=True))
+            for sizes in (self._size, self._groups)
+        )
 
     def parts(self) -> list[tuple[Tensor, Tensor]]:
         """Of each task what is read outside of training, and the rows to draw from."""
@@ -127,14 +132,18 @@ class ExampleRows(nn.Module):
 
     def drawn(self, places: Tensor) -> Tensor:
         """Random rows ``(n, MAX_EXAMPLES, size)`` of tasks ``(n,)``, of each class where there is room; and zeros."""
-        first, groups = _look_up(self._first, places), _look_up(self._groups, places)
+        first, groups = self._of(self._first, places), self._of(self._groups, places)
         fewest = groups.clamp(max=MAX_EXAMPLES)
         count = fewest + _below(MAX_EXAMPLES + 1 - fewest)
         slots = torch.arange(MAX_EXAMPLES, device=places.device)
         # Slots take turns among the classes, and begin anywhere.
         group = first[:, None] + (_below(groups)[:, None] + slots) % groups[:, None]
-        rows = _look_up(self._start, group) + _below(_look_up(self._size, group))
+        rows = self._of(self._start, group) + _below(self._of(self._size, group))
         return torch.where((slots < count[:, None])[..., None], self.bank[rows], 0.0)
+
+    def _of(self, numbers: tuple[int, ...], indices: Tensor) -> Tensor:
+        """The numbers at indices, on their device."""
+        return self._tables.table(numbers, indices.device)[indices]
 
     def _by_class(self, rows: Tensor) -> list[Tensor]:
         """The rows of each class that a task has, in their order; all of them where there are no classes."""
@@ -154,7 +163,3 @@ def _below(limits: Tensor) -> Tensor:
     """Random integers from 0 to below the limits, of their shape."""
     # The product may be rounded up to the limit.
     return (torch.rand(limits.shape, device=limits.device) * limits).long().minimum(limits - 1)
-
-
-def _look_up(values: Tensor, indices: Tensor) -> Tensor:
-    return values.to(indices.device, non_blocking=True)[indices]

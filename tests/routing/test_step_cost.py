@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from hyperadapt.normalization import NORMALIZATIONS
 from hyperadapt.tuner.layer import HyperAdapterLayer
+from tests.support.example_rows import with_examples
 from tests.support.helpers import TASKS, adapted_model, adapter_config, base_model, example_batch, varied
 
 LENGTH = 7
@@ -106,6 +107,18 @@ def test_a_step_does_not_wait_for_the_device(normalization: str, naming: str) ->
     parameters = [parameter for name, parameter in model.named_parameters() if "hyperadapter_" in name]
     assert parameters
     assert all(parameter.grad is not None for parameter in parameters)
+
+
+def test_a_step_copies_no_table_of_texts_and_examples() -> None:
+    model = with_examples("llama", {"alpha": "both", "beta": "text+examples", "gamma": "examples"}).to("meta")
+    ids, tasks = batch_of(4)["input_ids"].to("meta"), torch.tensor([2, 0, 1, 1]).to("meta")
+    assert not train_step(model, {"input_ids": ids, "labels": ids}, tasks=tasks).copies
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids, tasks=tasks)
+        with Operators() as operators:
+            model(input_ids=ids, tasks=tasks)
+    assert not operators.copies
 
 
 @pytest.mark.gpu
