@@ -81,7 +81,7 @@ def compile_kernel(name: str, r: int, target: str, dtype: str = "fp32") -> Any:
     is_amd = TARGETS[target].backend == "hip"
     constants = READING[name] | gram_triton.constants_of(r, is_amd) if name in READING else CORES[name]
     constants = constants | ({"ALIGNED": True} if name in READING else core_triton.constants_of(r, is_amd))
-    warps = constants.pop("num_warps")
+    options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
     kinds = {argument: KINDS.get(argument, "*fp32") for argument in kernel.arg_names if argument not in constants}
     signature = {
         argument: tuple([f"*{dtype}"] * FACTORS) if kind == "factors" else kind for argument, kind in kinds.items()
@@ -89,7 +89,7 @@ def compile_kernel(name: str, r: int, target: str, dtype: str = "fp32") -> Any:
     source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION is unset")
-        return triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+        return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -130,19 +130,23 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--output", type=Path, default=Path("runs/kernels"))
     options = parser.parse_args()
-    print(f"{'kernel':<20}{'factors':<9}{'r':>3} {'target':<8}{'registers':>10}{'spilled':>9}{'shared':>8}{'warps':>7}")
+    print("registers/spilled bytes/shared bytes/warps")
+    print(f"{'kernel':<20}{'factors':<9}{'r':>3}" + "".join(f"{target:>16}" for target in options.targets))
     rows = []
     for name in options.kernels:
         for dtype in ("fp32", "bf16") if name in READING else ("fp32",):
             for r in options.ranks:
+                print(f"{name:<20}{dtype:<9}{r:>3}", end="", flush=True)
                 for target in options.targets:
                     compiled = compile_kernel(name, r, target, dtype)
                     row = {"kernel": name, "dtype": dtype, "r": r, "target": target} | resources(compiled)
                     row["warps"] = compiled.metadata.num_warps
                     rows.append(row)
-                    print(f"{name:<20}{dtype:<9}{r:>3} {target:<8}", end="")
-                    print(f"{row['registers']:>10}{row['spilled']:>9}{row['shared']:>8}{row['warps']:>7}", flush=True)
-    save_rows(options.output / "rows.jsonl", rows)
+                    cell = "/".join(str(row[figure]) for figure in ("registers", "spilled", "shared", "warps"))
+                    print(f"{cell:>16}", end="", flush=True)
+                    # What is stopped leaves what it has compiled.
+                    save_rows(options.output / "rows.jsonl", rows)
+                print()
 
 
 if __name__ == "__main__":

@@ -231,5 +231,9 @@ def _launch(grams: Tensor) -> tuple[tuple[int], dict[str, Any]]:
 def constants_of(r: int, is_amd: bool) -> dict[str, Any]:
     """What the kernels are compiled for at a rank."""
     padded = max(16, triton.next_power_of_2(r))
-    # AMD's warps have twice the threads.
-    return {"R": r, "P": padded, "num_warps": WARPS[padded] // (2 if is_amd else 1)}
+    fixed = {"R": r, "P": padded}
+    if is_amd:
+        # A warp has twice the threads.
+        return {**fixed, "num_warps": WARPS[padded] // 2}
+    # Unless it may use all registers, ptxas saves some for more programs at once, and spills a few bytes.
+    return {**fixed, "num_warps": WARPS[padded], "maxnreg": 255}
