@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
+from hyperadapt.hypernetwork import network as network_module
 from hyperadapt.normalization import NORMALIZATIONS
+from hyperadapt.normalization.cores import cores
 from hyperadapt.tuner.layer import HyperAdapterLayer
 from tests.support.example_rows import with_examples
 from tests.support.helpers import TASKS, adapted_model, adapter_config, base_model, example_batch, varied
@@ -134,6 +136,23 @@ def test_a_step_does_not_wait_for_a_gpu() -> None:
             train_step(model, batch, tasks=tasks)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("head", ["row", "factor", "pair"])
+def test_kernels_read_factors_where_they_lie(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not contiguous would be copied for them."""
+    seen: list[Tensor] = []
+
+    def watch(*arguments: Any) -> Tensor:
+        seen.extend(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+        return cores(*arguments)
+
+    monkeypatch.setattr(network_module, "cores", watch)
+    model = adapted_model("llama", head=head, normalization="sinkhorn", rank_pattern={"q_proj": 2})
+    model(**batch_of(3), tasks=TASKS)
+    # A, B and what mixes them, of two ranks; the other modules have two shapes or more.
+    assert len(seen) >= 3 + 5
+    assert all(tensor.is_contiguous() for tensor in seen)
 
 
 @pytest.mark.parametrize("head", ["row", "factor", "pair"])
