@@ -2,12 +2,14 @@
 
 The error is ‖B·(S - S₆₄)·A‖_F / ‖B·S₆₄·A‖_F, where S₆₄ is the core of the same rounded factors in float64, and that of
 the gradients of A and of B likewise, the larger of the two. It is the largest over seeds; "-" marks a case where both
-sides are zero. `TRITON_INTERPRET=1 python -m benchmarks.numerics --kernels --seeds 2` has the kernels instead.
+sides are zero. `TRITON_INTERPRET=1 python -m benchmarks.numerics --kernels --seeds 2` has the kernels instead; `--ranks
+4 16 64` has other ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,65 +22,76 @@ from hyperadapt import normalize
 from hyperadapt.normalization import cores, gram
 from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS
 
-R, IN, OUT = 8, 256, 192
+IN, OUT = 256, 192
 DTYPES = (torch.float32, torch.bfloat16)
+# Draws ``lora_A`` and ``lora_B`` of a rank in float64.
+Draw = Callable[[int], tuple[Tensor, Tensor]]
 
 
-def graded(condition: float) -> Callable[[], tuple[Tensor, Tensor]]:
+def graded(condition: float) -> Draw:
     """Factors whose singular values fall geometrically.
 
     Args:
         condition: Condition number of each factor.
 
     Returns:
-        A function that draws ``lora_A`` and ``lora_B`` in float64.
+        What draws them.
     """
 
-    def draw() -> tuple[Tensor, Tensor]:
-        values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), R, dtype=torch.float64)
-        rotations = [torch.linalg.qr(torch.randn(R, R, dtype=torch.float64))[0] for _ in range(2)]
-        rows = torch.linalg.qr(torch.randn(IN, R, dtype=torch.float64))[0].mT
-        columns = torch.linalg.qr(torch.randn(OUT, R, dtype=torch.float64))[0]
+    def draw(r: int) -> tuple[Tensor, Tensor]:
+        values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), r, dtype=torch.float64)
+        rotations = [torch.linalg.qr(torch.randn(r, r, dtype=torch.float64))[0] for _ in range(2)]
+        rows = torch.linalg.qr(torch.randn(IN, r, dtype=torch.float64))[0].mT
+        columns = torch.linalg.qr(torch.randn(OUT, r, dtype=torch.float64))[0]
         return rotations[0] @ (values[:, None] * rows), (columns * values) @ rotations[1]
 
     return draw
 
 
-def rank_deficient() -> tuple[Tensor, Tensor]:
-    """Factors of rank R - 2.
+def rank_deficient(r: int) -> tuple[Tensor, Tensor]:
+    """Factors of two ranks less.
+
+    Args:
+        r: The rank they could have.
 
     Returns:
         ``lora_A`` and ``lora_B`` in float64.
     """
-    lora_A, lora_B = graded(10)()
+    lora_A, lora_B = graded(10)(r)
     lora_A[-2:] = lora_A[:2]
     lora_B[:, -2:] = lora_B[:, :2]
     return lora_A, lora_B
 
 
-def zero() -> tuple[Tensor, Tensor]:
+def zero(r: int) -> tuple[Tensor, Tensor]:
     """A usual A and a zero B, as training starts.
 
+    Args:
+        r: Rank.
+
     Returns:
         ``lora_A`` and ``lora_B`` in float64.
     """
-    return graded(10)()[0], torch.zeros(OUT, R, dtype=torch.float64)
+    return graded(10)(r)[0], torch.zeros(OUT, r, dtype=torch.float64)
 
 
-def cancelling() -> tuple[Tensor, Tensor]:
+def cancelling(r: int) -> tuple[Tensor, Tensor]:
     """Large factors whose product nearly cancels: the halves differ by one part in a thousand.
 
+    Args:
+        r: Rank.
+
     Returns:
         ``lora_A`` and ``lora_B`` in float64.
     """
-    lora_A, lora_B = (torch.randn(shape, dtype=torch.float64) for shape in ((R, IN), (OUT, R)))
-    half = R // 2
+    lora_A, lora_B = (torch.randn(shape, dtype=torch.float64) for shape in ((r, IN), (OUT, r)))
+    half = r // 2
     lora_A[half:] = -lora_A[:half] + 1e-3 * lora_A[half:]
     lora_B[:, half:] = lora_B[:, :half] + 1e-3 * lora_B[:, half:]
     return lora_A, lora_B
 
 
-CASES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+CASES: dict[str, Draw] = {
     "repeated": graded(1),
     "1e1": graded(1e1),
     "1e2": graded(1e2),
@@ -92,13 +105,14 @@ CASES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 
 
 def largest_errors(
-    method: str, draw: Callable[[], tuple[Tensor, Tensor]], dtype: torch.dtype, seeds: int
+    method: str, draw: Draw, r: int, dtype: torch.dtype, seeds: int
 ) -> tuple[float | None, float | None]:
     """Largest relative errors over seeds.
 
     Args:
         method: The normalisation.
         draw: Draws the factors.
+        r: Rank.
         dtype: What the factors are rounded to.
         seeds: Number of draws.
 
@@ -109,8 +123,8 @@ def largest_errors(
     errors = []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        lora_A, lora_B = (factor.to(dtype) for factor in draw())
-        needed = {"bound": 0.5, "logits": torch.randn(R, R) + 4 * torch.eye(R)}
+        lora_A, lora_B = (factor.to(dtype) for factor in draw(r))
+        needed = {"bound": 0.5, "logits": torch.randn(r, r) + 4 * torch.eye(r)}
         options = {name: needed[name] for name in METHODS[method].needs}
         direction = torch.randn(OUT, IN, dtype=torch.float64)
         core, *gradients = core_and_gradients(lora_A, lora_B, method, options, direction)
@@ -174,6 +188,7 @@ def main() -> None:
     """Print a table for each dtype, and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=15)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8])
     parser.add_argument("--methods", nargs="+", choices=NORMALIZATIONS, default=list(NORMALIZATIONS))
     parser.add_argument("--kernels", action="store_true", help="the kernels, in Triton's interpreter: slow")
     parser.add_argument("--output", type=Path, default=Path("runs/numerics"))
@@ -184,13 +199,13 @@ def main() -> None:
         serve_kernels()
     torch.set_num_threads(1)
     rows = []
-    for dtype in DTYPES[:1] if options.kernels else DTYPES:
+    for r, dtype in itertools.product(options.ranks, DTYPES[:1] if options.kernels else DTYPES):
         print(
-            f"\nfactors in {dtype}, r = {R}, in = {IN}, out = {OUT}: largest relative error over {options.seeds} seeds"
+            f"\nfactors in {dtype}, r = {r}, in = {IN}, out = {OUT}: largest relative error over {options.seeds} seeds"
         )
         print(f"{'':<27}" + "".join(f"{case:>11}" for case in CASES), flush=True)
         for method in options.methods:
-            errors = {case: largest_errors(method, draw, dtype, options.seeds) for case, draw in CASES.items()}
+            errors = {case: largest_errors(method, draw, r, dtype, options.seeds) for case, draw in CASES.items()}
             for place, kind in enumerate(("update", "gradients")):
                 found = {case: both[place] for case, both in errors.items()}
                 texts = "".join(f"{'-' if e is None else f'{e:.1e}':>11}" for e in found.values())
@@ -199,13 +214,14 @@ def main() -> None:
                     "dtype": str(dtype),
                     "method": method,
                     "of": kind,
-                    "r": R,
+                    "r": r,
                     "in": IN,
                     "out": OUT,
                     "seeds": options.seeds,
                 }
                 rows.append(row | {"by": "kernels" if options.kernels else "formulas"} | found)
-    save_rows(options.output / "rows.jsonl", rows)
+            # What is stopped leaves what it has computed.
+            save_rows(options.output / "rows.jsonl", rows)
 
 
 if __name__ == "__main__":
