@@ -3,7 +3,8 @@
 Counted on the device "meta", without a GPU: each call that is no view is one launch of a kernel or more, a kernel of
 this package exactly one. "formulas" is what runs where no kernel serves but that of the Gram matrices, "kernels" what
 runs on a GPU. Then the same of a training step (forward and backward) of the model of `python -m benchmarks.speed`, 16
-rows of 64 tokens, without the optimizer.
+rows of 64 tokens, without the optimizer. Under autocast to bfloat16, which "meta" does not know, the step is counted on
+the CPU, by formulas.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.rows import Row, save_rows
-from benchmarks.speed_arms import LORA, MIXED, Scenario, build_base, build_subject, example_batch
+from benchmarks.speed_arms import LORA, NORMALIZED, Scenario, build_base, build_subject, example_batch
 from benchmarks.speed_calls import loss_call
 from hyperadapt.normalization import cores, gram
 from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS
@@ -114,6 +115,31 @@ def step_calls(arm: str, serve: bool, scenario: Scenario) -> int:
     return calls.total
 
 
+def autocast_calls(arm: str, scenario: Scenario) -> int:
+    """Calls of a training step on the CPU under autocast to bfloat16.
+
+    Args:
+        arm: Name of the arm.
+        scenario: The scenario.
+
+    Returns:
+        Forward and backward together.
+    """
+    cpu = torch.device("cpu")
+    subject = build_subject(arm, build_base(scenario.base, cpu), scenario)
+    model, ids = subject.model.train(), example_batch(scenario, cpu)["input_ids"]
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result: Tensor = model(input_ids=ids, labels=ids, **subject.routing).loss
+        return result
+
+    loss()
+    with Calls() as calls:
+        torch.autograd.backward(loss())
+    return calls.total
+
+
 def main() -> None:
     """Count, print a line per row, and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,14 +155,15 @@ def main() -> None:
             {"method": method, "by": by, "forward": forward, "backward": backward}
             for by, (forward, backward) in both.items()
         ]
-    print("\ntraining step")
+    print(f"\n{'training step':<28}{'tasks':>5}{'formulas':>10}{'kernels':>9}{'formulas, autocast':>20}")
     for tasks in (1, 16):
         scenario = Scenario(tasks=tasks)
-        for arm, by in ((LORA, "formulas"), (MIXED, "formulas"), (MIXED, "kernels")):
-            calls = step_calls(arm, by == "kernels", scenario)
-            name = arm if arm == LORA else f"{arm}, {by}"
-            print(f"{name:<28}{tasks:>3} tasks{calls:>9}")
-            rows.append({"arm": arm, "by": by, "tasks": tasks, "step": calls})
+        for arm in (LORA, *NORMALIZED):
+            steps = {by: step_calls(arm, by == "kernels", scenario) for by in ("formulas", "kernels")}
+            autocast = autocast_calls(arm, scenario)
+            print(f"{arm:<28}{tasks:>5}{steps['formulas']:>10}{steps['kernels']:>9}{autocast:>20}", flush=True)
+            rows += [{"arm": arm, "by": by, "tasks": tasks, "step": calls} for by, calls in steps.items()]
+            rows.append({"arm": arm, "by": "formulas, autocast", "tasks": tasks, "step": autocast})
     save_rows(options.output / "rows.jsonl", rows)
 
 

@@ -12,8 +12,13 @@ in one process; a turn repeats an arm for at least 50 ms, and a ratio is that of
 
 What is measured: a training step (forward, backward, and fused AdamW, Trainer's default); its memory; a forward pass;
 greedy generation of 16 tokens; the cold start of a task, from its LoRA file in the page cache or from its embedding to
-the output of one row. Memory is, on a GPU, the peak beyond what was allocated before the step; on a CPU, the storages
-kept for the backward pass without parameters, which is no peak of the process.
+the output of one row; a training step with the default normalisation beside one with `soft_frobenius`. Memory is, on a
+GPU, the peak beyond what was allocated before the step; on a CPU, the storages kept for the backward pass without
+parameters, which is no peak of the process.
+
+How they run: eager; on a GPU as a CUDA graph ("graph": a whole eager call, with the optimizer, is replayed); compiled;
+on a GPU compiled with `mode="reduce-overhead"`, which replays CUDA graphs ("compiled-graph"). If one of the last three
+fails, that is printed, the rest is measured, and the exit status is 1. Rows are saved as soon as they are measured.
 
 Settings vary one thing at a time around 16 rows of 64 tokens and 16 tasks on a Qwen with 4 layers, hidden size 256, and
 a small vocabulary, since a large one adds time to every arm and hides what adapters cost. 2048 tokens are one row on a
@@ -30,7 +35,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
+import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,10 +46,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.normalization import graphed
+from benchmarks.rows import save_rows
 from benchmarks.speed_arms import (
     ARMS,
-    COMPILED_ARMS,
+    COMPILED,
+    COMPILED_GRAPH,
+    EAGER,
+    GPU_MODES,
+    GRAPH,
     LORA,
+    MODES,
+    NORMALIZED,
     Scenario,
     Subject,
     build_base,
@@ -50,6 +66,7 @@ from benchmarks.speed_arms import (
 )
 from benchmarks.speed_calls import (
     Call,
+    as_step,
     cold_start_call,
     forward_call,
     generation_call,
@@ -69,8 +86,8 @@ from benchmarks.speed_report import Row, make_rows, print_header, print_rows, re
 
 BASIC = ("training", "memory", "forward")
 SCENARIOS = (
-    Scenario(measures=tuple(ARMS), compiled=True),
-    Scenario(tasks=1),
+    Scenario(measures=tuple(ARMS), modes=tuple(MODES)),
+    Scenario(tasks=1, measures=(*BASIC, "normalization")),
     Scenario(tasks=4),
     Scenario(batch=64, tasks=64),
     Scenario(batch=64, measures=("training", "memory")),
@@ -80,7 +97,7 @@ SCENARIOS = (
     Scenario("minilm"),
     Scenario("smollm2-135m", batch=2, tasks=4),
     Scenario(length=2048, gpu=True),
-    Scenario("qwen2.5-0.5b", measures=tuple(ARMS), compiled=True, gpu=True),
+    Scenario("qwen2.5-0.5b", measures=tuple(ARMS), modes=tuple(MODES), gpu=True),
     Scenario("qwen2.5-0.5b", length=2048, gpu=True),
     Scenario("qwen2.5-0.5b", batch=64, tasks=64, measures=(*BASIC, "generation"), gpu=True),
     Scenario("llama-3-8b", measures=tuple(ARMS), gpu=True),
@@ -99,7 +116,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--only", nargs="+", type=int, help="numbers of the scenarios to run; nothing else is measured")
     parser.add_argument("--measures", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure that, too")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--fast", action="store_true", help="one tiny scenario, two turns: a test")
     parser.add_argument("--output", type=Path, default=Path("runs/speed"))
     parser.add_argument("--results", type=Path, help="folder of the report's files; by default the output's")
@@ -108,32 +125,40 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     turns = 2 if options.fast else options.turns
     scenarios = FAST if options.fast else SCENARIOS
+    folder = options.results or options.output
     rows: list[Row] = []
+    failed: list[str] = []
+    runs: list[Iterator[list[Row]]] = []
     print_header()
     for index, scenario in enumerate(scenarios):
         if (options.only and index not in options.only) or (scenario.gpu and device.type != "cuda"):
             continue
         measures = [measure for measure in scenario.measures if measure in options.measures]
-        scenario = replace(scenario, measures=measures, compiled=scenario.compiled and options.compile)
-        for made in run_scenario(scenario, turns, device):
-            print_rows(made)
-            rows += made
+        modes = [mode for mode in scenario.modes if mode in options.modes]
+        runs.append(run_scenario(replace(scenario, measures=measures, modes=modes), turns, device, failed))
     if not options.only:
-        for made in package_rows(turns, options.fast):
-            print_rows(made)
-            rows += made
-    if not rows:
+        runs.append(package_rows(turns, options.fast))
+    for made in itertools.chain.from_iterable(runs):
+        print_rows(made)
+        rows += made
+        # What is stopped leaves what it has measured.
+        save_rows(folder / "speed.jsonl", rows)
+    if not runs:
         parser.error(f"--only {options.only}: none of these scenarios runs on a {device.type}")
-    report(rows, options.results or options.output)
+    if rows:
+        report(rows, folder)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
-def run_scenario(scenario: Scenario, turns: int, device: torch.device) -> Iterator[list[Row]]:
+def run_scenario(scenario: Scenario, turns: int, device: torch.device, failed: list[str]) -> Iterator[list[Row]]:
     """Measure one scenario.
 
     Args:
         scenario: The scenario.
         turns: Number of turns.
-        device: The device.
+        device: The device; without a GPU, modes that need one are left out.
+        failed: Is told what failed, of the modes that may.
 
     Yields:
         The rows of one measure.
@@ -141,32 +166,37 @@ def run_scenario(scenario: Scenario, turns: int, device: torch.device) -> Iterat
     torch.manual_seed(0)
     base = build_base(scenario.base, device)
     setting: Row = {name: getattr(scenario, name) for name in ("base", "batch", "length", "tasks")}
-    parts = [(measure, "eager", ARMS[measure]) for measure in scenario.measures]
-    for measure, arms in COMPILED_ARMS.items() if scenario.compiled else ():
-        parts += [(measure, "compiled", arms)] if measure in scenario.measures else []
-    for measure, mode, arms in parts:
-        subjects = {arm: build_subject(arm, base, scenario) for arm in arms}
-        if mode == "compiled":
-            # Each measure starts anew; one after another they would hit the limit of recompilations.
-            torch.compiler.reset()
-            for subject in subjects.values():
-                subject.model = torch.compile(subject.model, fullgraph=True)
-        values = measure_arms(scenario, measure, subjects, turns, device)
-        # Models refer to themselves; the next ones need their memory.
-        del subjects
-        gc.collect()
+    modes = [mode for mode in scenario.modes if device.type == "cuda" or mode not in GPU_MODES]
+    for mode, measure in itertools.product(modes, scenario.measures):
+        if measure not in MODES[mode]:
+            continue
+        subjects = {arm: build_subject(arm, base, scenario) for arm in MODES[mode][measure]}
+        try:
+            values = measure_arms(scenario, measure, mode, subjects, turns, device)
+        except RuntimeError:
+            if mode == EAGER:
+                raise
+            traceback.print_exc()
+            failed.append(f"{scenario.base} {measure} {mode}")
+            continue
+        finally:
+            # Models refer to themselves; the next ones need their memory.
+            del subjects
+            gc.collect()
         unit = "MB" if measure == "memory" else "ms"
-        yield make_rows(setting | {"measure": measure, "mode": mode}, unit, values, LORA)
+        reference = next(iter(NORMALIZED)) if measure == "normalization" else LORA
+        yield make_rows(setting | {"measure": measure, "mode": mode}, unit, values, reference)
 
 
 def measure_arms(
-    scenario: Scenario, measure: str, subjects: dict[str, Subject], turns: int, device: torch.device
+    scenario: Scenario, measure: str, mode: str, subjects: dict[str, Subject], turns: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Measure one thing.
 
     Args:
         scenario: The scenario.
         measure: What to measure, a key of ``ARMS``.
+        mode: How it runs, a key of ``MODES``.
         subjects: The arms.
         turns: Number of turns; memory is measured once.
         device: The device.
@@ -175,6 +205,14 @@ def measure_arms(
         Milliseconds, or megabytes of memory, of each turn by arm.
     """
     batch = example_batch(scenario, device)
+    if mode in (COMPILED, COMPILED_GRAPH):
+        # Each measure starts anew; one after another they would hit the limit of recompilations.
+        torch.compiler.reset()
+        for subject in subjects.values():
+            # A graph takes the tables that a first call has made, and would copy others in each call.
+            forward_call(subject, batch)()
+            kind = "reduce-overhead" if mode == COMPILED_GRAPH else "default"
+            subject.model = torch.compile(subject.model, fullgraph=True, mode=kind)
     if measure == "memory" and device.type == "cuda":
         return {arm: [peak_bytes(training_call(subject, batch)) / 1e6] for arm, subject in subjects.items()}
     if measure == "memory":
@@ -183,6 +221,9 @@ def measure_arms(
         calls = {
             arm: make_call(scenario, measure, arm, subject, batch, Path(folder)) for arm, subject in subjects.items()
         }
+        if mode in (GRAPH, COMPILED_GRAPH):
+            wrap = graphed if mode == GRAPH else as_step
+            calls = {arm: wrap(call) for arm, call in calls.items()}
         return take_turns(calls, turns, device)
 
 
@@ -202,7 +243,7 @@ def make_call(
     Returns:
         The call.
     """
-    if measure == "training":
+    if measure in ("training", "normalization"):
         return training_call(subject, batch)
     if measure == "forward":
         return forward_call(subject, batch)

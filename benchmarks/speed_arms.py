@@ -45,15 +45,22 @@ MIXED, PINNED, MERGED = "hyperadapt mixed", "hyperadapt pinned", "hyperadapt mer
 LORA, LORA_NAMES = "lora", "lora adapter_names"
 INFERENCE = ("base", LORA, LORA_NAMES, "poly", MIXED, PINNED, MERGED)
 TRAINING = (LORA, "poly", MIXED)
+# The default against the one that costs least.
+NORMALIZED = {f"hyperadapt {name}": name for name in ("soft_frobenius", "soft_polar")}
 ARMS = {
     "training": TRAINING,
     "memory": TRAINING,
     "forward": INFERENCE,
     "generation": INFERENCE,
     "cold start": ("base", LORA, PINNED, MERGED),
+    "normalization": tuple(NORMALIZED),
 }
-# Poly and adapter_names do not compile into one graph.
+# Poly and adapter_names do not compile into one graph; a CUDA graph has the same arms.
 COMPILED_ARMS = {"training": (LORA, MIXED), "forward": ("base", LORA, MIXED, PINNED, MERGED)}
+EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "eager", "graph", "compiled", "compiled-graph"
+# By mode, the arms of each measure. What takes longest comes last, and first the modes that need no compilation.
+MODES = {EAGER: ARMS, **dict.fromkeys((GRAPH, COMPILED, COMPILED_GRAPH), COMPILED_ARMS)}
+GPU_MODES = (GRAPH, COMPILED_GRAPH)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Scenario:
         tasks: Number of tasks K; row i has task i mod K.
         new_tokens: Tokens that generation adds.
         measures: What is measured, keys of ``ARMS``.
-        compiled: Whether training and forward are measured under ``torch.compile``, too.
+        modes: How that runs, keys of ``MODES``.
         gpu: Whether this runs on a GPU only.
     """
 
@@ -77,7 +84,7 @@ class Scenario:
     tasks: int = 16
     new_tokens: int = 16
     measures: Sequence[str] = ("training", "memory", "forward")
-    compiled: bool = False
+    modes: Sequence[str] = (EAGER,)
     gpu: bool = False
 
     @property
@@ -160,8 +167,10 @@ def build_subject(arm: str, base: nn.Module, scenario: Scenario) -> Subject:
             peft_model.add_adapter(name, lora)
         routing = {"adapter_names": [names[index] for index in ids.tolist()]} if arm == LORA_NAMES else {}
         return Subject(peft_model.eval(), routing)
+    if arm in NORMALIZED:
+        common["normalization"] = NORMALIZED[arm]
     peft_model = get_peft_model(model, HyperAdapterConfig(tasks=names, **common)).eval()
-    if arm == MIXED:
+    if arm == MIXED or arm in NORMALIZED:
         return Subject(peft_model, {"tasks": ids})
     # As from_pretrained loads it: factors are kept for what is not trained.
     peft_model.requires_grad_(False).set_task(names[0])

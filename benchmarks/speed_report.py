@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.plots import save_plot
-from benchmarks.rows import save_rows
-from benchmarks.speed_arms import LORA, LORA_NAMES, MERGED, MIXED, PINNED, Scenario
+from benchmarks.speed_arms import LORA, LORA_NAMES, MERGED, MIXED, NORMALIZED, PINNED, Scenario
 
 Row = dict[str, Any]
 SETTING = ("base", "batch", "length", "tasks", "measure", "mode")
@@ -59,6 +58,7 @@ WIDE = MIDDLE | {"batch": 64, "tasks": 64}
 LARGE = {"base": "Llama-3-8B"}
 TARGETS = (
     _target("training step, 16 tasks in a batch, over one LoRA", "training", MIXED, LORA, 1.05, **MIDDLE),
+    _target("training step, soft_polar over soft_frobenius", "normalization", *reversed(NORMALIZED), 1.03, **MIDDLE),
     _target("its memory, over one LoRA", "memory", MIXED, LORA, 1.15, **MIDDLE),
     _target("forward, pinned task, over one LoRA", "forward", PINNED, LORA, 1.01, **MIDDLE),
     _target("forward, merged, over the base model", "forward", MERGED, "base", 1.00, **MIDDLE),
@@ -114,15 +114,17 @@ def ratio_quantiles(turns: Sequence[float], reference: Sequence[float]) -> list[
 
 
 def report(rows: Sequence[Row], folder: Path) -> None:
-    """Print the targets and write ``speed.jsonl`` and ``speed.svg``.
+    """Print the targets and write ``speed.svg``, if anything was compared with LoRA.
 
     Args:
         rows: The rows.
-        folder: Where the files go; it is made.
+        folder: Where the rows are.
     """
     _print_targets(rows)
-    save_rows(folder / "speed.jsonl", rows)
-    _plot(rows, folder)
+    print(f"\nrows: {folder / 'speed.jsonl'}")
+    compared = [row for row in rows if row["reference"] == LORA and row["arm"] != LORA]
+    if compared:
+        _plot(compared, folder / "speed.svg")
 
 
 def print_header() -> None:
@@ -175,9 +177,8 @@ def _print_targets(rows: Sequence[Row]) -> None:
         print(f"{target.text:<52}{target.limit:>8.2f}{shown}  {verdict}")
 
 
-def _plot(rows: Sequence[Row], folder: Path) -> None:
+def _plot(rows: Sequence[Row], path: Path) -> None:
     """Ratios to LoRA, a panel for each measure; a bar goes from the 20th to the 80th percentile."""
-    rows = [row for row in rows if row["reference"] == LORA and row["arm"] != LORA]
     panels = list(dict.fromkeys((row["measure"], row["mode"]) for row in rows))
     # Two, so that names can be read where a page is as wide as its text.
     columns = min(2, len(panels))
@@ -189,8 +190,8 @@ def _plot(rows: Sequence[Row], folder: Path) -> None:
         axes.set_title(f"{panel[0]}, {panel[1]}: over one LoRA", fontsize="medium")
     handles = [Line2D([], [], color=color, marker="o", label=arm) for arm, color in COLORS.items() if arm != LORA]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    save_plot(figure, folder / "speed.svg")
-    print(f"\nrows and plot: {folder / 'speed.jsonl'}, {folder / 'speed.svg'}")
+    save_plot(figure, path)
+    print(f"plot: {path}")
 
 
 def _plot_panel(axes: Axes, rows: Sequence[Row]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import launches, normalization, numerics
+from benchmarks.launches import core_calls
 from benchmarks.rows import read_rows
 from hyperadapt.normalization import NORMALIZATIONS
 from hyperadapt.normalization.formulas import METHODS
@@ -60,4 +61,10 @@ def test_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without a normalisation nothing reads the factors: ones are made, and filled in.
     assert counted["none"] == (2, 0)
     steps = {(row["arm"], row["by"]): row["step"] for row in rows if row.get("tasks") == 1}
-    assert steps["hyperadapt mixed", "kernels"] < steps["hyperadapt mixed", "formulas"]
+    for name in ("soft_frobenius", "soft_polar"):
+        counts = [sum(core_calls(name, serve)) for serve in (True, False)]
+        # What kernels save is all of a step's difference.
+        steps_by = [steps[f"hyperadapt {name}", by] for by in ("kernels", "formulas")]
+        assert steps_by[1] - steps_by[0] == counts[1] - counts[0] > 0
+    assert steps["lora", "kernels"] == steps["lora", "formulas"] < steps["hyperadapt soft_polar", "kernels"]
+    assert steps["hyperadapt soft_frobenius", "formulas"] < steps["hyperadapt soft_polar", "formulas"]

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from benchmarks.rows import read_rows
 from benchmarks.speed_arms import (
     ARMS,
     BASES,
-    COMPILED_ARMS,
     LORA,
     LORA_NAMES,
     MERGED,
     MIXED,
+    MODES,
     PINNED,
     RANK,
     Scenario,
@@ -76,12 +77,63 @@ def test_fast_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert sum(line.startswith(("qwen-4x256 ", "Qwen2.5-0.5B ")) for line in lines) == len(rows)
 
 
+def simulate(monkeypatch: pytest.MonkeyPatch, *failing: tuple[str, str]) -> None:
+    """One millisecond for every arm, but a failure where measure and mode are so."""
+
+    def measure_arms(_: Scenario, measure: str, mode: str, *rest: Any) -> dict[str, list[float]]:
+        if (measure, mode) in failing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return {arm: [1.0] for arm in MODES[mode][measure]}
+
+    monkeypatch.setattr(speed, "measure_arms", measure_arms)
+    for name in ("build_base", "build_subject"):
+        monkeypatch.setattr(speed, name, lambda *_: None)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_failure_leaves_what_was_measured(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate(monkeypatch, ("memory", "eager") if mode == "eager" else ("training", mode))
+    arguments = ["--only", "0", "--measures", "training", "memory", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["speed", *arguments])
+    # An arm that fails by itself is a fault of the benchmark, which ends.
+    error, message = (RuntimeError, "not permitted") if mode == "eager" else (SystemExit, "4x256 training compiled")
+    with pytest.raises(error, match=message):
+        speed.main()
+    measured = dict.fromkeys((row["measure"], row["mode"]) for row in read_rows(tmp_path / "speed.jsonl"))
+    assert list(measured) == [("training", "eager"), ("memory", "eager")][: 1 if mode == "eager" else 2]
+
+
+def test_modes_that_fail_on_a_gpu_are_reported_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate(monkeypatch, ("training", "graph"), ("forward", "compiled"))
+    failed: list[str] = []
+    scenario = replace(speed.SCENARIOS[0], measures=("training", "forward"))
+    rows = list(speed.run_scenario(scenario, 1, torch.device("cuda"), failed))
+    assert [(made[0]["measure"], made[0]["mode"]) for made in rows] == [
+        ("training", "eager"),
+        ("forward", "eager"),
+        ("forward", "graph"),
+        ("training", "compiled"),
+        ("training", "compiled-graph"),
+        ("forward", "compiled-graph"),
+    ]
+    assert failed == ["qwen-4x256 training graph", "qwen-4x256 forward compiled"]
+    assert capsys.readouterr().err.count("RuntimeError: operation not permitted") == 2
+
+
 def test_scenarios_cover_what_targets_need() -> None:
     assert {scenario.base for scenario in speed.SCENARIOS} == set(BASES)
     assert {scenario.tasks for scenario in speed.SCENARIOS} == {1, 4, 16, 64}
     assert {scenario.length for scenario in speed.SCENARIOS if not scenario.gpu} == {64, 256, 2048}
-    assert set(COLORS) == {arm for arms in ARMS.values() for arm in arms}
-    assert all(set(arms) <= set(ARMS[measure]) for measure, arms in COMPILED_ARMS.items())
+    assert set(COLORS) == {arm for arms in ARMS.values() for arm in arms if LORA in arms}
+    for mode in MODES.values():
+        assert all(set(arms) <= set(ARMS[measure]) for measure, arms in mode.items())
+    # Both sizes are measured in every mode.
+    assert {scenario.base for scenario in speed.SCENARIOS if set(scenario.modes) == set(MODES)} == {
+        "qwen-4x256",
+        "qwen2.5-0.5b",
+    }
     for target in TARGETS:
         setting = {name: value for name, value in target.setting.items() if name not in ("measure", "mode")}
         if "batch" not in setting:
@@ -138,7 +190,7 @@ def test_a_training_step_changes_only_what_trains(base: nn.Module) -> None:
 
 def test_encoder(capsys: pytest.CaptureFixture[str]) -> None:
     scenario = Scenario("minilm", batch=2, length=4, tasks=2, measures=("training",))
-    (rows,) = speed.run_scenario(scenario, 1, CPU)
+    (rows,) = speed.run_scenario(scenario, 1, CPU, [])
     assert [row["arm"] for row in rows] == list(ARMS["training"])
 
 
