@@ -205,22 +205,25 @@ def measure_arms(
         Milliseconds, or megabytes of memory, of each turn by arm.
     """
     batch = example_batch(scenario, device)
-    if mode in (COMPILED, COMPILED_GRAPH):
-        # Each measure starts anew; one after another they would hit the limit of recompilations.
-        torch.compiler.reset()
-        for subject in subjects.values():
-            # A graph takes the tables that a first call has made, and would copy others in each call.
-            forward_call(subject, batch)()
-            kind = "reduce-overhead" if mode == COMPILED_GRAPH else "default"
-            subject.model = torch.compile(subject.model, fullgraph=True, mode=kind)
     if measure == "memory" and device.type == "cuda":
         return {arm: [peak_bytes(training_call(subject, batch)) / 1e6] for arm, subject in subjects.items()}
     if measure == "memory":
         return {arm: [saved_bytes(loss_call(subject, batch), subject.model) / 1e6] for arm, subject in subjects.items()}
     with tempfile.TemporaryDirectory() as folder:
-        calls = {
-            arm: make_call(scenario, measure, arm, subject, batch, Path(folder)) for arm, subject in subjects.items()
-        }
+
+        def make_calls() -> dict[str, Call]:
+            return {arm: make_call(scenario, measure, arm, it, batch, Path(folder)) for arm, it in subjects.items()}
+
+        if mode in (COMPILED, COMPILED_GRAPH):
+            # Each measure starts anew; one after another they would hit the limit of recompilations.
+            torch.compiler.reset()
+            # A graph takes what a first call has learned and made: where rows lie, and tables.
+            for call in make_calls().values():
+                call()
+            for subject in subjects.values():
+                kind = "reduce-overhead" if mode == COMPILED_GRAPH else "default"
+                subject.model = torch.compile(subject.model, fullgraph=True, mode=kind)
+        calls = make_calls()
         if mode in (GRAPH, COMPILED_GRAPH):
             wrap = graphed if mode == GRAPH else as_step
             calls = {arm: wrap(call) for arm, call in calls.items()}
