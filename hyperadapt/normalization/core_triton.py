@@ -235,5 +235,6 @@ def constants_of(r: int, is_amd: bool) -> dict[str, Any]:
     if is_amd:
         # A warp has twice the threads.
         return {**fixed, "num_warps": WARPS[padded] // 2}
-    # Unless it may use all registers, ptxas saves some for more programs at once, and spills a few bytes.
-    return {**fixed, "num_warps": WARPS[padded], "maxnreg": 255}
+    # Unless ptxas is told that it may use all registers, it saves some for more programs at once, and spills a few
+    # bytes. Where it needs all, it spills when told so.
+    return {**fixed, "num_warps": WARPS[padded]} | ({"maxnreg": 255} if padded < 64 else {})
