@@ -130,9 +130,7 @@ class Whitening(nn.Module):
                 self.running_covariance.lerp_(covariance.to(self.running_covariance.dtype), self.momentum)
         else:
             mean, covariance = self.running_mean.to(samples.dtype), self.running_covariance.to(samples.dtype)
-        identity = torch.eye(self.num_features, dtype=samples.dtype, device=x.device)
-        ridged = covariance + self.ridge * covariance.diagonal().mean() * identity
-        return ((samples - mean) @ inverse_sqrt(ridged)).to(x.dtype).reshape(x.shape)
+        return ((samples - mean) @ inverse_sqrt(covariance, self.ridge)).to(x.dtype).reshape(x.shape)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ def _spectral(gram_A: Tensor, gram_B: Tensor) -> Tensor:
 
 
 def _whitening(gram_A: Tensor, gram_B: Tensor, *, ridge: float, factors: str) -> Tensor:
-    core = inverse_sqrt(_ridged(gram_A, ridge))
-    return core if factors == "A" else inverse_sqrt(_ridged(gram_B, ridge)) @ core
+    core = inverse_sqrt(gram_A, ridge)
+    return core if factors == "A" else inverse_sqrt(gram_B, ridge) @ core
 
 
 def _weight_norm(gram_A: Tensor, gram_B: Tensor) -> Tensor:
@@ -106,12 +106,6 @@ def _inverse_root(x: Tensor) -> Tensor:
 def _inverse_lengths(gram: Tensor) -> Tensor:
     """1 over the lengths of the rows of A (columns of B), 0 for zero rows."""
     return _inverse_root(gram.diagonal(dim1=-2, dim2=-1))
-
-
-def _ridged(gram: Tensor, ridge: float) -> Tensor:
-    """G + ridge·mean eigenvalue·I, which limits the gradient where G is nearly singular."""
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return gram + (ridge * mean)[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 # Largest norms: Σσᵢ² ≤ r where σ₁ ≤ 1. A sum of r matrices of norm 1, or a mean of such sums, may reach r.

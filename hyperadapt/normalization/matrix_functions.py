@@ -10,20 +10,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def inverse_sqrt(gram: Tensor) -> Tensor:
-    """Inverse square root G^(-1/2) of a symmetric positive semi-definite matrix.
+def inverse_sqrt(gram: Tensor, ridge: float = 0.0) -> Tensor:
+    """Inverse square root (G + ridge·m·I)^(-1/2) of a symmetric positive semi-definite matrix of mean eigenvalue m.
 
-    Directions of eigenvalue zero are left out (pseudo-inverse). The gradient is the Daleckii-Krein
+    Without a ridge, directions of eigenvalue zero are left out (pseudo-inverse). With one they count as zero and are
+    kept, also where the ridge is less than what rounding leaves of zero. The gradient is the Daleckii-Krein
     formula with the divided difference written as ``-1/(√λi·√λj·(√λi+√λj))``, which is finite at repeated
     eigenvalues; autograd through ``eigh`` divides by ``λi - λj``.
 
     Args:
         gram: Shape ``(..., r, r)``, symmetric, float32 or float64.
+        ridge: What is added, in units of the mean eigenvalue.
 
     Returns:
         Same shape and dtype.
     """
-    result: Tensor = _InverseSqrt.apply(gram)  # type: ignore[no-untyped-call]
+    result: Tensor = _InverseSqrt.apply(gram, ridge)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -105,9 +107,11 @@ def reciprocal(x: Tensor) -> Tensor:
     return torch.where(normal, 1 / (safe / scale) / scale, 0)
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues clamped at what rounding leaves of zero, and eigenvectors, in float64."""
+def _eigh(gram: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Eigenvalues clamped at what rounding leaves of zero, or with a ridge on top, and eigenvectors, in float64."""
     values, vectors = torch.linalg.eigh(gram.double())
+    if ridge > 0:
+        return values.clamp(min=0) + ridge * values.mean(-1, keepdim=True).clamp(min=0), vectors
     noise = values[..., -1:].clamp(min=0) * gram.shape[-1] * torch.finfo(gram.dtype).eps
     return torch.where(values > noise, values, 0), vectors
 
@@ -129,22 +133,26 @@ def _cholesky(gram: Tensor) -> Tensor:
 
 class _InverseSqrt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gram: Tensor) -> Tensor:
-        values, vectors = _eigh(gram)
-        roots = values.sqrt()
+    def forward(ctx: Any, gram: Tensor, ridge: float) -> Tensor:
+        values, vectors = _eigh(gram, ridge)
+        roots, ctx.ridge = values.sqrt(), ridge
         ctx.save_for_backward(roots, vectors)
         result: Tensor = (vectors * reciprocal(roots).unsqueeze(-2)) @ vectors.mT
         return result.to(gram.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         roots, vectors = ctx.saved_tensors
         row, column = roots.unsqueeze(-1), roots.unsqueeze(-2)
         divided = -reciprocal(row * column * (row + column))
         grad_64 = (grad + grad.mT).double() / 2
-        result: Tensor = vectors @ (divided * (vectors.mT @ grad_64 @ vectors)) @ vectors.mT
-        return result.to(grad.dtype)
+        inner = divided * (vectors.mT @ grad_64 @ vectors)
+        if ctx.ridge > 0:
+            # The mean eigenvalue follows all of them.
+            mean = inner.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+            inner = inner + torch.diag_embed((ctx.ridge * mean).expand(inner.shape[:-1]))
+        return (vectors @ inner @ vectors.mT).to(grad.dtype), None
 
 
 class _SpectralNorm(torch.autograd.Function):

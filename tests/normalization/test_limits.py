@@ -308,6 +308,24 @@ def test_rank_deficient_factors(method: str, options: dict[str, Any]) -> None:
     assert_close(actual_gradients, expected_gradients, rtol=FLOAT64_EXACT, atol=FLOAT64_EXACT)
 
 
+@pytest.mark.parametrize("r", [4, 16, 64])
+def test_whitening_keeps_directions_below_what_rounding_leaves_of_zero(r: int) -> None:
+    torch.manual_seed(0)
+    rotations = [torch.linalg.qr(torch.randn(96, r, dtype=torch.float64))[0] for _ in range(2)]
+    values = torch.logspace(0, -4, r, dtype=torch.float64)
+    # In float32 they are the same numbers.
+    factors = [(values * rotation).float() for rotation in rotations]
+    direction = torch.randn(96, 96, dtype=torch.float64)
+
+    def update_and_gradients(dtype: torch.dtype) -> list[Tensor]:
+        lora_B, lora_A = (factor.to(dtype).requires_grad_() for factor in factors)
+        update = lora_B @ normalize(lora_A.mT, lora_B, "whitening").to(dtype) @ lora_A.mT
+        return [update, *torch.autograd.grad(update, (lora_A, lora_B), direction.to(dtype))]
+
+    for actual, exact in zip(update_and_gradients(torch.float32), update_and_gradients(torch.float64), strict=True):
+        assert torch.linalg.matrix_norm(actual.double() - exact) < 0.03 * torch.linalg.matrix_norm(exact)
+
+
 def test_whitened_updates_of_rank_deficient_factors_lose_only_the_lost_direction() -> None:
     lora_A, lora_B = (factor[0] for factor in rank_deficient_factors())
 

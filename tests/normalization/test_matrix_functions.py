@@ -65,6 +65,10 @@ def identity_like(gram: Tensor) -> Tensor:
     return torch.eye(gram.shape[-1]).to(gram).expand_as(gram)
 
 
+def mean_eigenvalue(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
 def other_gram(like: Tensor) -> Tensor:
     """Gram matrix of the constant factor, the other one of the spectral norm."""
     return (CONSTANT.mT @ CONSTANT).to(like)
@@ -74,6 +78,10 @@ CONSTANT = torch.tensor([[2.0, 0.5, 0.0], [0.0, 1.0, -0.25], [0.75, 0.0, 1.5]], 
 # Name: function of a symmetric matrix, and the same by autograd through a decomposition.
 FUNCTIONS: dict[str, tuple[Function, Function]] = {
     "inverse_sqrt": (inverse_sqrt, textbook_inverse_sqrt),
+    "inverse_sqrt_ridged": (
+        lambda gram: inverse_sqrt(gram, 0.3),
+        lambda gram: textbook_inverse_sqrt(gram + 0.3 * mean_eigenvalue(gram) * identity_like(gram)),
+    ),
     "spectral_norm_A": (lambda gram: spectral_norm(gram, other_gram(gram)), textbook_spectral_norm),
     "spectral_norm_B": (lambda gram: spectral_norm(other_gram(gram), gram), textbook_spectral_norm),
     "soft_inverse_sqrt_A": (lambda gram: soft_inverse_sqrt(gram, other_gram(gram)), textbook_soft),
