@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,11 +37,11 @@ import torch
 from benchmarks.concepts_arms import ARMS, VARIANTS
 from benchmarks.concepts_data import ConceptData, Size, load_data
 from benchmarks.concepts_evaluation import Amount
-from benchmarks.concepts_plan import ALL, COSINE, OURS, SEPARATE, STAGES, Run, Settings, Study, durations
+from benchmarks.concepts_plan import ALL, COSINE, OURS, SEPARATE, STAGES, Run, Settings, Study
 from benchmarks.concepts_report import report
 from benchmarks.concepts_runs import run_cosine, run_once, run_separate
 from benchmarks.concepts_tasks import Task, subset, tasks_of
-from benchmarks.rows import Row, append_row, environment
+from benchmarks.rows import Row
 
 FAST = Settings(
     size=Size(corpora=("exams", "articles"), texts=24),
@@ -67,10 +67,11 @@ def main() -> None:
             report(study, options.results or options.output)
             continue
         arms = [arm for arm in study.settings.arms if arm in (options.arm or study.settings.arms)]
-        missing = study.missing(stage, arms, options.seeds or study.settings.seeds)
-        if missing and data is None:
-            data = load_data(study.settings.size, options.output)
-        if data is not None and not run(study, data, missing, deadline):
+        missing = study.missing(study.runs(stage, arms, options.seeds or study.settings.seeds))
+        if not missing:
+            continue
+        data = data or load_data(study.settings.size, options.output)
+        if not study.go_on(missing, partial(run_arm, study.settings, data), deadline):
             return
 
 
@@ -86,22 +87,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/concepts"), help="folder of the rows")
     parser.add_argument("--results", type=Path, help="folder of the report's files; by default the same")
     return parser.parse_args()
-
-
-def run(study: Study, data: ConceptData, runs: Sequence[Run], deadline: float) -> bool:
-    """Run what has no row yet; False if the time was up before."""
-    shared = environment() | {"definition": study.settings.definition}
-    known = durations(study.rows())
-    for one in runs:
-        if time.monotonic() + known[one.stage, one.arm] > deadline:
-            print("stopped: the time is up")
-            return False
-        started = time.monotonic()
-        row = one._asdict() | run_arm(study.settings, data, one)
-        row["seconds"] = known[one.stage, one.arm] = round(time.monotonic() - started, 1)
-        append_row(study.path, row | shared)
-        print(*one, f"loss {row['loss']}, {row['cpu_seconds']} CPU seconds, {row['seconds']} in all", flush=True)
-    return True
 
 
 def run_arm(settings: Settings, data: ConceptData, one: Run) -> Row:

@@ -54,10 +54,16 @@ def centred(vectors: Tensor, trained: Tensor) -> Tensor:
 
 def whitened(vectors: Tensor, trained: Tensor) -> Tensor:
     """With directions of the same variance, up to a share of the mean variance; mean 0."""
+    return whitening(trained)(vectors)
+
+
+def whitening(trained: Tensor) -> Callable[[Tensor], Tensor]:
+    """What whitens vectors."""
     mean = trained.mean(0)
     values, directions = torch.linalg.eigh(torch.cov(trained.T))
     scales = (values.clamp(min=0) + values.mean()).rsqrt()
-    return (vectors - mean) @ (directions * scales) @ directions.T
+    matrix = (directions * scales) @ directions.T
+    return lambda vectors: (vectors - mean) @ matrix
 
 
 WIDTH = {"hypernetwork_dim": 64}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,8 @@ from typing import NamedTuple
 from benchmarks.concepts_arms import VARIANTS
 from benchmarks.concepts_data import Size
 from benchmarks.concepts_evaluation import TRUE, Amount, mean_scores
-from benchmarks.rows import Row, read_rows
+from benchmarks.resumable import Runs
+from benchmarks.rows import Row
 
 COSINE = "frozen cosine"
 SEPARATE = "separate loras"
@@ -75,29 +75,12 @@ STAGES = ("tune", "ablate", "test", "curve")
 CHOOSING_SEED = 0
 
 
-class Study:
+class Study(Runs[Run]):
     """A folder with a file of rows."""
 
     def __init__(self, folder: Path, settings: Settings, rate: float | None = None) -> None:
-        self.path, self.settings, self._rate = folder / "rows.jsonl", settings, rate
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def rows(self) -> list[Row]:
-        """The rows, each run once."""
-        rows: dict[Run, Row] = {}
-        for row in read_rows(self.path):
-            if row["definition"] != self.settings.definition:
-                raise SystemExit(
-                    f"{self.path} has rows of another definition of the study, {row['definition']}, which is "
-                    f"{self.settings.definition} now. Choose another --output."
-                )
-            rows.setdefault(run_of(row), row)
-        return list(rows.values())
-
-    def missing(self, stage: str, arms: Iterable[str], seeds: Iterable[int]) -> list[Run]:
-        """The runs of a stage without a row, an arm after the other."""
-        done = {run_of(row) for row in self.rows()}
-        return [run for run in self._runs(stage, list(arms), list(seeds)) if run not in done]
+        super().__init__(folder / "rows.jsonl", settings.definition, Run)
+        self.settings, self._rate = settings, rate
 
     def rate(self, arm: str) -> float:
         """The given learning rate, or the one whose area under the curve is largest on validation concepts."""
@@ -111,7 +94,8 @@ class Study:
             raise SystemExit(f"{arm} has no runs to choose its rate from at {missing}. Run --stage tune first.")
         return max(rates, key=lambda rate: areas[rate])
 
-    def _runs(self, stage: str, arms: list[str], seeds: list[int]) -> list[Run]:
+    def runs(self, stage: str, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+        """The runs of a stage, an arm after the other."""
         settings = self.settings
         if stage == "tune":
             return [
@@ -127,19 +111,6 @@ class Study:
         return [Run(stage, arm, self.rate(arm), ALL, seed) for arm in arms for seed in seeds]
 
 
-def run_of(row: Row) -> Run:
-    """The run that a row tells of."""
-    return Run(*(row[name] for name in Run._fields))
-
-
 def area(row: Row) -> float:
     """Mean area under the curve of the held-out concepts, each alone, by their true descriptions."""
     return mean_scores(row["scores"], TRUE)[1]
-
-
-def durations(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
-    """Stage and arm -> seconds that its last run took."""
-    seconds: dict[tuple[str, str], float] = defaultdict(float)
-    for row in rows:
-        seconds[row["stage"], row["arm"]] = row["seconds"]
-    return seconds

@@ -12,7 +12,7 @@ from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, centred, trained
 from benchmarks.concepts_bank import CLASSES
 from benchmarks.concepts_data import ConceptData, load_data
 from benchmarks.concepts_evaluation import SHUFFLED_ADAPTER, Evaluation
-from benchmarks.concepts_plan import COSINE, OURS, SEPARATE, Run, Study, run_of
+from benchmarks.concepts_plan import COSINE, OURS, SEPARATE, Run, Study
 from benchmarks.concepts_predicates import PREDICATES
 from benchmarks.concepts_runs import best_threshold, draws, margins_of, share_of_rate
 from benchmarks.concepts_tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
@@ -211,9 +211,10 @@ def test_study_runs_and_goes_on_where_it_was(
     monkeypatch.setattr("sys.argv", ["concepts", "--fast", "--output", str(tmp_path)])
     study.main()
     rows = read_rows(tmp_path / "rows.jsonl")
-    rate = Study(tmp_path, study.FAST).rate(OURS)
+    runs = Study(tmp_path, study.FAST)
+    rate = runs.rate(OURS)
     trained = ("lora", "bi-encoder", "hyperadapter in bi-encoder", "cross-encoder")
-    assert {run_of(row) for row in rows} == {
+    assert {runs.run_of(row) for row in rows} == {
         *(Run("tune", OURS, one, 0, 0) for one in (2e-3, 5e-3)),
         Run("ablate", "whitened", rate, 0, 0),
         Run("test", OURS, rate, 0, 1),
@@ -238,7 +239,7 @@ def test_study_runs_and_goes_on_where_it_was(
     # A given rate counts in place of those that were chosen.
     monkeypatch.setattr("sys.argv", ["concepts", "--fast", "--output", str(tmp_path), "--stage", "curve", "--rate=0.1"])
     study.main()
-    assert run_of(read_rows(tmp_path / "rows.jsonl")[-1]) == Run("curve", OURS, 0.1, 4, 1)
+    assert runs.run_of(read_rows(tmp_path / "rows.jsonl")[-1]) == Run("curve", OURS, 0.1, 4, 1)
     monkeypatch.setattr("sys.argv", ["concepts", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"has rows of another definition of the study, \w+, which is \w+ now"):
         study.main()

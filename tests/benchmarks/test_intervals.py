@@ -1,9 +1,9 @@
-"""The concept study's report: intervals over tasks and seeds, and differences that are paired."""
+"""Intervals over tasks and seeds, and differences that are paired."""
 
 import numpy as np
 import pytest
 
-from benchmarks.concepts_report import AREA, Cell, cell_of, difference, estimate
+from benchmarks.intervals import Cell, cell_of, difference, estimate
 from benchmarks.rows import Row
 
 
@@ -12,11 +12,11 @@ def test_cells_hold_what_all_seeds_have() -> None:
         {"seed": 2, "scores": {"true": {"atomic": {"b": [0.5, 0.6], "a": [0.7, 0.8]}}}},
         {"seed": 1, "scores": {"true": {"atomic": {"a": [0.1, 0.2], "b": [0.3, 0.4], "c": [0.0, 0.0]}}}},
     ]
-    cell = cell_of(rows, "true", "atomic", AREA)
+    cell = cell_of(rows, "true", "atomic", 1)
     assert cell is not None
     assert (cell.tasks, cell.seeds, cell.values.tolist()) == (["a", "b"], [1, 2], [[0.2, 0.4], [0.8, 0.6]])
-    assert cell_of(rows, "blank", "atomic", AREA) is None
-    assert cell_of([], "true", "atomic", AREA) is None
+    assert cell_of(rows, "blank", "atomic", 1) is None
+    assert cell_of([], "true", "atomic", 1) is None
 
 
 def test_an_interval_covers_tasks_and_seeds() -> None:
