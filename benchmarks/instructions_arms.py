@@ -1,0 +1,116 @@
+"""The arms of the instruction study: what is adapted, and where the instruction enters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from benchmarks.concepts_arms import whitening
+from benchmarks.instructions_data import InstructionData, Row
+from benchmarks.instructions_model import Batch
+from benchmarks.instructions_tasks import Task, trained_wordings
+from hyperadapt import HyperAdapterConfig
+
+RANK = 8
+READ_OF_TASK = 12
+"""Rows that the hyperadapter by examples draws from in training, of each task."""
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer.
+
+    Attributes:
+        adapter: ``"hyperadapter"``: a hypernetwork makes that of each row's description; ``"lora"``: one for all;
+            ``"none"``: the base model.
+        is_told: Whether the description stands before the text, in the input.
+        fields: Of the hyperadapter's configuration.
+        vectors: From the trained descriptions' vectors, what changes vectors before the hypernetwork reads them.
+        reads: Whether a hyperadapter reads examples in place of descriptions.
+    """
+
+    adapter: str = "lora"
+    is_told: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+    vectors: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
+    reads: bool = False
+
+    @property
+    def is_hyperadapter(self) -> bool:
+        """Whether a hypernetwork makes adapters."""
+        return self.adapter == "hyperadapter"
+
+
+WIDTH = {"hypernetwork_dim": 64}
+HYPER = Arm("hyperadapter", fields=WIDTH, vectors=whitening)
+ARMS = {
+    "hyperadapter": HYPER,
+    "lora": Arm(),
+    "lora, told": Arm(is_told=True),
+    "base model, told": Arm("none", is_told=True),
+}
+READER = Arm("hyperadapter", fields=WIDTH, reads=True)
+VARIANTS = {
+    "vectors as they are": replace(HYPER, vectors=None),
+    "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
+    "width 128": replace(HYPER, fields={"hypernetwork_dim": 128}),
+    "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),
+}
+"""The arm "hyperadapter" with one thing changed."""
+
+
+def build(arm: Arm, data: InstructionData, tasks: Sequence[Task], seed: int) -> nn.Module:
+    """A copy of the upper layers with an arm's adapter for these tasks, whose weights a seed draws."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(data.upper)
+    if arm.adapter == "none":
+        return model
+    shared: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS}
+    if not arm.is_hyperadapter:
+        return get_peft_model(model, LoraConfig(**shared))
+    if arm.reads:
+        names = [task.name for task in tasks]
+        config = HyperAdapterConfig(
+            task_type="CAUSAL_LM", tasks=names, task_embedding="examples", **shared | arm.fields
+        )
+        model = get_peft_model(model, config)
+        examples = {
+            name: [{"row": row} for row in data.rows["train"][name][: min(READ_OF_TASK, data.size.cached)]]
+            for name in names
+        }
+        model.set_examples(examples, data_collator=collated(data))
+        return model
+    config = HyperAdapterConfig(
+        tasks={task.name: trained_wordings(task) for task in tasks},
+        task_embedding="text",
+        text_encoder=text_encoder(arm, data, tasks),
+        **shared | arm.fields,
+    )
+    return get_peft_model(model, config)
+
+
+def collated(data: InstructionData) -> Callable[[list[dict[str, Row]]], Batch]:
+    """What makes batches of examples."""
+    return lambda examples: data.batch([one["row"] for one in examples])
+
+
+def text_encoder(arm: Arm, data: InstructionData, tasks: Sequence[Task]) -> Callable[[list[str]], Tensor]:
+    """What gives the vectors of descriptions, as the arm changes them."""
+    if arm.vectors is None:
+        return data.described.vectors
+    change = arm.vectors(data.described.vectors([wording for task in tasks for wording in trained_wordings(task)]))
+    return lambda texts: change(data.described.vectors(texts))
+
+
+def embeddings(model: PeftModel, encode: Callable[[list[str]], Tensor], descriptions: Sequence[str]) -> Tensor:
+    """The task embedding of each description, ``(descriptions, task_embedding_dim)``."""
+    unique = list(dict.fromkeys(descriptions))
+    made = torch.cat([model.embed_description(text, text_encoder=encode).reshape(1, -1) for text in unique])
+    return made[[unique.index(text) for text in descriptions]]
