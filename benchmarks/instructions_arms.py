@@ -76,17 +76,7 @@ def build(arm: Arm, data: InstructionData, tasks: Sequence[Task], seed: int) -> 
     if not arm.is_hyperadapter:
         return get_peft_model(model, LoraConfig(**shared))
     if arm.reads:
-        names = [task.name for task in tasks]
-        config = HyperAdapterConfig(
-            task_type="CAUSAL_LM", tasks=names, task_embedding="examples", **shared | arm.fields
-        )
-        model = get_peft_model(model, config)
-        examples = {
-            name: [{"row": row} for row in data.rows["train"][name][: min(READ_OF_TASK, data.size.cached)]]
-            for name in names
-        }
-        model.set_examples(examples, data_collator=collated(data))
-        return model
+        return _reader(model, data, [task.name for task in tasks], shared | arm.fields)
     config = HyperAdapterConfig(
         tasks={task.name: trained_wordings(task) for task in tasks},
         task_embedding="text",
@@ -94,6 +84,16 @@ def build(arm: Arm, data: InstructionData, tasks: Sequence[Task], seed: int) -> 
         **shared | arm.fields,
     )
     return get_peft_model(model, config)
+
+
+def _reader(model: nn.Module, data: InstructionData, names: list[str], fields: dict[str, Any]) -> PeftModel:
+    """A hyperadapter that reads examples, with those of the trained tasks."""
+    config = HyperAdapterConfig(task_type="CAUSAL_LM", tasks=names, task_embedding="examples", **fields)
+    reader = get_peft_model(model, config)
+    rows = {name: data.rows["train"][name][: min(READ_OF_TASK, data.size.cached)] for name in names}
+    examples = {name: [{"row": row} for row in members] for name, members in rows.items()}
+    reader.set_examples(examples, data_collator=collated(data))
+    return reader
 
 
 def collated(data: InstructionData) -> Callable[[list[dict[str, Row]]], Batch]:

@@ -79,7 +79,7 @@ def kept_model(
     """An arm's trained model, the losses of its steps and the CPU seconds they took; hyperadapters are written."""
     definition = repr((arm.fields, arm.vectors and arm.vectors.__name__, arm.reads, len(tasks), rate, seed, amount))
     path = folder / f"trained_{digest(definition)[:16]}.pt"
-    if path.exists():
+    if arm.is_hyperadapter and path.exists():
         model = build(arm, data, tasks, seed)
         kept = torch.load(path)
         set_peft_model_state_dict(model, kept["state"])

@@ -114,7 +114,9 @@ class ShotRun:
     def _fitted(self, lora: PeftModel, examples: Sequence[Row], rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Train a LoRA on examples, at a rate that falls to zero, and ask it."""
         steps, generator = self.shots.steps, np.random.default_rng(self.seed)
-        optimizer = torch.optim.AdamW([one for one in lora.parameters() if one.requires_grad], self.rate)
+        optimizer = torch.optim.AdamW(
+            [one for one in lora.parameters() if one.requires_grad], self.rate, weight_decay=0.0
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         lora.train()
         for _ in range(steps):
