@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from benchmarks.instructions_tasks import Task, tasks
 from examples.support.causal_lm import load_base, load_tokenizer
 from examples.support.encoder import load_tokenizer as load_sentence_tokenizer
 from examples.support.text_tasks import locate
+from hyperadapt.files import whole_folder
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9'-]*")
 WORDS = (4, 6)
@@ -126,12 +126,15 @@ class InstructionData:
         path = folder / f"states_{digest(repr((self.size, rows)))[:16]}.pt"
         if not path.exists():
             self.learn(rows)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            torch.save(torch.cat([self._known[row] for row in rows]), unfinished)
-            unfinished.replace(path)
+            write(path, torch.cat([self._known[row] for row in rows]))
         lengths = [len(self.tokens(*row).ids) for row in rows]
         self._known = dict(zip(rows, torch.load(path, mmap=True).split(lengths), strict=True))
+
+
+def write(path: Path, value: Any) -> None:
+    """Save tensors so that a file is whole or not there; its folder is made."""
+    with whole_folder(path.parent) as new:
+        torch.save(value, new / path.name)
 
 
 def load_data(size: Size, folder: Path | None = None) -> InstructionData:

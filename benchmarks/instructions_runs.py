@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.concepts_runs import share_of_rate
 from benchmarks.concepts_tasks import digest
 from benchmarks.instructions_arms import Arm, build, embeddings, text_encoder
-from benchmarks.instructions_data import InstructionData, Row
+from benchmarks.instructions_data import InstructionData, Row, write
 from benchmarks.instructions_evaluation import TRUE, WRONG, Amount, Answers, Evaluation, judged
 from benchmarks.instructions_tasks import Task, trained_wordings
 
@@ -88,8 +88,7 @@ def kept_model(
     model, losses = trained_model(arm, data, tasks, rate, seed, amount)
     seconds = time.process_time() - started
     if arm.is_hyperadapter:
-        state = get_peft_model_state_dict(model)
-        torch.save({"state": state, "losses": losses, "seconds": seconds}, path)
+        write(path, {"state": get_peft_model_state_dict(model), "losses": losses, "seconds": seconds})
     return model, losses, seconds
 
 
