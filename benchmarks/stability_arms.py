@@ -86,6 +86,7 @@ ARMS: dict[str, dict[str, Arm]] = {
     "soft_frobenius": _bounded("soft_frobenius", (0.2, 1), (0.2, 20), (0.2, 30)),
     "soft_polar": _bounded("soft_polar", (0.2, 1), (0.2, 10), (0.2, 20), (0.2, 30), (0.3, 20)),
     "soft_polar + clipping": _bounded("soft_polar", (0.2, 1), (0.2, 20), (0.2, 30), clip=True),
+    "default + clipping": {ONLY: Arm({"normalization": HyperAdapterConfig.normalization}, clip=True)},
     "adaptive": _bounded("adaptive", (0.2, 20), (0.2, 30)),
     "whitening": {ONLY: Arm({"normalization": "whitening"})},
 }

@@ -83,7 +83,8 @@ class Study:
 
     def choices(self, arms: Collection[str]) -> dict[str, str]:
         """Arm -> chosen candidate, of at least these arms."""
-        choices = {row["arm"]: row["candidate"] for row in read_rows(self.choices_path)}
+        choices = {arm: next(iter(ARMS[arm])) for arm in arms if len(ARMS[arm]) == 1}
+        choices |= {row["arm"]: row["candidate"] for row in read_rows(self.choices_path)}
         if missing := [arm for arm in arms if arm not in choices]:
             raise SystemExit(
                 f"{self.choices_path} has no choice for {', '.join(missing)}, and blind runs come after the choices. "

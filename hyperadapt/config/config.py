@@ -44,7 +44,7 @@ from hyperadapt.config.task_fields import (
     encoder_name,
 )
 from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS
-from hyperadapt.normalization.methods import OPTIONS
+from hyperadapt.normalization.methods import OPTIONS, default_bound
 
 CONDITIONINGS = ("additive", "gated")
 HEADS = ("row", "factor", "pair")
@@ -116,7 +116,8 @@ class HyperAdapterConfig(PeftConfig):
             methods. The options below belong to some of them; None takes the method's default.
         normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for all but
             ``"none"``. Unit normalisations keep it by bounding their gain; ``"adaptive"`` learns one below it for each
-            position.
+            position. None is filled in when the adapter is made: 0.2 for up to six adapted modules, and
+            0.2·√(6/n) for n.
         normalization_warmup: Optimizer steps N over which the bound of a method that starts at the base model without a
             gain grows, from its N-th part, so that a high learning rate does not throw the update to its bound in the
             first step; 1 for none. A step of any ``torch.optim`` optimizer counts that follows a forward pass in
@@ -235,13 +236,18 @@ class HyperAdapterConfig(PeftConfig):
         self._check_tasks()
 
     def replaced(self, **changes: Any) -> HyperAdapterConfig:
-        """A copy with other fields of the tasks and the text encoder; this one stays, since others may hold it."""
+        """A copy with other fields, of which those of tasks are checked; this one stays, since others may hold it."""
         config = copy.copy(self)
         for name, value in changes.items():
             setattr(config, name, value)
         config.is_from_file = self.is_from_file and "text_encoder" not in changes
         config._check_tasks()
         return config
+
+    def with_bound(self, positions: int) -> HyperAdapterConfig:
+        """A copy whose bound, if it was left open, is the default one of so many positions."""
+        is_open = "bound" in self.normalization_options and self.normalization_bound is None
+        return self.replaced(normalization_bound=default_bound(positions)) if is_open else self
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved: a function as text encoder by its name."""

@@ -36,7 +36,7 @@ class HyperAdapterNetwork(nn.Module):
 
     def __init__(self, config: HyperAdapterConfig, positions: Sequence[Position], base_norms: Tensor) -> None:
         super().__init__()
-        self.config = config
+        config = self.config = config.with_bound(len(positions))
         self._tables = Tables()
         method = METHODS[config.normalization]
         self.positions = list(positions)

@@ -90,8 +90,8 @@ def distill(  # noqa: DOC503
     For a given size of the file, ``head="pair"`` left the smallest error, and half of the LoRAs' rank with a wider
     network a smaller one than their rank (see ``examples/distill_loras.py`` and ``DECISIONS.md``).
 
-    The default normalisation bounds an update by a fifth of the base weight's norm; a LoRA that exceeds it needs a
-    larger ``normalization_bound``, or ``normalization="none"``.
+    The default normalisation bounds an update by a fifth of the base weight's norm, or less; a LoRA that exceeds it
+    needs a larger ``normalization_bound``, or ``normalization="none"``.
 
     Source: the reconstruction loss of Text-to-LoRA (arXiv 2506.06105), on the updates instead of the factors.
 

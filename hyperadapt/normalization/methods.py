@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-# Default bound; a smaller one trains at higher learning rates, a larger one leaves more room (DECISIONS.md).
-BOUND = 0.2
+# Default bound of up to so many adapted positions; a smaller one trains at higher learning rates, a larger one leaves
+# more room. The squares of the bounds of more positions add up to no more than theirs (DECISIONS.md).
+BOUND, BOUND_POSITIONS = 0.2, 6
 # Default number of optimizer steps over which a bound grows, where B starts at zero (DECISIONS.md).
 WARMUP = 30
+
+
+def default_bound(positions: int) -> float:
+    """The bound of each of so many adapted positions, in units of the base weight's norm."""
+    return BOUND * min(1.0, math.sqrt(BOUND_POSITIONS / positions))
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,10 @@ class Normalization:
         return self.is_unit and not any(given.get(name) == value for name, value in self.without_gain.items())
 
     def config_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options, with defaults, of a configuration that gives these values: also of a bound, and of a gain's."""
+        """Options, with defaults, of a configuration that gives these values: also of a bound, and of a gain's.
+
+        The bound's is None: it is known with the number of positions.
+        """
         has_bound = self.is_bounded or self.needs_gain(given)
-        bound = {"bound": BOUND} if has_bound else {}
+        bound = {"bound": None} if has_bound else {}
         return {**self.options, **bound, **({"warmup": WARMUP} if self.is_bounded else {})}

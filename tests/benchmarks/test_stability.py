@@ -92,8 +92,8 @@ def test_fast_form_runs_all_stages_and_goes_on(study: Any, capsys: pytest.Captur
 def test_stages_come_in_order_and_stop_when_the_time_is_up(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=r"choices.jsonl has no choice for lora, and blind runs come after"):
-        study("--stage", "blind", "--arm", "lora")
+    with pytest.raises(SystemExit, match=r"choices.jsonl has no choice for delora, and blind runs come after"):
+        study("--stage", "blind", "--arm", "delora")
     with pytest.raises(SystemExit, match=r"^2 runs to choose from are missing. Run --stage choose"):
         study("--stage", "decide", "--arm", "lora")
     with pytest.raises(SystemExit, match=r"has no arm with all of its runs. Run the stages before"):
@@ -104,8 +104,8 @@ def test_stages_come_in_order_and_stop_when_the_time_is_up(
 
     study("--arm", "lora", "--stage", "choose", "decide", "--seeds", "0")
     assert len(read_rows(tmp_path / "today.jsonl")) == 2
-    with pytest.raises(SystemExit, match="has no choice for dora"):
-        study("--stage", "blind", "--arm", "lora", "dora")
+    with pytest.raises(SystemExit, match="has no choice for adaptive"):
+        study("--stage", "blind", "--arm", "lora", "adaptive")
     study("--stage", "blind", "--arm", "lora", "--seeds", "6")
     assert len(read_rows(tmp_path / "today.jsonl")) == 2
 

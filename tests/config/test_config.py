@@ -66,7 +66,7 @@ def test_defaults_are_valid() -> None:
     assert (config.default_task, config.fallback_task) == (None, "default")
     assert config.task_descriptions is None
     assert config.normalization == "soft_polar"
-    assert (config.normalization_bound, config.normalization_warmup) == (0.2, 30)
+    assert (config.normalization_bound, config.normalization_warmup) == (None, 30)
     assert config.peft_type == "HYPERADAPTER"
     assert HyperAdapterConfig().tasks is not config.tasks
 

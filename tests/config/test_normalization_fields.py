@@ -15,10 +15,10 @@ from hyperadapt.normalization.formulas import (
     NORMALIZATIONS,
     UNIT_NORMALIZATIONS,
 )
-from hyperadapt.normalization.methods import OPTIONS
+from hyperadapt.normalization.methods import OPTIONS, default_bound
 
-# Stated here once more, so that a changed default is noticed.
-BOUND, WARMUP = 0.2, 30
+# Stated here once more, so that a changed default is noticed. The bound is filled in when the adapter is made.
+BOUND, WARMUP = None, 30
 DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
     "soft_frobenius": {"bound": BOUND, "warmup": WARMUP},
@@ -54,6 +54,26 @@ def test_defaults_are_filled_in_for_the_options_of_the_method_alone(normalizatio
     filled = {option: getattr(config, f"normalization_{option}") for option in OPTIONS}
     assert filled == dict.fromkeys(OPTIONS) | METHODS[normalization].config_options({})
     assert config.normalization_options == METHODS[normalization].config_options({})
+
+
+@pytest.mark.parametrize(
+    ("positions", "bound"), [(1, 0.2), (6, 0.2), (7, 0.1852), (24, 0.1), (36, 0.0816), (196, 0.035)]
+)
+def test_the_default_bound_is_smaller_for_more_positions(positions: int, bound: float) -> None:
+    """The squares of the bounds of more than six positions add up to those of six."""
+    assert default_bound(positions) == pytest.approx(bound, rel=1e-3)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_an_open_bound_is_filled_in_in_a_copy(normalization: str) -> None:
+    config = HyperAdapterConfig(normalization=normalization)
+    made = config.with_bound(24)
+    assert config.normalization_bound is None
+    assert made.normalization_bound == (None if normalization == "none" else pytest.approx(0.1))
+    assert made.with_bound(6) is made
+    assert HyperAdapterConfig(normalization_bound=0.5).with_bound(24).normalization_bound == 0.5
+    whitened = HyperAdapterConfig(normalization="whitening", normalization_factors="A")
+    assert whitened.with_bound(24) is whitened
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

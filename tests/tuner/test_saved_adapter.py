@@ -12,6 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hyperadapt import HyperAdapterConfig
+from hyperadapt.normalization.methods import default_bound
 from hyperadapt.tuner import saved_adapter
 from hyperadapt.tuner.saved_adapter import SavedAdapter, read_adapter
 from tests.support.helpers import (
@@ -71,10 +73,14 @@ def test_positions_survive_every_way_of_saving(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_serves_two_models_tells_of_neither() -> None:
-    config = adapter_config(target_modules=["q_proj"])
+    config = HyperAdapterConfig(target_modules=["q_proj"])
     first, second = (get_peft_model(base_model("llama"), config) for _ in range(2))
-    assert config.adapted_modules is None
-    assert first.peft_config["default"].adapted_modules == second.peft_config["default"].adapted_modules
+    assert (config.adapted_modules, config.normalization_bound) == (None, None)
+    made = [model.peft_config["default"] for model in (first, second)]
+    assert made[0].adapted_modules == made[1].adapted_modules
+    assert [one.normalization_bound for one in made] == 2 * [
+        default_bound(len(first.base_model.router.network("default").positions))
+    ]
 
 
 def test_what_the_file_of_another_base_tells_is_replaced(folder: Path) -> None:
