@@ -43,7 +43,7 @@ def report(rows: Sequence[Row], folder: Path) -> None:
     write_rows(folder / "continual.jsonl", rows)
     print("mean test accuracy with 95% interval over seeds; the worst change is that of the known task that lost most")
     heads = "".join(f"{name:>17}" for name in COLUMNS)
-    print(f"{'arm':<24}{'rate':>7}{heads}{'exact':>7}{'seeds':>7}")
+    print(f"{'arm':<31}{'rate':>7}{heads}{'exact':>7}{'seeds':>7}")
     for arm, rate in dict.fromkeys((row["arm"], row["rate"]) for row in rows):
         chosen = [row for row in rows if (row["arm"], row["rate"]) == (arm, rate)]
         cells = [
@@ -51,7 +51,7 @@ def report(rows: Sequence[Row], folder: Path) -> None:
             for name, value in COLUMNS.items()
         ]
         exact = "yes" if all(row["identical"] for row in chosen) else "no"
-        print(f"{arm:<24}{rate:>7g}" + "".join(f"{cell:>17}" for cell in cells) + f"{exact:>7}{len(chosen):>7}")
+        print(f"{arm:<31}{rate:>7g}" + "".join(f"{cell:>17}" for cell in cells) + f"{exact:>7}{len(chosen):>7}")
     print("\none arm minus another, at the same rate where both have it, paired by seed")
     names = list(COLUMNS)[2:]
     for first, second in PAIRS:

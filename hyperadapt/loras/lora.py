@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
-from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+from peft.utils.transformers_weight_conversion import (  # type: ignore[attr-defined]
+    _MODEL_TO_CONVERSION_PATTERN,
+    _MOE_TARGET_MODULE_MAPPING,
+)
 from torch import Tensor
 
 from hyperadapt.config.adapted_fields import AdaptedModel
