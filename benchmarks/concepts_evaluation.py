@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.concepts_arms import Arm, trained_wordings
 from benchmarks.concepts_data import ConceptData
 from benchmarks.concepts_tasks import Task
-from benchmarks.transfer_data import BLANK, UNRELATED
+from benchmarks.neutral_texts import BLANK, UNRELATED
 
 TRUE = "true"
 TRAINED = "trained"

@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from benchmarks.fitting import fit
 from benchmarks.multitask_data import BATCH_SIZE, MultitaskData
 from benchmarks.stability_data import Batch, Row, in_batches, without_tasks
-from benchmarks.transfer_baselines import fit
 from hyperadapt import HyperAdapterConfig
 
 # As many parameters as the hyperadapter has; and the rank of a LoRA for one task.

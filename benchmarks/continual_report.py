@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.rows import Row, write_rows
-from benchmarks.transfer_report import interval, shown
+from benchmarks.seeds import interval, shown
 
 COLUMNS: dict[str, Callable[[Row], float]] = {
     "known, before": lambda row: fmean(row["before"].values()),

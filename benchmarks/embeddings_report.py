@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from benchmarks.rows import Row
-from benchmarks.transfer_report import interval
+from benchmarks.seeds import interval
 from examples.support.embedding_texts import DATA
 
 OURS = "hyperadapter"

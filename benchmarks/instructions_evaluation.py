@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.instructions_data import InstructionData, Row
 from benchmarks.instructions_model import IGNORED
 from benchmarks.instructions_tasks import Task, trained_wordings
-from benchmarks.transfer_data import BLANK, UNRELATED
+from benchmarks.neutral_texts import BLANK, UNRELATED
 
 TRUE = "true"
 TRAINED = "trained"

@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PolyConfig, get_peft_model
 from torch import nn
 
+from benchmarks.fitting import fit
 from benchmarks.multitask_data import Batch, MultitaskData
 from benchmarks.stability_arms import plain
-from benchmarks.transfer_baselines import fit
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.hypernetwork.hypernetwork import Hypernetwork
 

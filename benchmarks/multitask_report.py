@@ -16,7 +16,7 @@ from matplotlib.ticker import NullFormatter
 
 from benchmarks.plots import save_plot
 from benchmarks.rows import write_rows
-from benchmarks.transfer_report import interval, shown
+from benchmarks.seeds import interval, shown
 
 REFERENCE = "separate loras"
 # Each answers a question that the table, whose references are LoRAs, leaves open.

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.plots import save_plot
 from benchmarks.rows import read_rows, write_rows
+from benchmarks.seeds import interval, shown
 from benchmarks.stability_arms import is_hyperadapter
 from benchmarks.stability_plan import Study
 from benchmarks.stability_settings import HOME, STAGES, Setting
 from benchmarks.stability_summary import OURS, Cells, by_arm, label, summarize_arms
-from benchmarks.transfer_report import interval, shown
 
 Row = dict[str, Any]
 

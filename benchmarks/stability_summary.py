@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.seeds import interval
 from benchmarks.stability_arms import ARMS
-from benchmarks.transfer_report import interval
 
 Row = dict[str, Any]
 

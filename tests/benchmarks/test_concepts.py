@@ -16,8 +16,8 @@ from benchmarks.concepts_plan import COSINE, OURS, SEPARATE, Run, Study
 from benchmarks.concepts_predicates import PREDICATES
 from benchmarks.concepts_runs import best_threshold, draws, margins_of, share_of_rate
 from benchmarks.concepts_tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
+from benchmarks.neutral_texts import BLANK, UNRELATED
 from benchmarks.rows import read_rows
-from benchmarks.transfer_data import BLANK, UNRELATED
 from tests.support.tolerances import COSINE_BFLOAT16, FLOAT32_DIFFERENCE
 
 

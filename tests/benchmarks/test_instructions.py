@@ -20,8 +20,8 @@ from benchmarks.instructions_plan import BASE, LORA, OURS, TOLD, Run, Study
 from benchmarks.instructions_runs import answers_of, draws
 from benchmarks.instructions_shots import ShotRun
 from benchmarks.instructions_tasks import KINDS, Operation, Task, operations, subset, trained_wordings
+from benchmarks.neutral_texts import BLANK, UNRELATED
 from benchmarks.rows import append_row, read_rows
-from benchmarks.transfer_data import BLANK, UNRELATED
 from tests.support.tolerances import FLOAT32_FORWARD
 
 

@@ -10,11 +10,11 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks import multitask, multitask_arms
+from benchmarks.fitting import fit
 from benchmarks.multitask_arms import ARMS, build, run_arm
 from benchmarks.multitask_data import MultitaskData
 from benchmarks.multitask_report import by_fraction, differences, report
 from benchmarks.rows import read_rows
-from benchmarks.transfer_baselines import fit
 from examples.support.encoder import batches, encode, load_tokenizer
 from examples.support.matching import load_matcher
 from examples.support.text_tasks import encoder_path, load_task
