@@ -171,6 +171,19 @@ def test_nothing_is_printed_without_a_report(tmp_path: Path, capfd: pytest.Captu
     assert "step 1 of 1: loss" in printed.err
 
 
+def test_a_training_tells_which_tasks_are_at_their_most_frequent_answer(tmp_path: Path) -> None:
+    lines: list[str] = []
+    run = train(recipe(tmp_path, **training(max_steps=1, learning_rate=0.0)), report=lines.append, figures=False)
+    weak = run.record.results["no_better_than_majority"]
+    for name, values in run.record.results["tasks"].items():
+        assert (name in weak) == (values["accuracy"] <= values["majority"])
+    told = [
+        re.match(r"(\w+): an accuracy of [\d.]+ is no better than always giving its most frequent", one)
+        for one in lines
+    ]
+    assert [match[1] for match in told if match] == weak != []
+
+
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
