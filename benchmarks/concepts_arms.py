@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, normalize
+from transformers import BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.concepts_data import ConceptData, pooled
@@ -118,12 +119,11 @@ class Match(nn.Module):
         return torch.stack([-logit / 2, logit / 2], dim=-1)
 
 
-class ConceptReader(nn.Module):
+class ConceptReader(BertPreTrainedModel):
     """The upper layers of an encoder, and a head for yes or no."""
 
-    def __init__(self, bert: nn.Module, head: str) -> None:
-        super().__init__()
-        self.config = bert.config
+    def __init__(self, bert: BertModel, head: str) -> None:
+        super().__init__(bert.config)
         self.bert = bert
         self.head = TwoLogits(bert.config.hidden_size) if head == "logits" else Match()
 

@@ -134,7 +134,15 @@ def trained_model(
     arm: Arm, data: ConceptData, tasks: Sequence[Task], rate: float, seed: int, amount: Amount
 ) -> tuple[PeftModel, list[float]]:
     """An arm's model in evaluation mode, and the loss of each of its steps."""
-    model = build(arm, data, tasks, seed).train()
+    model = build(arm, data, tasks, seed)
+    return model, optimised(model, arm, data, tasks, rate, seed, amount)
+
+
+def optimised(
+    model: PeftModel, arm: Arm, data: ConceptData, tasks: Sequence[Task], rate: float, seed: int, amount: Amount
+) -> list[float]:
+    """Train an arm's model, and leave it in evaluation mode; the loss of each step."""
+    model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step / amount.steps))
@@ -150,7 +158,8 @@ def trained_model(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return model.eval(), losses
+    model.eval()
+    return losses
 
 
 def share_of_rate(done: float) -> float:
