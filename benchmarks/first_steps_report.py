@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.first_steps_runs import ARMS, LORA
-from benchmarks.intervals import interval, shown
 from benchmarks.rows import Row, write_rows
+from benchmarks.seeds import interval, shown
 
 ALL_SETS = "mean"
 
