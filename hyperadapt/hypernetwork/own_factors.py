@@ -30,6 +30,8 @@ class OwnFactors(nn.ModuleList):
     def added_to(self, generated: Sequence[Generated], ids: Tensor) -> list[Generated]:
         """What was generated for task ids ``(tasks,)``, which may be written to, with the tasks' own factors."""
         groups = list(generated)
+        if not self.task_ids:
+            return groups
         if not torch.is_grad_enabled() and can_read(ids):
             # Of all that there are, only those of the batch, each once.
             for row, task_id in enumerate(ids.tolist()):

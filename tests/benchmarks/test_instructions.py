@@ -304,7 +304,7 @@ def test_a_lora_starts_where_the_description_puts_it(shots: ShotRun) -> None:
     _, found = shots._warm(task, shots.examples(task, 2), rows)
     _, fresh = shots._fresh(task, shots.examples(task, 2), rows)
     torch.testing.assert_close(found, expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
-    assert (fresh - expected).abs().max() > 50 * FLOAT32_FORWARD
+    assert (fresh - expected).abs().max() > 10 * FLOAT32_FORWARD
 
 
 def test_examples_make_an_adapter(shots: ShotRun) -> None:
