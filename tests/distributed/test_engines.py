@@ -60,6 +60,12 @@ def launch(engine: str, folder: Path) -> list[list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where DeepSpeed compiles. In the usual folder it would wait for ever for a lock that a killed process left."""
+    return tmp_path_factory.mktemp("extensions")
+
+
+@pytest.fixture(scope="module")
 def expected() -> list[tuple[dict[str, Tensor], Any, int | None]]:
     """The weights that one process reaches with all rows, and what the monitor sees on the way."""
     results = []
@@ -75,8 +81,13 @@ def expected() -> list[tuple[dict[str, Tensor], Any, int | None]]:
 @pytest.mark.multi_process
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_equal_one(
-    engine: str, expected: list[tuple[dict[str, Tensor], Any, int | None]], tmp_path: Path
+    engine: str,
+    expected: list[tuple[dict[str, Tensor], Any, int | None]],
+    extensions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
         if shutil.which("g++") is None:
