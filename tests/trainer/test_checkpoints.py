@@ -79,6 +79,7 @@ def assert_resumes(folder: Path, kills: list[tuple[object, ...]]) -> None:
     assert {path.name for path in killed.iterdir()} == {"checkpoint-99", "checkpoint-102", "final.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_a_run_that_is_killed_twice(tmp_path: Path) -> None:
     assert_resumes(tmp_path, [("step", 10), ("event", 2, 9)])

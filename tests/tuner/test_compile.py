@@ -142,7 +142,7 @@ def test_examples_are_part_of_the_graph() -> None:
     assert all(value.isfinite().all() for value in gradients(model).values())
 
 
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("task_type", [pytest.param(None, marks=pytest.mark.slow), "CAUSAL_LM"])
 def test_every_way_to_name_tasks(task_type: str | None) -> None:
     model = adapted_model("llama", task_type=task_type).double()
     batch = example_batch("llama", labels=False)
