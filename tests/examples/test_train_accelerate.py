@@ -58,7 +58,7 @@ def run_twofold(arguments: Sequence[str]) -> str:
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_a_whole_one(
     processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
