@@ -48,7 +48,7 @@ FAST = Settings(
     amount=Amount(steps=2, tasks=2, atomic=3, others=0, trained=3),
     choosing=Amount(steps=1, tasks=2, atomic=3, others=0),
     arms={arm: rates[: 2 if arm == OURS else 1] for arm, rates in Settings().arms.items()},
-    variants=("whitened",),
+    variants=("vectors as they are",),
     seeds=(1,),
     curve=(4,),
     separate=6,

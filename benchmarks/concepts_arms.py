@@ -33,7 +33,7 @@ class Arm:
         head: ``"logits"``: two, the same for all tasks; ``"match"``: by the cosine of text and description.
         reads: Whether the description stands behind the text, in the input.
         fields: Of the hyperadapter's configuration.
-        vectors: Changes the descriptions' vectors before the hypernetwork reads them; the others are trained ones.
+        vectors: Given the vectors of the trained descriptions, what changes all before the hypernetwork reads them.
         smoothing: Of the labels.
         alone: Share of the steps, the first ones, in which concepts stand alone: as long as a contrary looks like its
             concept, with the opposite answers, nothing is learned of either.
@@ -43,23 +43,19 @@ class Arm:
     head: str = "logits"
     reads: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
-    vectors: Callable[[Tensor, Tensor], Tensor] | None = None
+    vectors: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
     smoothing: float = 0.0
     alone: float = 0.75
 
 
-def centred(vectors: Tensor, trained: Tensor) -> Tensor:
-    """Without what the trained descriptions have in common."""
-    return vectors - trained.mean(0)
-
-
-def whitened(vectors: Tensor, trained: Tensor) -> Tensor:
-    """With directions of the same variance, up to a share of the mean variance; mean 0."""
-    return whitening(trained)(vectors)
+def centring(trained: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes from vectors what the trained ones have in common."""
+    mean = trained.mean(0)
+    return lambda vectors: vectors - mean
 
 
 def whitening(trained: Tensor) -> Callable[[Tensor], Tensor]:
-    """What whitens vectors."""
+    """What gives the trained vectors mean 0 and the same variance in all directions, up to a share of the mean one."""
     mean = trained.mean(0)
     values, directions = torch.linalg.eigh(torch.cov(trained.T))
     scales = (values.clamp(min=0) + values.mean()).rsqrt()
@@ -68,7 +64,7 @@ def whitening(trained: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 WIDTH = {"hypernetwork_dim": 64}
-HYPER = Arm(is_hyperadapter=True, fields=WIDTH)
+HYPER = Arm(is_hyperadapter=True, fields=WIDTH, vectors=whitening)
 ARMS: dict[str, Arm] = {
     "hyperadapter": HYPER,
     "lora": Arm(),
@@ -80,8 +76,8 @@ VARIANTS: dict[str, Arm] = {
     "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
     "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),
     "additive": replace(HYPER, fields=WIDTH | {"conditioning": "additive"}),
-    "centred": replace(HYPER, vectors=centred),
-    "whitened": replace(HYPER, vectors=whitened),
+    "vectors as they are": replace(HYPER, vectors=None),
+    "centred": replace(HYPER, vectors=centring),
     "smoothing 0.1": replace(HYPER, smoothing=0.1),
     "compositions from the start": replace(HYPER, alone=0.0),
     "no compositions": replace(HYPER, alone=1.0),
@@ -178,10 +174,7 @@ def trained_wordings(task: Task) -> list[str]:
 
 def text_encoder(arm: Arm, data: ConceptData, tasks: Sequence[Task]) -> Callable[[list[str]], Tensor]:
     """What gives the vectors of descriptions, as the arm changes them."""
-    known = [wording for task in tasks for wording in trained_wordings(task)]
-
-    def encode(texts: list[str]) -> Tensor:
-        vectors = data.described.vectors(texts)
-        return vectors if arm.vectors is None else arm.vectors(vectors, data.described.vectors(known))
-
-    return encode
+    if arm.vectors is None:
+        return data.described.vectors
+    change = arm.vectors(data.described.vectors([wording for task in tasks for wording in trained_wordings(task)]))
+    return lambda texts: change(data.described.vectors(texts))

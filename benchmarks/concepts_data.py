@@ -60,8 +60,8 @@ class Size:
 
     corpora: tuple[str, ...] = CORPORA
     texts: int = 80
-    max_length: int = 24
-    frozen_layers: int = 4
+    max_length: int = 48
+    frozen_layers: int = 3
 
 
 class Encoder:

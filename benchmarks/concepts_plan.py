@@ -47,8 +47,8 @@ class Settings:
     """
 
     size: Size = field(default_factory=Size)
-    amount: Amount = field(default_factory=lambda: Amount(steps=700))
-    choosing: Amount = field(default_factory=lambda: Amount(steps=200))
+    amount: Amount = field(default_factory=lambda: Amount(steps=1000))
+    choosing: Amount = field(default_factory=lambda: Amount(steps=400))
     arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
             OURS: (2e-3, 5e-3),
@@ -61,7 +61,7 @@ class Settings:
         }
     )
     variants: tuple[str, ...] = tuple(VARIANTS)
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     curve: tuple[int, ...] = (8, 16, 32, 64)
     separate: int = 20
 

@@ -45,7 +45,7 @@ class Settings:
         seeds: Of the test.
     """
 
-    size: Size = field(default_factory=Size)
+    size: Size = field(default_factory=lambda: Size(max_length=24, frozen_layers=4))
     amount: Amount = field(default_factory=lambda: Amount(steps=700))
     counts: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     choosing: int = 16

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=CORPORA)
     parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args()
-    size = Size(corpora=tuple(options.corpora), texts=options.texts)
+    size = Size(corpora=tuple(options.corpora), texts=options.texts, max_length=24)
     texts = read_texts(load_tokenizer(), size)
     model = train(texts, options.steps, size.max_length)
     # Whether the vocabulary was changed would be looked up on the Hub.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import concepts as study
-from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, centred, trained_wordings, whitened
+from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, centring, trained_wordings, whitening
 from benchmarks.concepts_bank import CLASSES
 from benchmarks.concepts_data import ConceptData, load_data
 from benchmarks.concepts_evaluation import SHUFFLED_ADAPTER, Evaluation
@@ -197,8 +197,8 @@ def test_best_threshold_is_right_most_often() -> None:
 def test_changed_vectors() -> None:
     torch.manual_seed(0)
     trained = torch.randn(400, 4) * torch.tensor([1.0, 2.0, 4.0, 8.0]) + 3.0
-    assert centred(trained, trained).mean(0).abs().max() < FLOAT32_DIFFERENCE * trained.abs().max()
-    new = whitened(trained, trained)
+    assert centring(trained)(trained).mean(0).abs().max() < FLOAT32_DIFFERENCE * trained.abs().max()
+    new = whitening(trained)(trained)
     values = torch.linalg.eigvalsh(torch.cov(trained.T))
     # Each variance v becomes v / (v + mean).
     torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(new.T)), values / (values + values.mean()))
@@ -216,7 +216,7 @@ def test_study_runs_and_goes_on_where_it_was(
     trained = ("lora", "bi-encoder", "hyperadapter in bi-encoder", "cross-encoder")
     assert {runs.run_of(row) for row in rows} == {
         *(Run("tune", OURS, one, 0, 0) for one in (2e-3, 5e-3)),
-        Run("ablate", "whitened", rate, 0, 0),
+        Run("ablate", "vectors as they are", rate, 0, 0),
         Run("test", OURS, rate, 0, 1),
         Run("test", COSINE, 0.0, 0, 1),
         *(Run("test", arm, 2e-3, 0, 1) for arm in trained),
