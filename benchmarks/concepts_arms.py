@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from benchmarks.concepts_data import ConceptData, pooled
 from benchmarks.concepts_tasks import LAST, Task
 from hyperadapt import HyperAdapterConfig
+from hyperadapt.tasks.embedding import TaskEmbedding
 
 RANK = 8
 TARGETS = ["query", "key", "value", "dense"]
@@ -33,7 +34,8 @@ class Arm:
         head: ``"logits"``: two, the same for all tasks; ``"match"``: by the cosine of text and description.
         reads: Whether the description stands behind the text, in the input.
         fields: Of the hyperadapter's configuration.
-        vectors: Given the vectors of the trained descriptions, what changes all before the hypernetwork reads them.
+        is_whitened: Whether the adapter whitens the vectors of descriptions, as it does by itself.
+        is_centred: Whether what the trained descriptions have in common is taken from those vectors first.
         smoothing: Of the labels.
         alone: Share of the steps, the first ones, in which concepts stand alone: as long as a contrary looks like its
             concept, with the opposite answers, nothing is learned of either.
@@ -43,28 +45,14 @@ class Arm:
     head: str = "logits"
     reads: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
-    vectors: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
+    is_whitened: bool = True
+    is_centred: bool = False
     smoothing: float = 0.0
     alone: float = 0.75
 
 
-def centring(trained: Tensor) -> Callable[[Tensor], Tensor]:
-    """What takes from vectors what the trained ones have in common."""
-    mean = trained.mean(0)
-    return lambda vectors: vectors - mean
-
-
-def whitening(trained: Tensor) -> Callable[[Tensor], Tensor]:
-    """What gives the trained vectors mean 0 and the same variance in all directions, up to a share of the mean one."""
-    mean = trained.mean(0)
-    values, directions = torch.linalg.eigh(torch.cov(trained.T))
-    scales = (values.clamp(min=0) + values.mean()).rsqrt()
-    matrix = (directions * scales) @ directions.T
-    return lambda vectors: (vectors - mean) @ matrix
-
-
 WIDTH = {"hypernetwork_dim": 64}
-HYPER = Arm(is_hyperadapter=True, fields=WIDTH, vectors=whitening)
+HYPER = Arm(is_hyperadapter=True, fields=WIDTH)
 ARMS: dict[str, Arm] = {
     "hyperadapter": HYPER,
     "lora": Arm(),
@@ -76,8 +64,8 @@ VARIANTS: dict[str, Arm] = {
     "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
     "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),
     "additive": replace(HYPER, fields=WIDTH | {"conditioning": "additive"}),
-    "vectors as they are": replace(HYPER, vectors=None),
-    "centred": replace(HYPER, vectors=centring),
+    "vectors as they are": replace(HYPER, is_whitened=False),
+    "centred": replace(HYPER, is_whitened=False, is_centred=True),
     "smoothing 0.1": replace(HYPER, smoothing=0.1),
     "compositions from the start": replace(HYPER, alone=0.0),
     "no compositions": replace(HYPER, alone=1.0),
@@ -164,7 +152,17 @@ def build(arm: Arm, data: ConceptData, tasks: Sequence[Task], seed: int) -> Peft
         text_encoder=text_encoder(arm, data, tasks),
         **shared | arm.fields,
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    if not arm.is_whitened:
+        without_whitening(adapted)
+    return adapted
+
+
+def without_whitening(model: nn.Module) -> None:
+    """Have a hyperadapter read the vectors of descriptions as they are."""
+    for module in model.modules():
+        if isinstance(module, TaskEmbedding):
+            module.text_directions.zero_()
 
 
 def trained_wordings(task: Task) -> list[str]:
@@ -174,7 +172,7 @@ def trained_wordings(task: Task) -> list[str]:
 
 def text_encoder(arm: Arm, data: ConceptData, tasks: Sequence[Task]) -> Callable[[list[str]], Tensor]:
     """What gives the vectors of descriptions, as the arm changes them."""
-    if arm.vectors is None:
+    if not arm.is_centred:
         return data.described.vectors
-    change = arm.vectors(data.described.vectors([wording for task in tasks for wording in trained_wordings(task)]))
-    return lambda texts: change(data.described.vectors(texts))
+    mean = data.described.vectors([wording for task in tasks for wording in trained_wordings(task)]).mean(0)
+    return lambda texts: data.described.vectors(texts) - mean

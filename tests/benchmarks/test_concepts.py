@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import concepts as study
-from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, centring, trained_wordings, whitening
+from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, trained_wordings
 from benchmarks.concepts_bank import CLASSES
 from benchmarks.concepts_data import ConceptData, load_data
 from benchmarks.concepts_evaluation import SHUFFLED_ADAPTER, Evaluation
@@ -18,7 +18,7 @@ from benchmarks.concepts_runs import best_threshold, draws, margins_of, share_of
 from benchmarks.concepts_tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
 from benchmarks.neutral_texts import BLANK, UNRELATED
 from benchmarks.rows import read_rows
-from tests.support.tolerances import COSINE_BFLOAT16, FLOAT32_DIFFERENCE
+from tests.support.tolerances import COSINE_BFLOAT16
 
 
 @pytest.fixture(scope="module")
@@ -192,16 +192,6 @@ def test_best_threshold_is_right_most_often() -> None:
         values, answers = torch.randn(9), torch.rand(9) < 0.5
         most = max(int(((values > bound) == answers).sum()) for bound in (-9.0, *values.tolist()))
         assert int(((values > best_threshold(values, answers)) == answers).sum()) == most
-
-
-def test_changed_vectors() -> None:
-    torch.manual_seed(0)
-    trained = torch.randn(400, 4) * torch.tensor([1.0, 2.0, 4.0, 8.0]) + 3.0
-    assert centring(trained)(trained).mean(0).abs().max() < FLOAT32_DIFFERENCE * trained.abs().max()
-    new = whitening(trained)(trained)
-    values = torch.linalg.eigvalsh(torch.cov(trained.T))
-    # Each variance v becomes v / (v + mean).
-    torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(new.T)), values / (values + values.mean()))
 
 
 def test_study_runs_and_goes_on_where_it_was(

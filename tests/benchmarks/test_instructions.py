@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import instructions as study
 from benchmarks import instructions_data
-from benchmarks.instructions_arms import ARMS, build, embeddings, text_encoder
+from benchmarks.instructions_arms import ARMS, build, embeddings
 from benchmarks.instructions_data import InstructionData, load_data, rows_of
 from benchmarks.instructions_evaluation import TRUE, WRONG, Amount, Evaluation, judged
 from benchmarks.instructions_model import IGNORED, padded, split, tokens_of
@@ -222,7 +222,7 @@ def test_arms_start_at_the_base_model(data: InstructionData) -> None:
         expected = data.upper(**data.batch(rows, told if base.is_told else None)).logits
         inputs = data.batch(rows, told if arm.is_told else None)
         if arm.is_hyperadapter:
-            inputs["task_embeddings"] = embeddings(model, text_encoder(arm, data, trained), told)
+            inputs["task_embeddings"] = embeddings(model, data.described.vectors, told)
         assert torch.equal(model(**inputs).logits, expected), name
 
 
