@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from hyperadapt import HyperAdapterConfig
+from hyperadapt.tasks.whitening import shared_directions
 from tests.support.helpers import (
     TASKS,
     adapted_model,
@@ -110,6 +111,18 @@ def test_text_tasks_train_through_the_projection() -> None:
     model(**example_batch("llama"), tasks=["alpha", "beta", "gamma", "beta"]).loss.backward()
     assert table(model).text_projection.weight.grad.any()
     assert table(model).weight.grad[1].any()
+
+
+def test_vectors_are_whitened_by_the_first_descriptions_and_keep_their_precision() -> None:
+    fields = {"tasks": DESCRIPTIONS, "task_embedding": MIXED_SOURCES, "text_encoder": letters}
+    model = get_peft_model(base_model("llama").bfloat16(), adapter_config(target_modules="all-linear", **fields))
+    directions = table(model).text_directions
+    assert torch.equal(directions, shared_directions(table(model).text_vectors))
+    assert directions.any()
+    assert directions.dtype is table(model).text_vectors.dtype is torch.float32
+    model.add_task("new", description=NEW, text_encoder=letters)
+    model.remove_task("alpha")
+    assert table(model).text_directions is directions
 
 
 def test_the_callers_configuration_stays(tmp_path: Path) -> None:
