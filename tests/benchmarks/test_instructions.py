@@ -296,7 +296,7 @@ def test_more_examples_contain_the_fewer_and_are_not_asked_about(shots: ShotRun)
 def test_a_lora_starts_where_the_description_puts_it(shots: ShotRun) -> None:
     [task, *_] = shots.data.tasks["test"]
     rows = shots.data.rows["test"][task.name][:2]
-    model, _ = shots._describing
+    model = shots._describing
     randomise(model)
     description = Evaluation(shots.data, [], shots.amount, shots.seed).description(task, TRUE)
     _, expected = answers_of(model, ARMS[OURS], shots.data, shots.data.tasks["train"])(rows, [description] * 2)
