@@ -11,6 +11,7 @@ The upper layers of MiniLM are adapted; the lower ones are frozen, and computed 
 - hyperadapter: the description makes the adapter. A trained one is asked by true descriptions and by wrong ones: of
   another held-out concept of the same corpus (shuffled) or of another one, blank, an unrelated sentence, and that of
   the nearest trained task.
+- hyperadapter, not whitened: the same, but it reads the descriptions' vectors as they are.
 - lora: one LoRA for all tasks, which are not told.
 - frozen cosine: of the base model's vectors of text and description; the threshold suits trained tasks best.
 - cross-encoder: one LoRA, and the description stands behind the text in the input.
@@ -48,7 +49,7 @@ FAST = Settings(
     amount=Amount(steps=2, tasks=2, atomic=3, others=0, trained=3),
     choosing=Amount(steps=1, tasks=2, atomic=3, others=0),
     arms={arm: rates[: 2 if arm == OURS else 1] for arm, rates in Settings().arms.items()},
-    variants=("vectors as they are",),
+    variants=("centred",),
     seeds=(1,),
     curve=(4,),
     separate=6,

@@ -55,6 +55,7 @@ WIDTH = {"hypernetwork_dim": 64}
 HYPER = Arm(is_hyperadapter=True, fields=WIDTH)
 ARMS: dict[str, Arm] = {
     "hyperadapter": HYPER,
+    "hyperadapter, not whitened": replace(HYPER, is_whitened=False),
     "lora": Arm(),
     "bi-encoder": Arm(head="match"),
     "hyperadapter in bi-encoder": replace(HYPER, head="match"),
@@ -64,7 +65,6 @@ VARIANTS: dict[str, Arm] = {
     "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
     "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),
     "additive": replace(HYPER, fields=WIDTH | {"conditioning": "additive"}),
-    "vectors as they are": replace(HYPER, is_whitened=False),
     "centred": replace(HYPER, is_whitened=False, is_centred=True),
     "smoothing 0.1": replace(HYPER, smoothing=0.1),
     "compositions from the start": replace(HYPER, alone=0.0),
