@@ -11,7 +11,7 @@ The upper layers of MiniLM are adapted; the lower ones are frozen, and computed 
 - hyperadapter: the description makes the adapter. A trained one is asked by true descriptions and by wrong ones: of
   another held-out concept of the same corpus (shuffled) or of another one, blank, an unrelated sentence, and that of
   the nearest trained task.
-- hyperadapter, not whitened: the same, but it reads the descriptions' vectors as they are.
+- hyperadapter, whitened: the same, but the vectors of descriptions have the same size in all directions.
 - lora: one LoRA for all tasks, which are not told.
 - frozen cosine: of the base model's vectors of text and description; the threshold suits trained tasks best.
 - cross-encoder: one LoRA, and the description stands behind the text in the input.

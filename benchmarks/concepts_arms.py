@@ -17,7 +17,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from benchmarks.concepts_data import ConceptData, pooled
 from benchmarks.concepts_tasks import LAST, Task
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.tasks.embedding import TaskEmbedding
 
 RANK = 8
 TARGETS = ["query", "key", "value", "dense"]
@@ -34,8 +33,7 @@ class Arm:
         head: ``"logits"``: two, the same for all tasks; ``"match"``: by the cosine of text and description.
         reads: Whether the description stands behind the text, in the input.
         fields: Of the hyperadapter's configuration.
-        is_whitened: Whether the adapter whitens the vectors of descriptions, as it does by itself.
-        is_centred: Whether what the trained descriptions have in common is taken from those vectors first.
+        vectors: Given the vectors of the trained descriptions, what changes all before the hypernetwork reads them.
         smoothing: Of the labels.
         alone: Share of the steps, the first ones, in which concepts stand alone: as long as a contrary looks like its
             concept, with the opposite answers, nothing is learned of either.
@@ -45,17 +43,30 @@ class Arm:
     head: str = "logits"
     reads: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
-    is_whitened: bool = True
-    is_centred: bool = False
+    vectors: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
     smoothing: float = 0.0
     alone: float = 0.75
+
+
+def centring(trained: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes from vectors what the trained ones have in common."""
+    mean = trained.mean(0)
+    return lambda vectors: vectors - mean
+
+
+def whitening(trained: Tensor) -> Callable[[Tensor], Tensor]:
+    """What gives vectors the same mean square in all directions, as far as it is above the trained ones' variance."""
+    values, directions = torch.linalg.eigh(trained.T @ trained / len(trained))
+    scales = (values.clamp(min=0) + trained.var(0, correction=0).mean()).rsqrt()
+    matrix = (directions * scales) @ directions.T
+    return lambda vectors: vectors @ matrix
 
 
 WIDTH = {"hypernetwork_dim": 64}
 HYPER = Arm(is_hyperadapter=True, fields=WIDTH)
 ARMS: dict[str, Arm] = {
     "hyperadapter": HYPER,
-    "hyperadapter, not whitened": replace(HYPER, is_whitened=False),
+    "hyperadapter, whitened": replace(HYPER, vectors=whitening),
     "lora": Arm(),
     "bi-encoder": Arm(head="match"),
     "hyperadapter in bi-encoder": replace(HYPER, head="match"),
@@ -65,7 +76,7 @@ VARIANTS: dict[str, Arm] = {
     "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
     "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),
     "additive": replace(HYPER, fields=WIDTH | {"conditioning": "additive"}),
-    "centred": replace(HYPER, is_whitened=False, is_centred=True),
+    "centred": replace(HYPER, vectors=centring),
     "smoothing 0.1": replace(HYPER, smoothing=0.1),
     "compositions from the start": replace(HYPER, alone=0.0),
     "no compositions": replace(HYPER, alone=1.0),
@@ -152,17 +163,7 @@ def build(arm: Arm, data: ConceptData, tasks: Sequence[Task], seed: int) -> Peft
         text_encoder=text_encoder(arm, data, tasks),
         **shared | arm.fields,
     )
-    adapted = get_peft_model(model, config)
-    if not arm.is_whitened:
-        without_whitening(adapted)
-    return adapted
-
-
-def without_whitening(model: nn.Module) -> None:
-    """Have a hyperadapter read the vectors of descriptions as they are."""
-    for module in model.modules():
-        if isinstance(module, TaskEmbedding):
-            module.text_directions.zero_()
+    return get_peft_model(model, config)
 
 
 def trained_wordings(task: Task) -> list[str]:
@@ -172,7 +173,7 @@ def trained_wordings(task: Task) -> list[str]:
 
 def text_encoder(arm: Arm, data: ConceptData, tasks: Sequence[Task]) -> Callable[[list[str]], Tensor]:
     """What gives the vectors of descriptions, as the arm changes them."""
-    if not arm.is_centred:
+    if arm.vectors is None:
         return data.described.vectors
-    mean = data.described.vectors([wording for task in tasks for wording in trained_wordings(task)]).mean(0)
-    return lambda texts: data.described.vectors(texts) - mean
+    change = arm.vectors(data.described.vectors([wording for task in tasks for wording in trained_wordings(task)]))
+    return lambda texts: change(data.described.vectors(texts))

@@ -17,7 +17,7 @@ from benchmarks.rows import Row
 COSINE = "frozen cosine"
 SEPARATE = "separate loras"
 OURS = "hyperadapter"
-AS_THEY_ARE = "hyperadapter, not whitened"
+WHITENED = "hyperadapter, whitened"
 ALL = 0
 """In the place of a number of concepts: all that are trained."""
 
@@ -53,7 +53,7 @@ class Settings:
     arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
             OURS: (2e-3, 5e-3),
-            AS_THEY_ARE: (2e-3, 5e-3),
+            WHITENED: (2e-3, 5e-3),
             COSINE: (0.0,),
             "lora": (2e-3, 5e-3),
             "hyperadapter in bi-encoder": (2e-3, 5e-3),

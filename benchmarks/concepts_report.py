@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.concepts_evaluation import NEW_WORDING, SHUFFLED_ADAPTER, TRAINED, TRUE
-from benchmarks.concepts_plan import ALL, AS_THEY_ARE, CHOOSING_SEED, COSINE, OURS, SEPARATE, Study, area
+from benchmarks.concepts_plan import ALL, CHOOSING_SEED, COSINE, OURS, SEPARATE, WHITENED, Study, area
 from benchmarks.concepts_tasks import FAMILIES
 from benchmarks.intervals import cell_of, difference, estimate
 from benchmarks.plots import save_plot
@@ -22,7 +22,7 @@ CONTROLS = ("shuffled", "across corpora", "blank", "unrelated", "nearest trained
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 COLORS = {OURS: "#0072B2", "lora": "#E69F00", COSINE: "#000000", CROSS: "#CC79A7", BI_ENCODER: "#D55E00"}
-COLORS |= {INSIDE: "#009E73", AS_THEY_ARE: "#56B4E9"}
+COLORS |= {INSIDE: "#009E73", WHITENED: "#56B4E9"}
 
 
 def report(study: Study, folder: Path) -> None:
@@ -88,10 +88,10 @@ def _print_arms(arms: dict[str, list[Row]]) -> None:
 
 def _print_differences(arms: dict[str, list[Row]]) -> None:
     pairs = [((OURS, TRUE), (OURS, condition)) for condition in CONTROLS]
-    pairs += [((OURS, TRUE), (arm, TRUE)) for arm in (AS_THEY_ARE, "lora", COSINE, BI_ENCODER, INSIDE, CROSS)]
+    pairs += [((OURS, TRUE), (arm, TRUE)) for arm in (WHITENED, "lora", COSINE, BI_ENCODER, INSIDE, CROSS)]
     pairs += [((INSIDE, TRUE), (INSIDE, SHUFFLED_ADAPTER)), ((INSIDE, TRUE), (BI_ENCODER, TRUE))]
     pairs += [((INSIDE, TRUE), (COSINE, TRUE)), ((BI_ENCODER, TRUE), (COSINE, TRUE))]
-    pairs += [((OURS, TRAINED), (arm, TRAINED)) for arm in (AS_THEY_ARE, SEPARATE, "lora")]
+    pairs += [((OURS, TRAINED), (arm, TRAINED)) for arm in (WHITENED, SEPARATE, "lora")]
     pairs += [((OURS, TRAINED), (OURS, NEW_WORDING))]
     print("\ndifferences, paired by task and seed: accuracy of concepts alone, and areas by family")
     for (arm, condition), (other, wrong) in pairs:

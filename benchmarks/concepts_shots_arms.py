@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION, EXAMPLES, LOGISTIC = "description", "examples", "logistic regression"
 NEW, FROM_ITS, FROM_ANOTHER = "new LoRA", "LoRA from its description", "LoRA from another description"
-DESCRIBED = Arm(is_hyperadapter=True, fields=WIDTH, is_whitened=False)
+DESCRIBED = Arm(is_hyperadapter=True, fields=WIDTH)
 WARMUP_STEPS = 2
 CLIP_AT = 1.0
 # As many as an adapter reads at once.

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.concepts_arms import without_whitening
+from benchmarks.concepts_arms import whitening
 from benchmarks.instructions_data import InstructionData, Row
 from benchmarks.instructions_model import Batch
 from benchmarks.instructions_tasks import Task, trained_wordings
@@ -32,14 +32,14 @@ class Arm:
             ``"none"``: the base model.
         is_told: Whether the description stands before the text, in the input.
         fields: Of the hyperadapter's configuration.
-        is_whitened: Whether the adapter whitens the vectors of descriptions, as it does by itself.
+        vectors: From the trained descriptions' vectors, what changes vectors before the hypernetwork reads them.
         reads: Whether a hyperadapter reads examples in place of descriptions.
     """
 
     adapter: str = "lora"
     is_told: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
-    is_whitened: bool = True
+    vectors: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
     reads: bool = False
 
     @property
@@ -49,7 +49,7 @@ class Arm:
 
 
 WIDTH = {"hypernetwork_dim": 64}
-HYPER = Arm("hyperadapter", fields=WIDTH)
+HYPER = Arm("hyperadapter", fields=WIDTH, vectors=whitening)
 ARMS = {
     "hyperadapter": HYPER,
     "lora": Arm(),
@@ -58,7 +58,7 @@ ARMS = {
 }
 READER = Arm("hyperadapter", fields=WIDTH, reads=True)
 VARIANTS = {
-    "vectors as they are": replace(HYPER, is_whitened=False),
+    "vectors as they are": replace(HYPER, vectors=None),
     "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
     "width 128": replace(HYPER, fields={"hypernetwork_dim": 128}),
     "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),
@@ -80,13 +80,10 @@ def build(arm: Arm, data: InstructionData, tasks: Sequence[Task], seed: int) -> 
     config = HyperAdapterConfig(
         tasks={task.name: trained_wordings(task) for task in tasks},
         task_embedding="text",
-        text_encoder=data.described.vectors,
+        text_encoder=text_encoder(arm, data, tasks),
         **shared | arm.fields,
     )
-    adapted = get_peft_model(model, config)
-    if not arm.is_whitened:
-        without_whitening(adapted)
-    return adapted
+    return get_peft_model(model, config)
 
 
 def _reader(model: nn.Module, data: InstructionData, names: list[str], fields: dict[str, Any]) -> PeftModel:
@@ -102,6 +99,14 @@ def _reader(model: nn.Module, data: InstructionData, names: list[str], fields: d
 def collated(data: InstructionData) -> Callable[[list[dict[str, Row]]], Batch]:
     """What makes batches of examples."""
     return lambda examples: data.batch([one["row"] for one in examples])
+
+
+def text_encoder(arm: Arm, data: InstructionData, tasks: Sequence[Task]) -> Callable[[list[str]], Tensor]:
+    """What gives the vectors of descriptions, as the arm changes them."""
+    if arm.vectors is None:
+        return data.described.vectors
+    change = arm.vectors(data.described.vectors([wording for task in tasks for wording in trained_wordings(task)]))
+    return lambda texts: change(data.described.vectors(texts))
 
 
 def embeddings(model: PeftModel, encode: Callable[[list[str]], Tensor], descriptions: Sequence[str]) -> Tensor:

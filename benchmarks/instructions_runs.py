@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.concepts_runs import share_of_rate
 from benchmarks.concepts_tasks import digest
-from benchmarks.instructions_arms import Arm, build, embeddings
+from benchmarks.instructions_arms import Arm, build, embeddings, text_encoder
 from benchmarks.instructions_data import InstructionData, Row, write
 from benchmarks.instructions_evaluation import TRUE, WRONG, Amount, Answers, Evaluation, judged
 from benchmarks.instructions_tasks import Task, trained_wordings
@@ -77,7 +77,7 @@ def kept_model(
     arm: Arm, data: InstructionData, tasks: Sequence[Task], rate: float, seed: int, amount: Amount, folder: Path
 ) -> tuple[Any, list[float], float]:
     """An arm's trained model, the losses of its steps and the CPU seconds they took; hyperadapters are written."""
-    definition = repr((arm.fields, arm.is_whitened, arm.reads, len(tasks), rate, seed, amount))
+    definition = repr((arm.fields, arm.vectors and arm.vectors.__name__, arm.reads, len(tasks), rate, seed, amount))
     path = folder / f"trained_{digest(definition)[:16]}.pt"
     if arm.is_hyperadapter and path.exists():
         model = build(arm, data, tasks, seed)
@@ -119,7 +119,7 @@ def trained_model(
 
 def answers_of(model: Any, arm: Arm, data: InstructionData, tasks: Sequence[Task]) -> Answers:
     """What asks a trained model."""
-    encode = data.described.vectors if arm.is_hyperadapter else None
+    encode = text_encoder(arm, data, tasks) if arm.is_hyperadapter else None
 
     @torch.no_grad()
     def answers(rows: Sequence[Row], descriptions: Sequence[str]) -> tuple[Tensor, Tensor]:

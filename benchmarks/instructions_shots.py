@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
 from benchmarks.concepts_tasks import digest
-from benchmarks.instructions_arms import ARMS, READER, Arm, build, collated
+from benchmarks.instructions_arms import ARMS, READER, Arm, build, collated, text_encoder
 from benchmarks.instructions_data import InstructionData, Row
 from benchmarks.instructions_evaluation import TRUE, Amount, Evaluation, Scores, judged
 from benchmarks.instructions_runs import answers_of, kept_model
@@ -93,10 +93,9 @@ class ShotRun:
         return self._fitted(self._new_lora(), examples, rows)
 
     def _warm(self, task: Task, examples: Sequence[Row], rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        model, encode = self._describing
         description = Evaluation(self.data, [], self.amount, self.seed).description(task, TRUE)
-        generated = LoraGenerator.from_model(self._describing).from_description(
-            description, text_encoder=self.data.described.vectors
-        )
+        generated = LoraGenerator.from_model(model).from_description(description, text_encoder=encode)
         lora = self._new_lora()
         set_peft_model_state_dict(lora, generated.state_dict())
         return self._fitted(lora, examples, rows)
@@ -129,8 +128,10 @@ class ShotRun:
         return answers_of(lora.eval(), ARMS["lora"], self.data, [])(rows, [""] * len(rows))
 
     @cached_property
-    def _describing(self) -> PeftModel:
-        return self._trained(ARMS["hyperadapter"], self.hyperadapter_rate)
+    def _describing(self) -> tuple[PeftModel, Callable[[list[str]], Tensor]]:
+        arm = ARMS["hyperadapter"]
+        encode = text_encoder(arm, self.data, self.data.tasks["train"])
+        return self._trained(arm, self.hyperadapter_rate), encode
 
     @cached_property
     def _reading(self) -> PeftModel:

@@ -14,7 +14,6 @@ from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import EXAMPLES, LEARNED, TEXT
 from hyperadapt.tables import Tables
 from hyperadapt.tasks.examples import ExampleEncoder, ExampleRows
-from hyperadapt.tasks.whitening import damped, num_directions, shared_directions
 
 # How often training leaves out the learned part where a task has text too: otherwise the text would go unused, and a
 # description alone would mean nothing.
@@ -30,13 +29,12 @@ class TaskEmbedding(nn.Module):
     directions; the hypernetwork reads only an embedding's direction (see ``Hypernetwork``). Where a task
     has text too, its learned vector starts at zero, and training leaves it out half of the time, so that the text
     alone stands for the task as well as it can. Of several descriptions, training draws one for each forward pass; in
-    evaluation their mean counts; their vectors are whitened by those that the adapter was made with. Of examples it
-    draws some, and in evaluation those that are kept count. ``num_descriptions`` is 0 for tasks without text;
-    ``text_embedding_dim`` is None if no task has text, and ``example_encoder`` if none has examples.
+    evaluation their mean counts. Of examples it draws some, and in evaluation those that are kept count.
+    ``num_descriptions`` is 0 for tasks without text; ``text_embedding_dim`` is None if no task has text, and
+    ``example_encoder`` if none has examples.
     """
 
     text_vectors: Tensor
-    text_directions: Tensor
 
     def __init__(
         self,
@@ -74,7 +72,6 @@ class TaskEmbedding(nn.Module):
             # Of vectors with root mean square 1, it then makes embeddings with the same, as learned ones have.
             nn.init.normal_(self.text_projection.weight, std=text_embedding_dim**-0.5)
             self.register_buffer("text_vectors", torch.full((sum(num_descriptions), text_embedding_dim), torch.nan))
-            self.register_buffer("text_directions", torch.zeros(num_directions(text_embedding_dim), text_embedding_dim))
             self._first = tuple(end - count for end, count in zip(accumulate(self._count), self._count, strict=True))
             self._most = max(num_descriptions)
         if self.has_examples:
@@ -100,18 +97,14 @@ class TaskEmbedding(nn.Module):
         return self.text_projection.weight if self.has_text else self.example_encoder.readout.weight
 
     def set_text_vectors(self, text_vectors: Tensor) -> None:
-        """Fill in the descriptions' vectors ``(descriptions, text_embedding_dim)``, those of the first task first.
-
-        They are those of all tasks at the start, and what they share is what is damped from then on.
-        """
-        device = self.text_vectors.device
-        self.text_vectors, self.text_directions = text_vectors.to(device), shared_directions(text_vectors).to(device)
+        """Fill in the descriptions' vectors ``(descriptions, text_embedding_dim)``, those of the first task first."""
+        self.text_vectors = text_vectors.to(self.text_vectors.device)
         self.has_vectors = True
 
     def keep_float(self) -> None:
         """Have frozen vectors in float32 again, after a cast to the parameters' dtype, which would round them."""
         if self.has_text:
-            self.text_vectors, self.text_directions = self.text_vectors.float(), self.text_directions.float()
+            self.text_vectors = self.text_vectors.float()
         if self.has_examples:
             self.example_encoder.mean, self.example_encoder.deviation = (
                 self.example_encoder.mean.float(),
@@ -153,7 +146,6 @@ class TaskEmbedding(nn.Module):
 
     def project(self, vectors: Tensor) -> Tensor:
         """Embeddings ``(..., task_embedding_dim)`` of descriptions' vectors; only their direction counts."""
-        vectors = damped(vectors, self.text_directions)
         vectors = rms_norm(vectors.to(self.text_projection.weight.dtype), vectors.shape[-1:])
         projected: Tensor = self.text_projection(vectors)
         return projected

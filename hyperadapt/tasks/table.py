@@ -282,7 +282,7 @@ class TaskTable:
             weight = torch.stack([vector.to(like) for vector in learned])
             new.weight = nn.Parameter(weight, requires_grad=like.requires_grad)
         if has_text:
-            new.text_projection, new.text_directions = old.text_projection, old.text_directions
+            new.text_projection = old.text_projection
             vectors = [row.text_vectors for row in rows if row.text_vectors is not None]
             new.text_vectors = torch.cat([one.to(old.text_vectors.device) for one in vectors])
             new.has_vectors = True

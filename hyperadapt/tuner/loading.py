@@ -52,8 +52,7 @@ def check_size(config: HyperAdapterConfig, positions: Sequence[Position], size: 
         )
         sizes[part] += parameter.numel()
     if network.task_embedding.has_text:
-        embedding = network.task_embedding
-        sizes["descriptions"] = embedding.text_vectors.numel() + embedding.text_directions.numel()
+        sizes["descriptions"] = network.task_embedding.text_vectors.numel()
     if network.task_embedding.has_examples:
         sizes["examples"] = network.task_embedding.example_rows.vectors.numel()
     if sizes.total() > limit:
@@ -237,7 +236,7 @@ def mismatch(name: str, value: Any, expected: Tensor) -> str:
         return "holds a norm that is not finite and above 0"
     if NETWORKS in name and name.endswith(".trained_steps") and value < 0:
         return "counts steps below 0"
-    if NETWORKS in name and name.endswith((".text_vectors", ".text_directions")) and not value.isfinite().all():
+    if NETWORKS in name and name.endswith(".text_vectors") and not value.isfinite().all():
         return "holds a vector that is not finite"
     if NETWORKS in name and name.endswith((".example_rows.vectors", ".example_encoder.mean")):
         return "" if value.isfinite().all() else "holds a vector that is not finite"

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from benchmarks import concepts as study
-from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, trained_wordings
+from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, centring, trained_wordings, whitening
 from benchmarks.concepts_bank import CLASSES
 from benchmarks.concepts_data import ConceptData, load_data
 from benchmarks.concepts_evaluation import SHUFFLED_ADAPTER, Evaluation
-from benchmarks.concepts_plan import AS_THEY_ARE, COSINE, OURS, SEPARATE, Run, Study
+from benchmarks.concepts_plan import COSINE, OURS, SEPARATE, WHITENED, Run, Study
 from benchmarks.concepts_predicates import PREDICATES
 from benchmarks.concepts_runs import best_threshold, draws, margins_of, share_of_rate
 from benchmarks.concepts_tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
 from benchmarks.neutral_texts import BLANK, UNRELATED
 from benchmarks.rows import read_rows
-from tests.support.tolerances import COSINE_BFLOAT16
+from tests.support.tolerances import COSINE_BFLOAT16, FLOAT32_DIFFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,17 @@ def test_best_threshold_is_right_most_often() -> None:
         assert int(((values > best_threshold(values, answers)) == answers).sum()) == most
 
 
+def test_changed_vectors() -> None:
+    torch.manual_seed(0)
+    trained = torch.randn(400, 4) * torch.tensor([1.0, 2.0, 4.0, 8.0]) + 3.0
+    assert centring(trained)(trained).mean(0).abs().max() < FLOAT32_DIFFERENCE * trained.abs().max()
+    values = torch.linalg.eigvalsh(trained.T @ trained / len(trained))
+    new = whitening(trained)(trained)
+    # Each mean square s becomes s / (s + v), v being the mean variance.
+    expected = values / (values + trained.var(0, correction=0).mean())
+    torch.testing.assert_close(torch.linalg.eigvalsh(new.T @ new / len(new)), expected)
+
+
 def test_study_runs_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: ConceptData
 ) -> None:
@@ -203,7 +214,7 @@ def test_study_runs_and_goes_on_where_it_was(
     rows = read_rows(tmp_path / "rows.jsonl")
     runs = Study(tmp_path, study.FAST)
     rate = runs.rate(OURS)
-    trained = (AS_THEY_ARE, "lora", "bi-encoder", "hyperadapter in bi-encoder", "cross-encoder")
+    trained = (WHITENED, "lora", "bi-encoder", "hyperadapter in bi-encoder", "cross-encoder")
     assert {runs.run_of(row) for row in rows} == {
         *(Run("tune", OURS, one, 0, 0) for one in (2e-3, 5e-3)),
         Run("ablate", "centred", rate, 0, 0),

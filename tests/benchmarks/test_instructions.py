@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import instructions as study
 from benchmarks import instructions_data
-from benchmarks.instructions_arms import ARMS, build, embeddings
+from benchmarks.instructions_arms import ARMS, build, embeddings, text_encoder
 from benchmarks.instructions_data import InstructionData, load_data, rows_of
 from benchmarks.instructions_evaluation import TRUE, WRONG, Amount, Evaluation, judged
 from benchmarks.instructions_model import IGNORED, padded, split, tokens_of
@@ -222,7 +222,7 @@ def test_arms_start_at_the_base_model(data: InstructionData) -> None:
         expected = data.upper(**data.batch(rows, told if base.is_told else None)).logits
         inputs = data.batch(rows, told if arm.is_told else None)
         if arm.is_hyperadapter:
-            inputs["task_embeddings"] = embeddings(model, data.described.vectors, told)
+            inputs["task_embeddings"] = embeddings(model, text_encoder(arm, data, trained), told)
         assert torch.equal(model(**inputs).logits, expected), name
 
 
@@ -296,7 +296,7 @@ def test_more_examples_contain_the_fewer_and_are_not_asked_about(shots: ShotRun)
 def test_a_lora_starts_where_the_description_puts_it(shots: ShotRun) -> None:
     [task, *_] = shots.data.tasks["test"]
     rows = shots.data.rows["test"][task.name][:2]
-    model = shots._describing
+    model, _ = shots._describing
     randomise(model)
     description = Evaluation(shots.data, [], shots.amount, shots.seed).description(task, TRUE)
     _, expected = answers_of(model, ARMS[OURS], shots.data, shots.data.tasks["train"])(rows, [description] * 2)

@@ -12,7 +12,6 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from hyperadapt import HyperAdapterConfig
-from hyperadapt.tasks.whitening import shared_directions
 from tests.support.helpers import (
     TASKS,
     adapted_model,
@@ -113,18 +112,6 @@ def test_text_tasks_train_through_the_projection() -> None:
     assert table(model).weight.grad[1].any()
 
 
-def test_vectors_are_whitened_by_the_first_descriptions_and_keep_their_precision() -> None:
-    fields = {"tasks": DESCRIPTIONS, "task_embedding": MIXED_SOURCES, "text_encoder": letters}
-    model = get_peft_model(base_model("llama").bfloat16(), adapter_config(target_modules="all-linear", **fields))
-    directions = table(model).text_directions
-    assert torch.equal(directions, shared_directions(table(model).text_vectors))
-    assert directions.any()
-    assert directions.dtype is table(model).text_vectors.dtype is torch.float32
-    model.add_task("new", description=NEW, text_encoder=letters)
-    model.remove_task("alpha")
-    assert table(model).text_directions is directions
-
-
 def test_the_callers_configuration_stays(tmp_path: Path) -> None:
     config = adapter_config(
         tasks=DESCRIPTIONS, task_embedding="text", text_encoder=letters, target_modules="all-linear"
@@ -186,8 +173,6 @@ def test_new_tasks_leave_old_ones_alone(sources: Any, add: Callable[[PeftModel],
 
 def test_a_description_alone_is_what_training_would_have_seen() -> None:
     model, trained = text_model(), text_model(tasks=DESCRIPTIONS | {"new": NEW})
-    # What descriptions share is taken from those that the adapter was made with.
-    table(trained).text_directions = table(model).text_directions
     model.add_task("new", description=NEW, text_encoder=letters)
     assert torch.equal(logits(model, BATCH, tasks="new"), logits(trained, BATCH, tasks="new"))
     embedding = model.embed_description(NEW, text_encoder=letters)
