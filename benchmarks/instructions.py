@@ -52,7 +52,7 @@ FAST = Settings(
     shots=Shots(counts=(1, 2), tasks=1, steps=1, rows=2),
     choosing_shots=Shots(counts=(1,), tasks=1, steps=1, rows=2),
     shot_arms={arm: rates[:1] for arm, rates in Settings().shot_arms.items()},
-    variants=("vectors as they are",),
+    variants=("whitened",),
     seeds=(1,),
     curve=(4,),
 )

@@ -49,7 +49,7 @@ class Arm:
 
 
 WIDTH = {"hypernetwork_dim": 64}
-HYPER = Arm("hyperadapter", fields=WIDTH, vectors=whitening)
+HYPER = Arm("hyperadapter", fields=WIDTH)
 ARMS = {
     "hyperadapter": HYPER,
     "lora": Arm(),
@@ -58,7 +58,7 @@ ARMS = {
 }
 READER = Arm("hyperadapter", fields=WIDTH, reads=True)
 VARIANTS = {
-    "vectors as they are": replace(HYPER, vectors=None),
+    "whitened": replace(HYPER, vectors=whitening),
     "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
     "width 128": replace(HYPER, fields={"hypernetwork_dim": 128}),
     "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),

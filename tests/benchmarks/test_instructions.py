@@ -253,7 +253,7 @@ def test_study_runs_and_goes_on_where_it_was(
     shot_rates = {arm: rates[0] for arm, rates in study.FAST.shot_arms.items()}
     assert {runs.run_of(row) for row in rows} == {
         *(Run("tune", OURS, one, 0, 0) for one in study.FAST.arms[OURS]),
-        Run("ablate", "vectors as they are", rate, 0, 0),
+        Run("ablate", "whitened", rate, 0, 0),
         Run("test", OURS, rate, 0, 1),
         Run("test", TOLD, 1e-3, 0, 1),
         Run("test", LORA, 1e-3, 0, 1),
