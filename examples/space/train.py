@@ -1,6 +1,7 @@
 """Train the demo's adapter on yes/no tasks that only their descriptions tell apart: `python -m examples.space.train`.
 
-Takes some minutes on one CPU core. The tasks and what is held out are those of `benchmarks.concepts`, which trains longer, on more layers and texts.
+Takes some minutes on one CPU core. The tasks and what is held out are those of `benchmarks.concepts`, which trains
+longer, on more layers and longer texts.
 """
 
 from __future__ import annotations
