@@ -63,25 +63,29 @@ def whitening(trained: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 WIDTH = {"hypernetwork_dim": 64}
+# MiniLM's vectors of descriptions and the states that its layers read are of one space and one size.
+BILINEAR = WIDTH | {"conditioning": "bilinear", "task_embedding_dim": 384}
 HYPER = Arm(is_hyperadapter=True, fields=WIDTH)
 ARMS: dict[str, Arm] = {
+    "hyperadapter, bilinear": replace(HYPER, fields=BILINEAR),
     "hyperadapter": HYPER,
     "hyperadapter, whitened": replace(HYPER, vectors=whitening),
     "lora": Arm(),
     "bi-encoder": Arm(head="match"),
     "hyperadapter in bi-encoder": replace(HYPER, head="match"),
+    "bilinear in bi-encoder": replace(HYPER, fields=BILINEAR, head="match"),
     "cross-encoder": Arm(reads=True),
 }
+_OURS = ARMS["hyperadapter, bilinear"]
 VARIANTS: dict[str, Arm] = {
-    "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
-    "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),
-    "additive": replace(HYPER, fields=WIDTH | {"conditioning": "additive"}),
-    "centred": replace(HYPER, vectors=centring),
-    "smoothing 0.1": replace(HYPER, smoothing=0.1),
-    "compositions from the start": replace(HYPER, alone=0.0),
-    "no compositions": replace(HYPER, alone=1.0),
+    "width 16": replace(_OURS, fields=BILINEAR | {"hypernetwork_dim": 16}),
+    "soft_frobenius": replace(_OURS, fields=BILINEAR | {"normalization": "soft_frobenius"}),
+    "centred": replace(_OURS, vectors=centring),
+    "smoothing 0.1": replace(_OURS, smoothing=0.1),
+    "compositions from the start": replace(_OURS, alone=0.0),
+    "no compositions": replace(_OURS, alone=1.0),
 }
-"""The arm "hyperadapter" with one thing changed."""
+"""The arm "hyperadapter, bilinear" with one thing changed."""
 
 
 class TwoLogits(nn.Module):

@@ -16,7 +16,8 @@ from benchmarks.rows import Row
 
 COSINE = "frozen cosine"
 SEPARATE = "separate loras"
-OURS = "hyperadapter"
+OURS = "hyperadapter, bilinear"
+GATED = "hyperadapter"
 WHITENED = "hyperadapter, whitened"
 ALL = 0
 """In the place of a number of concepts: all that are trained."""
@@ -53,10 +54,12 @@ class Settings:
     arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
             OURS: (2e-3, 5e-3),
+            GATED: (2e-3, 5e-3),
             WHITENED: (2e-3, 5e-3),
             COSINE: (0.0,),
             "lora": (2e-3, 5e-3),
             "hyperadapter in bi-encoder": (2e-3, 5e-3),
+            "bilinear in bi-encoder": (2e-3, 5e-3),
             "bi-encoder": (2e-3, 5e-3),
             "cross-encoder": (2e-3, 5e-3),
             SEPARATE: (5e-3,),

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.concepts_evaluation import NEW_WORDING, SHUFFLED_ADAPTER, TRAINED, TRUE
-from benchmarks.concepts_plan import ALL, CHOOSING_SEED, COSINE, OURS, SEPARATE, WHITENED, Study, area
+from benchmarks.concepts_plan import ALL, CHOOSING_SEED, COSINE, GATED, OURS, SEPARATE, WHITENED, Study, area
 from benchmarks.concepts_tasks import FAMILIES
 from benchmarks.intervals import cell_of, difference, estimate
 from benchmarks.plots import save_plot
@@ -18,11 +18,12 @@ from benchmarks.rows import Row, write_rows
 
 ACCURACY, AREA = 0, 1
 BI_ENCODER, INSIDE, CROSS = "bi-encoder", "hyperadapter in bi-encoder", "cross-encoder"
+BILINEAR_INSIDE = "bilinear in bi-encoder"
 CONTROLS = ("shuffled", "across corpora", "blank", "unrelated", "nearest trained")
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 COLORS = {OURS: "#0072B2", "lora": "#E69F00", COSINE: "#000000", CROSS: "#CC79A7", BI_ENCODER: "#D55E00"}
-COLORS |= {INSIDE: "#009E73", WHITENED: "#56B4E9"}
+COLORS |= {INSIDE: "#009E73", WHITENED: "#56B4E9", GATED: "#56B4E9", BILINEAR_INSIDE: "#009E73"}
 
 
 def report(study: Study, folder: Path) -> None:
@@ -87,11 +88,16 @@ def _print_arms(arms: dict[str, list[Row]]) -> None:
 
 
 def _print_differences(arms: dict[str, list[Row]]) -> None:
-    pairs = [((OURS, TRUE), (OURS, condition)) for condition in CONTROLS]
-    pairs += [((OURS, TRUE), (arm, TRUE)) for arm in (WHITENED, "lora", COSINE, BI_ENCODER, INSIDE, CROSS)]
-    pairs += [((INSIDE, TRUE), (INSIDE, SHUFFLED_ADAPTER)), ((INSIDE, TRUE), (BI_ENCODER, TRUE))]
-    pairs += [((INSIDE, TRUE), (COSINE, TRUE)), ((BI_ENCODER, TRUE), (COSINE, TRUE))]
-    pairs += [((OURS, TRAINED), (arm, TRAINED)) for arm in (WHITENED, SEPARATE, "lora")]
+    pairs = [((arm, TRUE), (arm, condition)) for arm in (OURS, GATED) for condition in CONTROLS]
+    others = (GATED, "lora", COSINE, BI_ENCODER, INSIDE, BILINEAR_INSIDE, CROSS)
+    pairs += [((OURS, TRUE), (arm, TRUE)) for arm in others]
+    pairs += [((GATED, TRUE), (arm, TRUE)) for arm in (WHITENED, "lora", COSINE, BI_ENCODER)]
+    for inside in (INSIDE, BILINEAR_INSIDE):
+        pairs += [((inside, TRUE), (inside, SHUFFLED_ADAPTER)), ((inside, TRUE), (BI_ENCODER, TRUE))]
+        pairs += [((inside, TRUE), (COSINE, TRUE))]
+    pairs += [((BI_ENCODER, TRUE), (COSINE, TRUE))]
+    pairs += [((OURS, TRAINED), (arm, TRAINED)) for arm in (GATED, SEPARATE, "lora", BI_ENCODER, CROSS)]
+    pairs += [((GATED, TRAINED), (arm, TRAINED)) for arm in (WHITENED, SEPARATE, "lora")]
     pairs += [((OURS, TRAINED), (OURS, NEW_WORDING))]
     print("\ndifferences, paired by task and seed: accuracy of concepts alone, and areas by family")
     for (arm, condition), (other, wrong) in pairs:
@@ -133,7 +139,8 @@ def _plot(arms: dict[str, list[Row]], curve: dict[int, list[Row]], folder: Path)
 
 
 def _plot_arms(axes: Axes, arms: dict[str, list[Row]]) -> None:
-    shown = [(arm, TRUE) for arm in arms] + [(OURS, condition) for condition in CONTROLS] + [(INSIDE, SHUFFLED_ADAPTER)]
+    shown = [(arm, TRUE) for arm in arms] + [(OURS, condition) for condition in CONTROLS]
+    shown += [(inside, SHUFFLED_ADAPTER) for inside in (INSIDE, BILINEAR_INSIDE)]
     lines = [
         (arm, condition, estimate(cell.values))
         for arm, condition in shown

@@ -110,7 +110,7 @@ NEAR: dict[str, st.SearchStrategy[Any]] = {
     "text_encoder": st.none() | st.text(max_size=3),
     "text_encoder_revision": st.none() | st.text(max_size=3),
     "text_embedding_dim": st.none() | st.integers(1, 70) | st.just(2**16),
-    "conditioning": st.sampled_from(["additive", "gated"]),
+    "conditioning": st.sampled_from(["additive", "gated", "bilinear"]),
     "task_embedding_dim": st.integers(1, 70) | st.just(2**16),
     "hypernetwork_dim": st.integers(1, 70) | st.just(2**16),
     "hypernetwork_depth": st.integers(1, 4) | st.just(256),

@@ -46,7 +46,7 @@ from hyperadapt.config.task_fields import (
 from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS
 from hyperadapt.normalization.methods import OPTIONS, default_bound
 
-CONDITIONINGS = ("additive", "gated")
+CONDITIONINGS = ("additive", "gated", "bilinear")
 HEADS = ("row", "factor", "pair")
 # PEFT stops with a bare KeyError where the package is not imported: this stands beside `peft_type` in the file.
 PLUGIN = "pip install hyperadapt, then import hyperadapt before loading this adapter"
@@ -109,7 +109,10 @@ class HyperAdapterConfig(PeftConfig):
         hypernetwork_dim: Hidden size of the hypernetwork's trunk.
         hypernetwork_depth: Number of residual blocks of the trunk.
         conditioning: How the task embedding enters: ``"gated"`` (beside those of layer and module, and it multiplies
-            the trunk's output: tasks differ more, and new ones are fitted better) or ``"additive"`` (only beside).
+            the trunk's output: tasks differ more, and new ones are fitted better), ``"additive"`` (only beside), or
+            ``"bilinear"`` (gated, and where modules read vectors of size `task_embedding_dim`, a row of A is made of
+            the embedding itself: for descriptions whose vectors are of the base model's own space, see
+            ``docs/conditioning.md``).
         head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
@@ -191,7 +194,7 @@ class HyperAdapterConfig(PeftConfig):
     hypernetwork_dim: int = field(default=16, metadata={"help": "Hidden size of the trunk."})
     hypernetwork_depth: int = field(default=2, metadata={"help": "Residual blocks of the trunk."})
     conditioning: str = field(
-        default="gated", metadata={"help": "How the task embedding enters: 'additive' or 'gated'."}
+        default="gated", metadata={"help": "How the task embedding enters: 'gated', 'additive' or 'bilinear'."}
     )
     head: str = field(default="factor", metadata={"help": "What one head emits: 'row', 'factor' or 'pair'."})
     normalization: str = field(default="soft_polar", metadata={"help": f"One of {', '.join(NORMALIZATIONS)}."})

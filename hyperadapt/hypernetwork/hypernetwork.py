@@ -68,11 +68,16 @@ class Hypernetwork(nn.Module):
     entries have a sign of their own for each task. Tasks are then nearly orthogonal to the heads, and only the shared
     factors are common to them; otherwise an embedding that is close to another gives factors that are close.
 
+    With ``conditioning="bilinear"`` it is gated, too, and at positions that read vectors of the size of an embedding,
+    the first row of A is the embedding, times scales of its entries that all tasks share: A·x compares the activation x
+    with the embedding. Where embeddings are vectors of texts in the same space, a new text is compared as well as a
+    known one, with nothing to learn. The row weighs as much as half of A's rows, so that a bound does not drown it.
+
     Source: Text-to-LoRA (arXiv 2506.06105) for the inputs and the three kinds of head;
     magnitude-invariant inputs after "Magnitude Invariant Parametrizations Improve Hypernetwork
-    Learning" (ICLR 2024), here by normalising instead of encoding; the gate is a diagonal form of the multiplicative
-    interactions of Jayakumar et al. (ICLR 2020); shared factors after the bias initialisation of Beck et al. (2023),
-    here for each position; initial scale see ``Head``.
+    Learning" (ICLR 2024), here by normalising instead of encoding; gate and bilinear form are diagonal forms of the
+    multiplicative interactions of Jayakumar et al. (ICLR 2020); shared factors after the bias initialisation of Beck et
+    al. (2023), here for each position; initial scale see ``Head``.
 
     ``variance_B`` is the variance of the entries of B at the start, in squared units of the generated weight; None
     keeps the variance of the activation, 1/r. ``mixing`` asks for mixing logits too.
@@ -111,7 +116,15 @@ class Hypernetwork(nn.Module):
         if experts:
             self.expert_embedding = nn.Parameter(torch.randn(experts, task_embedding_dim))
             names.append("expert")
-        self.is_gated = conditioning == "gated"
+        self.is_gated = conditioning in ("gated", "bilinear")
+        self._matched_size = task_embedding_dim if conditioning == "bilinear" else None
+        if self._matched_size and not any(map(self._is_matched, positions)):
+            sizes = ", ".join(map(str, sorted({position.in_features for position in positions})))
+            raise ValueError(
+                f"conditioning='bilinear' needs a module that reads vectors of size task_embedding_dim="
+                f"{task_embedding_dim}, and the adapted modules read sizes {sizes}. Set task_embedding_dim to the size "
+                "of the text encoder's vectors if that is one of them, or choose conditioning='gated'."
+            )
         if self.is_gated:
             names.append("gate")
         # A sum of projections is one projection of the concatenation, without repeating each
@@ -135,6 +148,8 @@ class Hypernetwork(nn.Module):
                 if factor == "B":
                     variance = 1 / r if variance_B is None else variance_B
                 start = math.sqrt(SHARED * variance) * torch.randn(len(members), r, size)
+                if factor == "A" and self._is_matched(position):
+                    start[:, 0] = math.sqrt(SHARED * r * variance)
                 self.shared[f"{factor}_{shape}"] = nn.Parameter(start)
                 key = self._head_key(factor, position)
                 if key not in self.heads:
@@ -167,6 +182,8 @@ class Hypernetwork(nn.Module):
                 .flatten(1, 2)
                 for factor in "AB"
             )
+            if self._is_matched(members[0]):
+                lora_A = torch.cat([self._matched(task_embeddings, members), lora_A[:, :, 1:]], dim=2)
             logits = None
             if self.mixing:
                 diagonal = MIXING_DIAGONAL * torch.eye(r, dtype=lora_A.dtype, device=lora_A.device)
@@ -179,6 +196,17 @@ class Hypernetwork(nn.Module):
         shared: Tensor = self.shared[f"{factor}_{shape_name(members[0])}"]
         places = [self._places[position.name] for position in members]
         return shared if places == list(range(len(shared))) else shared[self._tables.table(places, shared.device)]
+
+    def _is_matched(self, position: Position) -> bool:
+        """Whether A has a row that is made of the embedding at a position."""
+        return position.in_features == self._matched_size and position.fan_in is None
+
+    def _matched(self, task_embeddings: Tensor, members: Sequence[Position]) -> Tensor:
+        """The first row of A where that is made of the embedding, (tasks, weights, 1, size)."""
+        embeddings = task_embeddings.to(self.layer_embedding.dtype)
+        directions = rms_norm(embeddings, embeddings.shape[-1:])
+        rows = self._shared("A", members)[:, :1].repeat_interleave(members[0].weights, dim=0)
+        return directions[:, None, None] * rows
 
     def _hidden(self, task_embeddings: Tensor, positions: Sequence[Position]) -> Tensor:
         """Trunk output of shape (tasks, weights, slots, hypernetwork_dim), root mean square 1."""

@@ -22,6 +22,18 @@ TEXT_ALONE = 0.5
 EACH_ALONE = 1 / 3
 
 
+class EntryScales(nn.Module):
+    """Multiplies each entry of vectors by a number of its own, which starts at 1."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Same shape as ``vectors``, ``(..., dim)``."""
+        return vectors * self.weight
+
+
 class TaskEmbedding(nn.Module):
     """The embedding of each task: a learned vector, a projection of its description's vector, or what examples give.
 
@@ -31,7 +43,8 @@ class TaskEmbedding(nn.Module):
     alone stands for the task as well as it can. Of several descriptions, training draws one for each forward pass; in
     evaluation their mean counts. Of examples it draws some, and in evaluation those that are kept count.
     ``num_descriptions`` is 0 for tasks without text; ``text_embedding_dim`` is None if no task has text, and
-    ``example_encoder`` if none has examples.
+    ``example_encoder`` if none has examples. With ``is_direct``, a text's vector is its embedding but for a scale of
+    each entry, if the sizes agree.
     """
 
     text_vectors: Tensor
@@ -43,6 +56,7 @@ class TaskEmbedding(nn.Module):
         task_embedding_dim: int,
         text_embedding_dim: int | None = None,
         example_encoder: ExampleEncoder | None = None,
+        is_direct: bool = False,
     ) -> None:
         super().__init__()
         learned, text, examples = ([source in kind for source in sources] for kind in (LEARNED, TEXT, EXAMPLES))
@@ -68,9 +82,7 @@ class TaskEmbedding(nn.Module):
         self.has_vectors = not self.has_text
         if self.has_text:
             assert text_embedding_dim is not None
-            self.text_projection = nn.Linear(text_embedding_dim, task_embedding_dim, bias=False)
-            # Of vectors with root mean square 1, it then makes embeddings with the same, as learned ones have.
-            nn.init.normal_(self.text_projection.weight, std=text_embedding_dim**-0.5)
+            self.text_projection = _projection(text_embedding_dim, task_embedding_dim, is_direct)
             self.register_buffer("text_vectors", torch.full((sum(num_descriptions), text_embedding_dim), torch.nan))
             self._first = tuple(end - count for end, count in zip(accumulate(self._count), self._count, strict=True))
             self._most = max(num_descriptions)
@@ -87,7 +99,8 @@ class TaskEmbedding(nn.Module):
             assert config.example_dim is not None
             encoder = ExampleEncoder(config.example_dim, config.example_classes, config.task_embedding_dim)
         counts = [len(descriptions) for descriptions in config.embedded_descriptions]
-        return cls(config.task_sources, counts, config.task_embedding_dim, config.text_embedding_dim, encoder)
+        dims, is_direct = (config.task_embedding_dim, config.text_embedding_dim), config.conditioning == "bilinear"
+        return cls(config.task_sources, counts, *dims, encoder, is_direct)
 
     @property
     def like(self) -> Tensor:
@@ -190,3 +203,12 @@ class TaskEmbedding(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.has_vectors = self.has_vectors or f"{prefix}text_vectors" in state_dict
+
+
+def _projection(text_embedding_dim: int, task_embedding_dim: int, is_direct: bool) -> EntryScales | nn.Linear:
+    """From vectors of descriptions to embeddings; at the start it keeps root mean square 1, which learned ones have."""
+    if is_direct and text_embedding_dim == task_embedding_dim:
+        return EntryScales(task_embedding_dim)
+    projection = nn.Linear(text_embedding_dim, task_embedding_dim, bias=False)
+    nn.init.normal_(projection.weight, std=text_embedding_dim**-0.5)
+    return projection

@@ -12,7 +12,7 @@ from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, centring, traine
 from benchmarks.concepts_bank import CLASSES
 from benchmarks.concepts_data import ConceptData, load_data
 from benchmarks.concepts_evaluation import SHUFFLED_ADAPTER, Evaluation
-from benchmarks.concepts_plan import COSINE, OURS, SEPARATE, WHITENED, Run, Study
+from benchmarks.concepts_plan import COSINE, GATED, OURS, SEPARATE, WHITENED, Run, Study
 from benchmarks.concepts_predicates import PREDICATES
 from benchmarks.concepts_runs import best_threshold, draws, margins_of, share_of_rate
 from benchmarks.concepts_tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
@@ -214,7 +214,8 @@ def test_study_runs_and_goes_on_where_it_was(
     rows = read_rows(tmp_path / "rows.jsonl")
     runs = Study(tmp_path, study.FAST)
     rate = runs.rate(OURS)
-    trained = (WHITENED, "lora", "bi-encoder", "hyperadapter in bi-encoder", "cross-encoder")
+    in_head = ("hyperadapter in bi-encoder", "bilinear in bi-encoder")
+    trained = (GATED, WHITENED, "lora", "bi-encoder", *in_head, "cross-encoder")
     assert {runs.run_of(row) for row in rows} == {
         *(Run("tune", OURS, one, 0, 0) for one in (2e-3, 5e-3)),
         Run("ablate", "centred", rate, 0, 0),

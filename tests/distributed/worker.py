@@ -20,12 +20,12 @@ from hyperadapt import export_lora
 from hyperadapt.trainer.monitor import PositionMonitor
 from tests.support.example_rows import rows_of
 from tests.support.helpers import (
+    BILINEAR,
     TASKS,
     adapted_model,
     adapter_parameters,
     enable_checkpointing,
     example_batch,
-    letters,
 )
 
 PROCESSES = 2
@@ -42,11 +42,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "soft_polar": {"normalization_warmup": STEPS, "own_factors": ["beta"]},
     "adaptive": {"normalization": "adaptive"},
     "sinkhorn": {"normalization": "sinkhorn"},
-    "text, gated": {
+    "text, bilinear": {
         "tasks": {"alpha": "find the topic", "beta": "is it spam", "gamma": "who wrote it"},
         "task_embedding": "text",
-        "text_encoder": letters,
-        "conditioning": "gated",
+        **BILINEAR,
     },
     # One row of each task, so that it is no matter which are drawn.
     "examples": {"task_embedding": "examples", "task_type": "CAUSAL_LM"},

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyperadapt.config import CONDITIONINGS, HEADS
+from hyperadapt.config import HEADS
 from hyperadapt.hypernetwork.blocks import Head
 from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork
 from hyperadapt.hypernetwork.positions import Position
@@ -266,7 +266,7 @@ def test_a_gate_tells_tasks_apart(head: str) -> None:
     torch.manual_seed(0)
     embeddings = torch.randn(10, DIM)
     cosines = {}
-    for conditioning in CONDITIONINGS:
+    for conditioning in ("additive", "gated"):
         hypernetwork = make_hypernetwork(head=head, hypernetwork_dim=64, conditioning=conditioning)
         hidden = hypernetwork._hidden(embeddings, POSITIONS).detach()
         assert_close(
@@ -290,3 +290,52 @@ def test_a_gate_is_the_only_difference() -> None:
     expected = hypernetwork._hidden(embeddings, POSITIONS) * gate[:, None, None]
     expected = expected / expected.square().mean(-1, keepdim=True).sqrt()
     assert_close(gated, expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("r", [1, 4])
+def test_bilinear_conditioning_compares_activations_with_the_embedding(head: str, r: int) -> None:
+    torch.manual_seed(0)
+    experts = Position("h.1.experts", 6, 10, r=4, experts=3)
+    positions = [replace(position, r=r) for position in (*POSITIONS, experts)]
+    hypernetwork = make_hypernetwork(positions, head=head, task_embedding_dim=6, conditioning="bilinear")
+    embeddings = torch.randn(3, 6)
+    directions = embeddings / embeddings.square().mean(-1, keepdim=True).sqrt()
+    generated = hypernetwork(embeddings, positions)
+    for group in generated:
+        first, size = group.positions[0], group.lora_A.shape[-1]
+        assert group.lora_A.shape == (3, group.weights, r, size)
+        if size != 6:
+            continue
+        # At the start, all entries alike, with the weight of half of the rows.
+        expected = directions[:, None].expand(3, group.weights, 6) * (0.5 * r / 6) ** 0.5
+        assert_close(group.lora_A[:, :, 0], expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+        if first.experts:
+            assert not torch.equal(group.lora_B[:, 0], group.lora_B[:, 2])
+    # All else is generated as ever.
+    hypernetwork._matched_size = None
+    for group, other in zip(generated, hypernetwork(embeddings, positions), strict=True):
+        rows = slice(1 if group.lora_A.shape[-1] == 6 else 0, None)
+        assert torch.equal(group.lora_A[:, :, rows], other.lora_A[:, :, rows])
+        assert torch.equal(group.lora_B, other.lora_B)
+
+
+def test_scales_of_the_embedding_are_trained() -> None:
+    torch.manual_seed(0)
+    hypernetwork = make_hypernetwork(task_embedding_dim=6, conditioning="bilinear")
+    embeddings = torch.randn(3, 6, requires_grad=True)
+    [first, *_] = hypernetwork(embeddings, POSITIONS[:1])
+    first.lora_A[:, 0, 0].sum().backward()
+    directions = embeddings.detach() / embeddings.detach().square().mean(-1, keepdim=True).sqrt()
+    gradient = hypernetwork.shared["A_6x6_r4"].grad
+    assert_close(gradient[0, 0], directions.sum(0), rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+    assert not gradient[1:].any()
+    assert embeddings.grad.any()
+
+
+def test_bilinear_conditioning_needs_a_module_of_the_embeddings_size() -> None:
+    with pytest.raises(ValueError, match=r"task_embedding_dim=8, and the adapted modules read sizes 6, 10\. Set task_"):
+        make_hypernetwork(conditioning="bilinear")
+    embedding = replace(POSITIONS[0], kind="Embedding")
+    with pytest.raises(ValueError, match=r"task_embedding_dim=6, and the adapted modules read sizes 6\. Set task_em"):
+        make_hypernetwork([embedding], task_embedding_dim=6, conditioning="bilinear")

@@ -19,6 +19,7 @@ from hyperadapt.loras import folders, tensor_files
 from hyperadapt.loras.lora import Lora
 from hyperadapt.normalization import NORMALIZATIONS
 from tests.support.helpers import (
+    BILINEAR,
     TASK_TYPES,
     TASKS,
     adapted_model,
@@ -229,16 +230,17 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_description_becomes_a_lora_folder(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"task_embedding": "text", "text_encoder": letters}
-    model = adapted_model("llama", tasks={"alpha": "find the topic", "beta": "is it spam"}, **settings)
+@pytest.mark.parametrize("settings", [{"text_encoder": letters}, BILINEAR], ids=["gated", "bilinear"])
+def test_a_description_becomes_a_lora_folder(tmp_path: Path, settings: dict[str, Any]) -> None:
+    encoder, tasks = settings["text_encoder"], {"alpha": "find the topic", "beta": "is it spam"}
+    model = adapted_model("llama", tasks=tasks, task_embedding="text", **settings)
     description = "which language is it"
-    generate_lora(model, description, tmp_path / "generated", text_encoder=letters)
+    generate_lora(model, description, tmp_path / "generated", text_encoder=encoder)
     assert model.peft_config["default"].tasks == ["alpha", "beta"]
     batch = example_batch("llama", labels=False)
     plain = PeftModel.from_pretrained(base_model("llama"), tmp_path / "generated")
     assert isinstance(plain.peft_config["default"], LoraConfig)
-    model.add_task("new", description=description, text_encoder=letters)
+    model.add_task("new", description=description, text_encoder=encoder)
     expected = logits(model, batch, tasks="new")
     assert torch.allclose(logits(plain, batch), expected, rtol=EXPORT_FLOAT32, atol=EXPORT_FLOAT32)
     assert not torch.allclose(logits(model, batch, tasks="alpha"), expected, atol=1e-2)

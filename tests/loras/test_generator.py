@@ -20,6 +20,7 @@ from hyperadapt.cards import write_card
 from hyperadapt.loras.file_formats import FORMATS
 from hyperadapt.tuner.layer import HyperAdapterLayer
 from tests.support.helpers import (
+    BILINEAR,
     TASK_TYPES,
     TASKS,
     adapted_model,
@@ -80,6 +81,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "whitening": ("gpt2", {"normalization": "whitening", "head": "pair"}),
     "adaptive": ("bert", {"normalization": "adaptive"}),
     "text": ("llama", {"tasks": dict.fromkeys(TASKS, "some text"), "task_embedding": "both", "text_encoder": letters}),
+    "bilinear": ("llama", {"tasks": dict.fromkeys(TASKS, "some text"), "task_embedding": "both", **BILINEAR}),
 }
 
 
@@ -104,12 +106,13 @@ def test_a_lora_is_that_of_the_live_model(tmp_path: Path, case: str) -> None:
     assert generator.r == 16 if case == "patterns" else 8
 
 
-def test_a_description_gives_a_lora_in_memory(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"task_embedding": "text", "text_encoder": letters}
-    model = adapted_model("llama", tasks={"alpha": "find the topic", "beta": "is it spam"}, **settings)
+@pytest.mark.parametrize("settings", [{"text_encoder": letters}, BILINEAR], ids=["gated", "bilinear"])
+def test_a_description_gives_a_lora_in_memory(tmp_path: Path, settings: dict[str, Any]) -> None:
+    encoder, tasks = settings["text_encoder"], {"alpha": "find the topic", "beta": "is it spam"}
+    model = adapted_model("llama", tasks=tasks, task_embedding="text", **settings)
     generator = saved(model, tmp_path / "adapter")
-    lora = generator.from_description(["which language is it", "name it"], text_encoder=letters)
-    generate_lora(model, ["which language is it", "name it"], tmp_path / "live", text_encoder=letters)
+    lora = generator.from_description(["which language is it", "name it"], text_encoder=encoder)
+    generate_lora(model, ["which language is it", "name it"], tmp_path / "live", text_encoder=encoder)
     lora.save(tmp_path / "made")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "made" / name).read_bytes() == (tmp_path / "live" / name).read_bytes()

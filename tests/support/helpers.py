@@ -259,6 +259,14 @@ def letters(texts: list[str]) -> Tensor:
     return vectors
 
 
+def wide_letters(texts: list[str]) -> Tensor:
+    """The same in vectors of size 32, which the small models' layers read, for ``conditioning="bilinear"``."""
+    return torch.nn.functional.pad(letters(texts), (0, 6), value=0.5)
+
+
+BILINEAR: dict[str, Any] = {"text_encoder": wide_letters, "conditioning": "bilinear", "task_embedding_dim": 32}
+
+
 def minilm() -> str:
     """Folder of a sentence-transformers model; skips the test where it or its library is not installed."""
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")

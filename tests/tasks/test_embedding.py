@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from hyperadapt.tasks.embedding import TaskEmbedding
 from hyperadapt.tasks.ids import resolve_task_ids
@@ -136,3 +137,20 @@ def test_vectors_that_were_never_loaded() -> None:
         TaskEmbedding(["text", "learned"], [1, 0], 5, 6).state_dict() | {"text_vectors": torch.ones(1, 6)}
     )
     assert table(torch.tensor([0])).isfinite().all()
+
+
+def test_direct_text_embeddings_are_the_vectors_themselves() -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(3, 6)
+    directions = vectors / vectors.square().mean(1, keepdim=True).sqrt()
+    table = TaskEmbedding(["text", "both", "learned"], [2, 1, 0], 6, 6, is_direct=True).eval()
+    table.set_text_vectors(vectors)
+    mean = directions[0] + directions[1]
+    expected = torch.stack([mean / mean.square().mean().sqrt(), directions[2], table.weight.detach()[1]])
+    assert_close(table(torch.arange(3)), expected, rtol=FLOAT32_FORMULA, atol=FLOAT32_FORMULA)
+    # Each entry has a scale, which is trained.
+    table(torch.arange(3)).sum().backward()
+    assert table.text_projection.weight.shape == (6,)
+    assert table.text_projection.weight.grad.any()
+    # Vectors of another size are projected as ever.
+    assert TaskEmbedding(["text"], [1], 5, 6, is_direct=True).text_projection.weight.shape == (5, 6)

@@ -16,6 +16,7 @@ from transformers import CompileConfig, Trainer, TrainingArguments
 from hyperadapt import use_tasks
 from tests.support.example_rows import MIXED_SOURCES, with_examples
 from tests.support.helpers import (
+    BILINEAR,
     MIXED,
     TASKS,
     adapted_model,
@@ -110,12 +111,13 @@ def test_the_bound_grows_in_a_graph_as_without_one() -> None:
     assert losses["graph"] == pytest.approx(losses["plain"])
 
 
-def test_descriptions_are_part_of_the_graph() -> None:
+@pytest.mark.parametrize(
+    "settings", [pytest.param({"text_encoder": letters}, id="gated"), pytest.param(BILINEAR, id="bilinear")]
+)
+def test_descriptions_are_part_of_the_graph(settings: dict[str, Any]) -> None:
     sources = {"alpha": "text", "beta": "both", "gamma": "learned"}
     descriptions = {"alpha": ["one", "two"], "beta": "three", "gamma": "four"}
-    model = adapted_model(
-        "llama", tasks=descriptions, task_embedding=sources, text_encoder=letters, conditioning="gated"
-    ).double()
+    model = adapted_model("llama", tasks=descriptions, task_embedding=sources, **settings).double()
     graph, counter = compiled(model)
     batch = double(example_batch("llama"))
     for mix in MIXES:
