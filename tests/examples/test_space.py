@@ -40,7 +40,7 @@ def reader(folder: Path) -> Reader:
 def test_the_command_writes_an_adapter_of_the_upper_layers_and_what_it_scores(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == BASE
-    assert config["layers_to_transform"] == [4, 5]
+    assert config["layers_to_transform"] == [3, 4, 5]
     facts = Facts.load(folder)
     assert [concept.is_trained for concept in facts.concepts] == [True, True, True, False, False]
     assert {concept.corpus for concept in facts.concepts} == {"articles"}
@@ -87,7 +87,7 @@ def test_descriptions_matter_and_the_control_is_another_ones(reader: Reader) -> 
 
 
 def test_long_texts_are_cut(reader: Reader) -> None:
-    start = " ".join(["word"] * 22)
+    start = " ".join(["word"] * 46)
     assert reader.yes([f"{start} more and more"], UNSEEN) == pytest.approx(reader.yes([start], UNSEEN), abs=1e-6)
 
 
