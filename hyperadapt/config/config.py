@@ -35,6 +35,7 @@ from hyperadapt.config.normalization_fields import check_start, checked_options
 from hyperadapt.config.task_fields import (
     EXAMPLES,
     TEXT,
+    check_compared_sizes,
     check_example_fields,
     check_text_fields,
     checked_own_factors,
@@ -110,9 +111,9 @@ class HyperAdapterConfig(PeftConfig):
         hypernetwork_depth: Number of residual blocks of the trunk.
         conditioning: How the task embedding enters: ``"gated"`` (beside those of layer and module, and it multiplies
             the trunk's output: tasks differ more, and new ones are fitted better), ``"additive"`` (only beside), or
-            ``"bilinear"`` (gated, and where modules read vectors of size `task_embedding_dim`, a row of A is made of
-            the embedding itself: for descriptions whose vectors are of the base model's own space, see
-            ``docs/conditioning.md``).
+            ``"bilinear"`` (gated, and where linear layers read vectors of size `task_embedding_dim`, of which there has
+            to be one, a row of A is made of the embedding itself, to be compared with them; vectors of descriptions
+            need to have that size, and are embeddings without a projection; see ``docs/conditioning.md``).
         head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
@@ -378,6 +379,7 @@ class HyperAdapterConfig(PeftConfig):
         self.task_embedding = checked_sources(self.task_embedding, self.tasks, self.task_descriptions)
         has_text = any(source in TEXT for source in self.task_sources)
         check_text_fields(has_text, self.text_encoder, self.text_encoder_revision, self.text_embedding_dim)
+        check_compared_sizes(self.conditioning, self.text_embedding_dim, self.task_embedding_dim)
         self.task_labels = checked_task_labels(self.task_labels, self.tasks, self.task_type)
         if self.task_labels and self.adapted_model is not None:
             self.task_labels = of_outputs(self.task_labels, self.base_facts)

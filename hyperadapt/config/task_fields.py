@@ -154,6 +154,16 @@ def check_text_fields(has_text: bool, text_encoder: Any, revision: Any, text_emb
             )
 
 
+def check_compared_sizes(conditioning: str, text_embedding_dim: int | None, task_embedding_dim: int) -> None:
+    """Check that vectors of descriptions can be embeddings as they are, where these are compared with activations."""
+    if conditioning == "bilinear" and text_embedding_dim not in (None, task_embedding_dim):
+        raise ValueError(
+            f"conditioning='bilinear' compares activations of size task_embedding_dim={task_embedding_dim} with the "
+            f"vectors of descriptions, which have size {text_embedding_dim}. Choose a text encoder of that size, best "
+            "the base model itself, or conditioning='gated'."
+        )
+
+
 def check_example_fields(has_examples: bool, task_type: str | None, example_dim: Any, example_classes: Any) -> None:
     """Check the fields that say how examples become vectors, which some task must need."""
     for name, value in {"example_dim": example_dim, "example_classes": example_classes}.items():

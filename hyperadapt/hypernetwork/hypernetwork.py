@@ -68,7 +68,7 @@ class Hypernetwork(nn.Module):
     entries have a sign of their own for each task. Tasks are then nearly orthogonal to the heads, and only the shared
     factors are common to them; otherwise an embedding that is close to another gives factors that are close.
 
-    With ``conditioning="bilinear"`` it is gated, too, and at positions that read vectors of the size of an embedding,
+    With ``conditioning="bilinear"`` it is gated, too, and at layers that read vectors of the size of an embedding,
     the first row of A is the embedding, times scales of its entries that all tasks share: A·x compares the activation x
     with the embedding. Where embeddings are vectors of texts in the same space, a new text is compared as well as a
     known one, with nothing to learn. The row weighs as much as half of A's rows, so that a bound does not drown it.
@@ -119,11 +119,12 @@ class Hypernetwork(nn.Module):
         self.is_gated = conditioning in ("gated", "bilinear")
         self._matched_size = task_embedding_dim if conditioning == "bilinear" else None
         if self._matched_size and not any(map(self._is_matched, positions)):
-            sizes = ", ".join(map(str, sorted({position.in_features for position in positions})))
+            sizes = sorted({one.in_features for one in positions if _reads_vectors(one)})
             raise ValueError(
-                f"conditioning='bilinear' needs a module that reads vectors of size task_embedding_dim="
-                f"{task_embedding_dim}, and the adapted modules read sizes {sizes}. Set task_embedding_dim to the size "
-                "of the text encoder's vectors if that is one of them, or choose conditioning='gated'."
+                f"conditioning='bilinear' needs a linear layer that reads vectors of size task_embedding_dim="
+                f"{task_embedding_dim}; the adapted ones read {', '.join(map(str, sizes)) or 'none'}. Set "
+                "task_embedding_dim to the hidden size of the base model, which the vectors of descriptions need to "
+                "have, too; or choose conditioning='gated'."
             )
         if self.is_gated:
             names.append("gate")
@@ -183,6 +184,7 @@ class Hypernetwork(nn.Module):
                 for factor in "AB"
             )
             if self._is_matched(members[0]):
+                # The row that the head emits is left unused: it is a small part of one head.
                 lora_A = torch.cat([self._matched(task_embeddings, members), lora_A[:, :, 1:]], dim=2)
             logits = None
             if self.mixing:
@@ -199,7 +201,7 @@ class Hypernetwork(nn.Module):
 
     def _is_matched(self, position: Position) -> bool:
         """Whether A has a row that is made of the embedding at a position."""
-        return position.in_features == self._matched_size and position.fan_in is None
+        return position.in_features == self._matched_size and _reads_vectors(position)
 
     def _matched(self, task_embeddings: Tensor, members: Sequence[Position]) -> Tensor:
         """The first row of A where that is made of the embedding, (tasks, weights, 1, size)."""
@@ -248,6 +250,11 @@ class Hypernetwork(nn.Module):
             size = str(position.in_features if factor == "A" else position.out_features)
         fan_in = f"_fan{position.fan_in}" if factor == "A" and position.fan_in else ""
         return f"{factor}_{size}_r{position.r}{fan_in}"
+
+
+def _reads_vectors(position: Position) -> bool:
+    """Whether the inputs of a position are vectors of the model, not the indices of an embedding or patches."""
+    return position.fan_in is None and position.kernel is None
 
 
 def shape_name(position: Position) -> str:

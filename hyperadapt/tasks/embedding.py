@@ -43,8 +43,8 @@ class TaskEmbedding(nn.Module):
     alone stands for the task as well as it can. Of several descriptions, training draws one for each forward pass; in
     evaluation their mean counts. Of examples it draws some, and in evaluation those that are kept count.
     ``num_descriptions`` is 0 for tasks without text; ``text_embedding_dim`` is None if no task has text, and
-    ``example_encoder`` if none has examples. With ``is_direct``, a text's vector is its embedding but for a scale of
-    each entry, if the sizes agree.
+    ``example_encoder`` if none has examples. With ``is_direct``, for vectors of the size of an embedding, the
+    projection only scales their entries.
     """
 
     text_vectors: Tensor
@@ -207,7 +207,7 @@ class TaskEmbedding(nn.Module):
 
 def _projection(text_embedding_dim: int, task_embedding_dim: int, is_direct: bool) -> EntryScales | nn.Linear:
     """From vectors of descriptions to embeddings; at the start it keeps root mean square 1, which learned ones have."""
-    if is_direct and text_embedding_dim == task_embedding_dim:
+    if is_direct:
         return EntryScales(task_embedding_dim)
     projection = nn.Linear(text_embedding_dim, task_embedding_dim, bias=False)
     nn.init.normal_(projection.weight, std=text_embedding_dim**-0.5)

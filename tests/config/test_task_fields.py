@@ -93,6 +93,12 @@ TEXT = {"tasks": TASKS, "task_embedding": "text", "text_encoder": "encoder"}
         (TEXT | {"text_encoder_revision": 3}, TypeError, "text_encoder_revision=3 must be a string or None"),
         (TEXT | {"text_embedding_dim": 0}, ValueError, "text_embedding_dim=0 must be at least 1"),
         (
+            TEXT | {"text_embedding_dim": 26, "conditioning": "bilinear"},
+            ValueError,
+            "conditioning='bilinear' compares activations of size task_embedding_dim=64 with the vectors of "
+            "descriptions, which have size 26. Choose a text encoder of that size",
+        ),
+        (
             {"text_encoder": "encoder"},
             ValueError,
             "text_encoder='encoder' has no effect: no task's embedding takes text",

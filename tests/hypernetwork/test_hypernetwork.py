@@ -333,9 +333,14 @@ def test_scales_of_the_embedding_are_trained() -> None:
     assert embeddings.grad.any()
 
 
-def test_bilinear_conditioning_needs_a_module_of_the_embeddings_size() -> None:
-    with pytest.raises(ValueError, match=r"task_embedding_dim=8, and the adapted modules read sizes 6, 10\. Set task_"):
+def test_bilinear_conditioning_needs_a_layer_of_the_embeddings_size() -> None:
+    with pytest.raises(
+        ValueError, match=r"size task_embedding_dim=8; the adapted ones read 6, 10\. Set task_embedding_dim"
+    ):
         make_hypernetwork(conditioning="bilinear")
-    embedding = replace(POSITIONS[0], kind="Embedding")
-    with pytest.raises(ValueError, match=r"task_embedding_dim=6, and the adapted modules read sizes 6\. Set task_em"):
-        make_hypernetwork([embedding], task_embedding_dim=6, conditioning="bilinear")
+    # Neither indices nor patches are vectors of the model.
+    others = [replace(POSITIONS[0], kind="Embedding"), replace(POSITIONS[0], kind="Conv2d", kernel=(1, 1))]
+    with pytest.raises(
+        ValueError, match=r"size task_embedding_dim=6; the adapted ones read none\. Set task_embedding_dim"
+    ):
+        make_hypernetwork(others, task_embedding_dim=6, conditioning="bilinear")

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
 from hyperadapt import HyperAdapterConfig
 from hyperadapt.tasks.encoders import encode_like, encode_texts, with_text_vectors
-from tests.support.helpers import letters, minilm
+from tests.support.helpers import adapter_config, base_model, letters, minilm, snapshot
 
 TEXTS = ["Tell spam from genuine messages.", "Is this SMS spam?", "Name the topic of a news article."]
 
@@ -76,6 +77,17 @@ def test_numpy_arrays_and_half_precision_are_taken() -> None:
 def test_what_encoders_may_not_return(encoder: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         encode_texts(encoder, TEXTS)
+
+
+def test_vectors_that_are_compared_need_the_size_of_an_embedding() -> None:
+    model = base_model("llama")
+    settings: dict[str, Any] = {"tasks": {"a": TEXTS[0]}, "task_embedding": "text", "text_encoder": letters}
+    config = adapter_config(**settings, conditioning="bilinear", task_embedding_dim=32)
+    with pytest.raises(
+        ValueError, match=r"of size task_embedding_dim=32 with .* which have size 26\. Choose a text enc"
+    ):
+        get_peft_model(model, config)
+    assert snapshot(model).keys() == snapshot(base_model("llama")).keys()
 
 
 def test_unknown_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
