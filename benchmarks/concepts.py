@@ -8,16 +8,17 @@ compositions, and 16 more to choose learning rates on; of what is trained, some 
 
 The upper layers of MiniLM are adapted; the lower ones are frozen, and computed once for all runs. The arms:
 
-- hyperadapter: the description makes the adapter. A trained one is asked by true descriptions and by wrong ones: of
-  another held-out concept of the same corpus (shuffled) or of another one, blank, an unrelated sentence, and that of
-  the nearest trained task.
-- hyperadapter, whitened: the same, but the vectors of descriptions have the same size in all directions.
+- hyperadapter, bilinear: the description makes the adapter, of which a part is its vector, in the space of the base
+  model. A trained one is asked by true descriptions and by wrong ones: of another held-out concept of the same corpus
+  (shuffled) or of another one, blank, an unrelated sentence, and that of the nearest trained task.
+- hyperadapter: the same with the default, gated conditioning, which only projects the vector.
+- hyperadapter, whitened: that, but the vectors of descriptions have the same size in all directions.
 - lora: one LoRA for all tasks, which are not told.
 - frozen cosine: of the base model's vectors of text and description; the threshold suits trained tasks best.
 - cross-encoder: one LoRA, and the description stands behind the text in the input.
 - bi-encoder: one LoRA for texts and descriptions, and their cosine.
-- hyperadapter in bi-encoder: the text's side has the description's adapter, the description's side is frozen; asked
-  also with the true description in the head and another one for the adapter.
+- hyperadapter in bi-encoder, bilinear in bi-encoder: the text's side has the description's adapter, the description's
+  side is frozen; asked also with the true description in the head and another one for the adapter.
 - separate loras: one for each of some trained concepts, with a tenth of the steps each.
 
 ``--stage tune`` runs the learning rates on the validation concepts, ``ablate`` some changes of the hyperadapter there,
