@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from benchmarks.concepts_arms import ARMS as CONCEPT_ARMS
 from benchmarks.concepts_arms import RANK, TARGETS, WIDTH, ConceptReader, build, text_encoder
 from benchmarks.concepts_data import ConceptData, padded
 from benchmarks.concepts_evaluation import Evaluation, measured
-from benchmarks.concepts_plan import GATED
+from benchmarks.concepts_plan import OURS
 from benchmarks.concepts_runs import margins_of, optimised
 from benchmarks.concepts_tasks import Task
 from hyperadapt import HyperAdapterConfig, LoraGenerator
@@ -74,7 +74,7 @@ class Shots:
     def __init__(self, data: ConceptData, settings: Settings, seed: int, folder: Path) -> None:
         self.data, self.settings, self.seed, self.folder = data, settings, seed, folder
         self.tasks = data.trainable(data.tasks["train"])
-        self.evaluation = Evaluation(data, CONCEPT_ARMS[GATED], self.tasks, settings.amount, seed)
+        self.evaluation = Evaluation(data, CONCEPT_ARMS[OURS], self.tasks, settings.amount, seed)
 
     def scores(self, arm: str, rate: float, n: int, role: str) -> Scores:
         """Scores of the concepts of a role that have enough texts."""
@@ -108,7 +108,7 @@ class Shots:
     ) -> Iterator[tuple[int, Tensor]]:
         """After how many steps -> logits of yes less those of no, for the texts that are asked."""
         if arm == DESCRIPTION:
-            margins = margins_of(self.reader, CONCEPT_ARMS[GATED], self.data, self.tasks)
+            margins = margins_of(self.reader, CONCEPT_ARMS[OURS], self.data, self.tasks)
             yield 0, margins(asked, *self.evaluation.true(task))
         elif arm == LOGISTIC:
             classifier = LogisticRegression(C=rate, max_iter=1000)
@@ -132,7 +132,7 @@ class Shots:
             fields: dict[str, Any] = {"target_modules": TARGETS, "modules_to_save": ["head"]}
             return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, **fields))
         described = self.evaluation.true(task) if arm == FROM_ITS else self.evaluation.wrong(task)["shuffled"]
-        encode = text_encoder(CONCEPT_ARMS[GATED], self.data, [])
+        encode = text_encoder(CONCEPT_ARMS[OURS], self.data, [])
         made = self.generator.from_description(described[0], text_encoder=encode)
         config = copy.deepcopy(self.generator.lora_config)
         config.inference_mode = False
@@ -163,8 +163,8 @@ class Shots:
     @cached_property
     def reader(self) -> PeftModel:
         """The hyperadapter that reads descriptions."""
-        model = build(CONCEPT_ARMS[GATED], self.data, self.tasks, self.seed)
-        return self._kept("descriptions", model)
+        model = build(CONCEPT_ARMS[OURS], self.data, self.tasks, self.seed)
+        return self._kept("descriptions", model, self.settings.trained_rate)
 
     @cached_property
     def generator(self) -> LoraGenerator:
@@ -186,7 +186,8 @@ class Shots:
         )
         model = get_peft_model(ConceptReader(copy.deepcopy(self.data.encoder.upper), "logits"), config)
         given = {task.name: self._given(task) for task in self.tasks}
-        return self._kept("examples", model, lambda: model.set_examples(given, data_collator=_collate))
+        prepare = partial(model.set_examples, given, data_collator=_collate)
+        return self._kept("examples", model, self.settings.example_rate, prepare)
 
     def _given(self, task: Task) -> Rows:
         """Labelled texts of a trained concept, as many of either answer where there are."""
@@ -198,7 +199,7 @@ class Shots:
             rows += _rows(self.data, taken, [label] * len(taken))
         return rows
 
-    def _kept(self, name: str, model: PeftModel, prepare: Callable[[], None] | None = None) -> PeftModel:
+    def _kept(self, name: str, model: PeftModel, rate: float, prepare: Callable[[], None] | None = None) -> PeftModel:
         """A hyperadapter with the weights that were kept, or else trained now; in evaluation mode."""
         path = self.folder / f"shots_{name}_{self.settings.definition}_{self.seed}.pt"
         if path.exists():
@@ -206,9 +207,8 @@ class Shots:
             return model.eval()
         if prepare is not None:
             prepare()
-        amount, rate = self.settings.amount, self.settings.trained_rate
         # Read from examples, concepts have no wordings to draw; else all is the same.
-        optimised(model, CONCEPT_ARMS[GATED], self.data, self.tasks, rate, self.seed, amount)
+        optimised(model, CONCEPT_ARMS[OURS], self.data, self.tasks, rate, self.seed, self.settings.amount)
         torch.save(get_peft_model_state_dict(model), path)
         return model.eval()
 

@@ -39,19 +39,21 @@ class Settings:
         choosing: That of the stage tune.
         measured_after: Steps of a LoRA.
         batch: Texts of a step, at most.
-        trained_rate: Learning rate of the hyperadapters.
+        trained_rate: Learning rate of the hyperadapter that reads descriptions.
+        example_rate: That of the one that reads examples.
         lora_rates: To choose from.
         logistic_rates: Likewise.
         seeds: Of the test.
     """
 
-    size: Size = field(default_factory=lambda: Size(max_length=24, frozen_layers=4))
-    amount: Amount = field(default_factory=lambda: Amount(steps=700))
+    size: Size = field(default_factory=Size)
+    amount: Amount = field(default_factory=lambda: Amount(steps=1000))
     counts: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     choosing: int = 16
     measured_after: tuple[int, ...] = (10, 30)
     batch: int = 8
-    trained_rate: float = 5e-3
+    trained_rate: float = 2e-3
+    example_rate: float = 5e-3
     lora_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     logistic_rates: tuple[float, ...] = (1.0, 10.0, 100.0)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -59,7 +61,7 @@ class Settings:
     @property
     def definition(self) -> str:
         """Short name of what rows must have in common."""
-        parts = (self.size, self.amount, self.measured_after, self.batch, self.trained_rate)
+        parts = (self.size, self.amount, self.measured_after, self.batch, self.trained_rate, self.example_rate)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
     def rates(self, arm: str) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ import torch
 from benchmarks import concepts_shots as study
 from benchmarks.concepts_arms import ARMS as CONCEPT_ARMS
 from benchmarks.concepts_data import ConceptData, load_data
-from benchmarks.concepts_plan import GATED
+from benchmarks.concepts_plan import OURS
 from benchmarks.concepts_runs import margins_of
 from benchmarks.concepts_shots_arms import ARMS, DESCRIPTION, EXAMPLES, FROM_ANOTHER, FROM_ITS, LOGISTIC, NEW, Shots
 from benchmarks.concepts_shots_plan import Run, Study
@@ -50,7 +50,7 @@ def test_texts_are_a_yes_and_a_no_in_turn_and_not_those_that_are_asked(shots: Sh
 def test_a_lora_starts_where_the_hyperadapter_stands(shots: Shots) -> None:
     data, places = shots.data, list(range(6))
     task = next(task for task in data.tasks["test"] if task.family == "atomic")
-    margins = margins_of(shots.reader, CONCEPT_ARMS[GATED], data, shots.tasks)
+    margins = margins_of(shots.reader, CONCEPT_ARMS[OURS], data, shots.tasks)
     told = {FROM_ITS: shots.evaluation.true(task), FROM_ANOTHER: shots.evaluation.wrong(task)["shuffled"]}
     expected = {arm: margins(places, *texts) for arm, texts in told.items()}
     assert not torch.equal(expected[FROM_ITS], expected[FROM_ANOTHER])
