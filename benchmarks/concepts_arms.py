@@ -36,7 +36,7 @@ class Arm:
         vectors: Given the vectors of the trained descriptions, what changes all before the hypernetwork reads them.
         smoothing: Of the labels.
         alone: Share of the steps, the first ones, in which concepts stand alone: as long as a contrary looks like its
-            concept, with the opposite answers, nothing is learned of either.
+            concept, with the opposite answers, some arms learn nothing of either.
     """
 
     is_hyperadapter: bool = False
@@ -63,27 +63,26 @@ def whitening(trained: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 WIDTH = {"hypernetwork_dim": 64}
-# MiniLM's vectors of descriptions and the states that its layers read are of one space and one size.
-BILINEAR = WIDTH | {"conditioning": "bilinear", "task_embedding_dim": 384}
 HYPER = Arm(is_hyperadapter=True, fields=WIDTH)
+# MiniLM's vectors of descriptions and the states that its layers read are of one space and one size.
+BILINEAR = Arm(is_hyperadapter=True, fields={"conditioning": "bilinear", "task_embedding_dim": 384}, alone=0.0)
 ARMS: dict[str, Arm] = {
-    "hyperadapter, bilinear": replace(HYPER, fields=BILINEAR),
+    "hyperadapter, bilinear": BILINEAR,
     "hyperadapter": HYPER,
     "hyperadapter, whitened": replace(HYPER, vectors=whitening),
     "lora": Arm(),
     "bi-encoder": Arm(head="match"),
     "hyperadapter in bi-encoder": replace(HYPER, head="match"),
-    "bilinear in bi-encoder": replace(HYPER, fields=BILINEAR, head="match"),
+    "bilinear in bi-encoder": replace(BILINEAR, head="match"),
     "cross-encoder": Arm(reads=True),
 }
-_OURS = ARMS["hyperadapter, bilinear"]
 VARIANTS: dict[str, Arm] = {
-    "width 16": replace(_OURS, fields=BILINEAR | {"hypernetwork_dim": 16}),
-    "soft_frobenius": replace(_OURS, fields=BILINEAR | {"normalization": "soft_frobenius"}),
-    "centred": replace(_OURS, vectors=centring),
-    "smoothing 0.1": replace(_OURS, smoothing=0.1),
-    "compositions from the start": replace(_OURS, alone=0.0),
-    "no compositions": replace(_OURS, alone=1.0),
+    "width 64": replace(BILINEAR, fields=BILINEAR.fields | WIDTH),
+    "soft_frobenius": replace(BILINEAR, fields=BILINEAR.fields | {"normalization": "soft_frobenius"}),
+    "centred": replace(BILINEAR, vectors=centring),
+    "smoothing 0.1": replace(BILINEAR, smoothing=0.1),
+    "compositions in the last quarter": replace(BILINEAR, alone=0.75),
+    "no compositions": replace(BILINEAR, alone=1.0),
 }
 """The arm "hyperadapter, bilinear" with one thing changed."""
 
