@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.concepts_arms import whitening
-from benchmarks.instructions_data import InstructionData, Row
+from benchmarks.instructions_data import MINILM, SMOLLM2, InstructionData, Row
 from benchmarks.instructions_model import Batch
 from benchmarks.instructions_tasks import Task, trained_wordings
 from hyperadapt import HyperAdapterConfig
@@ -21,6 +21,13 @@ RANK = 8
 READ_OF_TASK = 12
 """Rows that the hyperadapter by examples draws from in training, of each task."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def standardising(trained: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes from vectors what the trained ones have in common, so that the rest has length 1 in the mean."""
+    mean = trained.mean(0)
+    length = (trained - mean).norm(dim=-1).mean()
+    return lambda vectors: (vectors - mean) / length
 
 
 @dataclass(frozen=True)
@@ -32,14 +39,16 @@ class Arm:
             ``"none"``: the base model.
         is_told: Whether the description stands before the text, in the input.
         fields: Of the hyperadapter's configuration.
-        vectors: From the trained descriptions' vectors, what changes vectors before the hypernetwork reads them.
+        readers: The models whose vectors of a description the hypernetwork reads, one behind the other.
+        vectors: From the trained descriptions' vectors of a model, what changes its vectors.
         reads: Whether a hyperadapter reads examples in place of descriptions.
     """
 
     adapter: str = "lora"
     is_told: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
-    vectors: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
+    readers: tuple[str, ...] = (MINILM, SMOLLM2)
+    vectors: Callable[[Tensor], Callable[[Tensor], Tensor]] = standardising
     reads: bool = False
 
     @property
@@ -58,6 +67,8 @@ ARMS = {
 }
 READER = Arm("hyperadapter", fields=WIDTH, reads=True)
 VARIANTS = {
+    "MiniLM's vectors alone": replace(HYPER, readers=(MINILM,)),
+    "SmolLM2's vectors alone": replace(HYPER, readers=(SMOLLM2,)),
     "whitened": replace(HYPER, vectors=whitening),
     "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
     "width 128": replace(HYPER, fields={"hypernetwork_dim": 128}),
@@ -103,10 +114,9 @@ def collated(data: InstructionData) -> Callable[[list[dict[str, Row]]], Batch]:
 
 def text_encoder(arm: Arm, data: InstructionData, tasks: Sequence[Task]) -> Callable[[list[str]], Tensor]:
     """What gives the vectors of descriptions, as the arm changes them."""
-    if arm.vectors is None:
-        return data.described.vectors
-    change = arm.vectors(data.described.vectors([wording for task in tasks for wording in trained_wordings(task)]))
-    return lambda texts: change(data.described.vectors(texts))
+    known = [wording for task in tasks for wording in trained_wordings(task)]
+    read = {model: (data.vectors[model], arm.vectors(data.vectors[model](known))) for model in arm.readers}
+    return lambda texts: torch.cat([change(vectors(texts)) for vectors, change in read.values()], dim=-1)
 
 
 def embeddings(model: PeftModel, encode: Callable[[list[str]], Tensor], descriptions: Sequence[str]) -> Tensor:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.concepts_data import READERS, Descriptions, Encoder
 from benchmarks.concepts_tasks import ROLES, digest
-from benchmarks.instructions_model import Answerer, Batch, LowerLayers, Tokens, padded, split, tokens_of
+from benchmarks.instructions_model import Answerer, Batch, LowerLayers, Tokens, padded, prompt_of, split, tokens_of
 from benchmarks.instructions_operations import KEYS, RECORD, TEXT
 from benchmarks.instructions_tasks import Task, tasks
 from examples.support.causal_lm import load_base, load_tokenizer
@@ -36,6 +37,9 @@ LEAST_ROWS = 6
 SAMPLE = 200
 """Texts on which two tasks are compared: if all answers are the same, the second is left out."""
 ENCODING_BATCH = 64
+
+
+MINILM, SMOLLM2 = "MiniLM", "SmolLM2"
 
 
 class Row(NamedTuple):
@@ -81,7 +85,7 @@ class InstructionData:
         tokenizer: The language model's.
         lower: Its frozen layers.
         upper: Its other ones.
-        described: Vectors of descriptions, by MiniLM.
+        vectors: By name of a model what gives texts' vectors of length 1, ``(texts, size)``, float32.
     """
 
     size: Size
@@ -90,7 +94,7 @@ class InstructionData:
     tokenizer: PreTrainedTokenizerBase
     lower: LowerLayers
     upper: Answerer
-    described: Descriptions
+    vectors: dict[str, Callable[[Sequence[str]], Tensor]]
     _known: dict[Row, Tensor] = field(default_factory=dict)
 
     def batch(self, rows: Sequence[Row], instructions: Sequence[str] | None = None) -> Batch:
@@ -131,6 +135,23 @@ class InstructionData:
         self._known = dict(zip(rows, torch.load(path, mmap=True).split(lengths), strict=True))
 
 
+class LastStates:
+    """What the language model's lower layers make of the last token of texts, each computed once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, lower: LowerLayers) -> None:
+        self._tokenizer, self._lower = tokenizer, lower
+        self._known: dict[str, Tensor] = {}
+
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """Of length 1, ``(texts, hidden_size)``, float32."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for start in range(0, len(new), ENCODING_BATCH):
+            part = new[start : start + ENCODING_BATCH]
+            states = self._lower([prompt_of(self._tokenizer, text) for text in part])
+            self._known |= {text: normalize(one[-1].float(), dim=-1) for text, one in zip(part, states, strict=True)}
+        return torch.stack([self._known[text] for text in texts])
+
+
 def write(path: Path, value: Any) -> None:
     """Save tensors so that a file is whole or not there; its folder is made."""
     with whole_folder(path.parent) as new:
@@ -149,7 +170,10 @@ def load_data(size: Size, folder: Path | None = None) -> InstructionData:
         tokenizer=tokenizer,
         lower=lower,
         upper=upper,
-        described=Descriptions(Encoder(load_sentence_tokenizer(), 0, torch.float32)),
+        vectors={
+            MINILM: Descriptions(Encoder(load_sentence_tokenizer(), 0, torch.float32)).vectors,
+            SMOLLM2: LastStates(tokenizer, lower).vectors,
+        },
     )
     if folder is not None:
         data.keep(folder)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.instructions_data import InstructionData, Row
+from benchmarks.instructions_data import MINILM, InstructionData, Row
 from benchmarks.instructions_model import IGNORED
 from benchmarks.instructions_tasks import Task, trained_wordings
 from benchmarks.neutral_texts import BLANK, UNRELATED
@@ -81,7 +81,7 @@ class Evaluation:
             return self.description(others[self._generator(task).integers(len(others))], TRUE)
         if condition == "nearest trained":
             texts, vectors = self._known
-            [own] = self.data.described.vectors([self.description(task, TRUE)])
+            [own] = self.data.vectors[MINILM]([self.description(task, TRUE)])
             return texts[int((vectors @ own).argmax())]
         return BLANK if condition == "blank" else str(self._generator(task).choice(UNRELATED))
 
@@ -96,7 +96,7 @@ class Evaluation:
     @cached_property
     def _known(self) -> tuple[list[str], Tensor]:
         texts = [wording for task in self.tasks for wording in trained_wordings(task)]
-        return texts, self.data.described.vectors(texts)
+        return texts, self.data.vectors[MINILM](texts)
 
 
 def _scores(answers: Answers, questions: Sequence[Question]) -> Scores:

@@ -82,9 +82,15 @@ def split(model: LlamaForCausalLM, frozen_layers: int) -> tuple[LowerLayers, Ans
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, instruction: str | None = None) -> Tokens:
     """A row with its answer; with the instruction before it, if one is given."""
     told = "" if instruction is None else f"{instruction}\n"
-    # Models attend to the first token where there is nothing to attend to, so it should be no word of the text.
-    prompt = [tokenizer.bos_token_id, *tokenizer(f"{told}{text} ->")["input_ids"]]
+    prompt = prompt_of(tokenizer, f"{told}{text} ->").ids
     return Tokens([*prompt, *tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id], len(prompt))
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
+    """A text's tokens, all of them a prompt."""
+    # Models attend to the first token where there is nothing to attend to, so it should be no word of the text.
+    ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+    return Tokens(ids, len(ids))
 
 
 def padded(states: Sequence[Tensor], rows: Sequence[Tokens]) -> Batch:

@@ -52,23 +52,23 @@ class Settings:
     """
 
     size: Size = field(default_factory=Size)
-    amount: Amount = field(default_factory=lambda: Amount(steps=800))
+    amount: Amount = field(default_factory=lambda: Amount(steps=600))
     choosing: Amount = field(default_factory=lambda: Amount(steps=250))
     arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
-            OURS: (5e-3, 1e-2, 2e-2),
-            TOLD: (1e-3, 2e-3, 5e-3),
-            LORA: (1e-3, 2e-3, 5e-3),
+            OURS: (5e-3, 1e-2),
+            TOLD: (2e-3, 5e-3),
+            LORA: (2e-3, 5e-3),
             BASE: (0.0,),
         }
     )
     shots: Shots = field(default_factory=Shots)
-    choosing_shots: Shots = field(default_factory=lambda: Shots(counts=(8, 32), tasks=8))
+    choosing_shots: Shots = field(default_factory=lambda: Shots(counts=(16,), tasks=6))
     shot_arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
-            BY_EXAMPLES: (5e-3, 1e-2, 2e-2),
-            WARM: (1e-3, 2e-3, 5e-3),
-            FRESH: (2e-3, 5e-3, 1e-2),
+            BY_EXAMPLES: (5e-3, 1e-2),
+            WARM: (1e-3, 3e-3),
+            FRESH: (3e-3, 1e-2),
             PROMPT: (0.0,),
         }
     )

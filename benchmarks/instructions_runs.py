@@ -77,7 +77,7 @@ def kept_model(
     arm: Arm, data: InstructionData, tasks: Sequence[Task], rate: float, seed: int, amount: Amount, folder: Path
 ) -> tuple[Any, list[float], float]:
     """An arm's trained model, the losses of its steps and the CPU seconds they took; hyperadapters are written."""
-    definition = repr((arm.fields, arm.vectors and arm.vectors.__name__, arm.reads, len(tasks), rate, seed, amount))
+    definition = repr((arm.fields, arm.readers, arm.vectors.__name__, arm.reads, len(tasks), rate, seed, amount))
     path = folder / f"trained_{digest(definition)[:16]}.pt"
     if arm.is_hyperadapter and path.exists():
         model = build(arm, data, tasks, seed)

@@ -36,8 +36,8 @@ READ = 32
 class Shots:
     """How many examples there are, of how many held-out tasks, and the steps and rows that a LoRA is trained on."""
 
-    counts: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
-    tasks: int = 16
+    counts: tuple[int, ...] = (1, 8, 16, 32, 64)
+    tasks: int = 12
     steps: int = 30
     rows: int = 8
 
