@@ -1,8 +1,8 @@
 """New instructions by description, where the prompt has none: `python -m benchmarks.instructions`.
 
 Operations on short texts (the third word, capital letters, in brackets, as JSON, the number of words, a field of a
-record, ...), alone and in pairs, are some 450 tasks, each with six wordings. The prompt is the text alone, so that
-every text has as many answers as there are tasks. More than 100 tasks are held out: pairs of trained operations,
+record, ...), alone and in pairs, are some 1,150 tasks, each with six wordings. The prompt is the text alone, so that
+every text has as many answers as there are tasks. More than 200 tasks are held out: pairs of trained operations,
 operations with a new argument, and whole operations; others to choose learning rates on. Of what is trained, two
 wordings are not.
 

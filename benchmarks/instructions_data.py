@@ -65,9 +65,9 @@ class Size:
     """
 
     train: int = 64
-    cached: int = 24
+    cached: int = 12
     held_out: int = 8
-    trained: int = 3
+    trained: int = 2
     text_tokens: int = 9
     answer_tokens: int = 12
     frozen_layers: int = 20

@@ -36,7 +36,7 @@ class Amount:
     steps: int
     tasks: int = 16
     rows: int = 1
-    held_out: int = 8
+    held_out: int = 4
 
 
 class Question(NamedTuple):

@@ -52,13 +52,13 @@ class Settings:
     """
 
     size: Size = field(default_factory=Size)
-    amount: Amount = field(default_factory=lambda: Amount(steps=600))
+    amount: Amount = field(default_factory=lambda: Amount(steps=1000))
     choosing: Amount = field(default_factory=lambda: Amount(steps=250))
     arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
             OURS: (5e-3, 1e-2),
-            TOLD: (2e-3, 5e-3),
-            LORA: (2e-3, 5e-3),
+            TOLD: (5e-3, 1e-2),
+            LORA: (5e-3, 1e-2),
             BASE: (0.0,),
         }
     )
@@ -74,7 +74,7 @@ class Settings:
     )
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    curve: tuple[int, ...] = (8, 16, 32, 64)
+    curve: tuple[int, ...] = (8, 16, 32, 64, 256)
 
     @property
     def definition(self) -> str:

@@ -12,7 +12,7 @@ from benchmarks.instructions_operations import DONE, FAMILIES, RECORD, SAME, TEX
 KINDS = ("composition", "argument", "operation")
 """What is new in a task that is held out: the pair of two trained operations, an argument, a whole operation."""
 FRAMES = ("Write {}.", "Answer with {}.", "Your answer is {}.")
-PAIRS = {"train": 7, "validation": 2, "test": 2}
+PAIRS = {"train": 25, "validation": 2, "test": 2}
 """Role of an operation -> in so many pairs it stands second, and first; of trained ones, second only."""
 NEW = {"validation": 0.05, "test": 0.15}
 """Shares of the pairs of trained operations that are never trained."""
