@@ -67,7 +67,7 @@ class ShotRun:
         counts = [count for count in self.shots.counts if count <= READ or name != BY_EXAMPLES]
         scores: Scores = {condition_of(count): {} for count in counts}
         for task in tasks:
-            rows = self.data.rows[role][task.name][: self.amount.held_out]
+            rows = self.data.rows[role][task.name][: self.data.size.held_out]
             for count in counts:
                 exact, losses = asked(task, self.examples(task, count), rows)
                 score = (round(float(exact.float().mean()), 4), round(float(losses.mean()), 4))
