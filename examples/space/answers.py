@@ -11,7 +11,7 @@ _EXPECTATION = """
 **What to expect.** Chance is 50%. On new texts, answers are right in {trained.own:.0%} of cases for
 {trained.concepts} trained concepts, and in {unseen.own:.0%} for {unseen.concepts} that were never trained. By the
 control's description it is {trained.other:.0%} and {unseen.other:.0%}. So do not rely on a single answer. “Not” in a
-description is hardly understood. The model reads the first {max_length} tokens of a text.
+description is understood only in part. The model reads the first {max_length} tokens of a text.
 """
 
 
