@@ -37,8 +37,6 @@ LEAST_ROWS = 6
 SAMPLE = 200
 """Texts on which two tasks are compared: if all answers are the same, the second is left out."""
 ENCODING_BATCH = 64
-
-
 MINILM, SMOLLM2 = "MiniLM", "SmolLM2"
 
 
