@@ -35,7 +35,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, LlamaConfig, PretrainedConfig
 from transformers.utils import logging
 
-from benchmarks.rows import Row, save_rows
+from benchmarks.common.rows import Row, save_rows
 from benchmarks.scaling import CONFIGS
 from hyperadapt import HyperAdapterConfig, LoraGenerator
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.rows import save_rows
+from benchmarks.common.rows import save_rows
 from hyperadapt.normalization import core_triton, gram_triton, root_triton
 
 MODULES = (gram_triton, root_triton, core_triton)

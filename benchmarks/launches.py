@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.rows import Row, save_rows
-from benchmarks.speed_arms import LORA, NORMALIZED, Scenario, build_base, build_subject, example_batch
-from benchmarks.speed_calls import loss_call
+from benchmarks.common.rows import Row, save_rows
+from benchmarks.speed.arms import LORA, NORMALIZED, Scenario, build_base, build_subject, example_batch
+from benchmarks.speed.calls import loss_call
 from hyperadapt.normalization import cores, gram
 from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rows import save_rows
+from benchmarks.common.rows import save_rows
 from hyperadapt import normalize
 from hyperadapt.nn import MatrixNorm
 from hyperadapt.normalization.cores import cores

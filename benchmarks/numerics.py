@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.rows import save_rows
+from benchmarks.common.rows import save_rows
 from hyperadapt import normalize
 from hyperadapt.normalization import cores, gram
 from hyperadapt.normalization.formulas import METHODS, NORMALIZATIONS

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 
-from benchmarks.concepts_arms import ARMS, RANK, TARGETS, trained_wordings
-from benchmarks.concepts_data import ConceptTexts, Size, read_texts
-from benchmarks.concepts_evaluation import Amount
-from benchmarks.concepts_plan import OURS
-from benchmarks.concepts_runs import draws, share_of_rate
-from benchmarks.concepts_tasks import CORPORA
+from benchmarks.concepts.arms import ARMS, RANK, TARGETS, trained_wordings
+from benchmarks.concepts.data import ConceptTexts, Size, read_texts
+from benchmarks.concepts.evaluation import Amount
+from benchmarks.concepts.plan import OURS
+from benchmarks.concepts.runs import draws, share_of_rate
+from benchmarks.concepts.tasks import CORPORA
 from examples.space.describer import Describer
 from examples.space.facts import Concept, Facts, Score
 from examples.space.reader import FOLDER, Reader

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from benchmarks.rows import save_rows
+from benchmarks.common.rows import save_rows
 from examples.support.cards import MATCHER, save_card
 from examples.support.data import TextData
 from examples.support.encoder import batches

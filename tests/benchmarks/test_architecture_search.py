@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import architecture_search
-from benchmarks.architecture_search_report import judge, judge_all
-from benchmarks.architecture_search_runs import (
+from benchmarks.architecture_search import __main__ as architecture_search
+from benchmarks.architecture_search.report import judge, judge_all
+from benchmarks.architecture_search.runs import (
     TARGETS,
     Candidate,
     SearchData,
@@ -19,7 +19,7 @@ from benchmarks.architecture_search_runs import (
     build_alone,
     build_search,
 )
-from benchmarks.rows import read_rows
+from benchmarks.common.rows import read_rows
 from examples.support.text_tasks import encoder_path
 from hyperadapt import normalize
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import concepts as study
-from benchmarks.concepts_arms import ARMS, SCALE, SHIFT, build, centring, trained_wordings, whitening
-from benchmarks.concepts_bank import CLASSES
-from benchmarks.concepts_data import ConceptData, load_data
-from benchmarks.concepts_evaluation import SHUFFLED_ADAPTER, Evaluation
-from benchmarks.concepts_plan import COSINE, GATED, OURS, SEPARATE, WHITENED, Run, Study
-from benchmarks.concepts_predicates import PREDICATES
-from benchmarks.concepts_runs import best_threshold, draws, margins_of, share_of_rate
-from benchmarks.concepts_tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
-from benchmarks.neutral_texts import BLANK, UNRELATED
-from benchmarks.rows import read_rows
+from benchmarks.common.neutral_texts import BLANK, UNRELATED
+from benchmarks.common.rows import read_rows
+from benchmarks.concepts import __main__ as study
+from benchmarks.concepts.arms import ARMS, SCALE, SHIFT, build, centring, trained_wordings, whitening
+from benchmarks.concepts.bank import CLASSES
+from benchmarks.concepts.data import ConceptData, load_data
+from benchmarks.concepts.evaluation import SHUFFLED_ADAPTER, Evaluation
+from benchmarks.concepts.plan import COSINE, GATED, OURS, SEPARATE, WHITENED, Run, Study
+from benchmarks.concepts.predicates import PREDICATES
+from benchmarks.concepts.runs import best_threshold, draws, margins_of, share_of_rate
+from benchmarks.concepts.tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
 from tests.support.tolerances import COSINE_BFLOAT16, FLOAT32_DIFFERENCE
 
 

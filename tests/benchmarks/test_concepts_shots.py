@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import concepts_shots as study
-from benchmarks.concepts_arms import ARMS as CONCEPT_ARMS
-from benchmarks.concepts_data import ConceptData, load_data
-from benchmarks.concepts_plan import OURS
-from benchmarks.concepts_runs import margins_of
-from benchmarks.concepts_shots_arms import ARMS, DESCRIPTION, EXAMPLES, FROM_ANOTHER, FROM_ITS, LOGISTIC, NEW, Shots
-from benchmarks.concepts_shots_plan import Run, Study
-from benchmarks.rows import read_rows
+from benchmarks.common.rows import read_rows
+from benchmarks.concepts.arms import ARMS as CONCEPT_ARMS
+from benchmarks.concepts.data import ConceptData, load_data
+from benchmarks.concepts.plan import OURS
+from benchmarks.concepts.runs import margins_of
+from benchmarks.concepts_shots import __main__ as study
+from benchmarks.concepts_shots.arms import ARMS, DESCRIPTION, EXAMPLES, FROM_ANOTHER, FROM_ITS, LOGISTIC, NEW, Shots
+from benchmarks.concepts_shots.plan import Run, Study
 from tests.support.tolerances import COSINE_BFLOAT16
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import continual, continual_arms
-from benchmarks.continual_arms import Arm, drawn
-from benchmarks.continual_report import report
-from benchmarks.rows import read_rows
-from benchmarks.stability_data import Row
+from benchmarks.common.rows import read_rows
+from benchmarks.continual import __main__ as continual
+from benchmarks.continual import arms as continual_arms
+from benchmarks.continual.arms import Arm, drawn
+from benchmarks.continual.report import report
+from benchmarks.stability.data import Row
 from tests.support.helpers import minilm
 
 

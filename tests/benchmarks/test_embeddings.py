@@ -9,11 +9,21 @@ pytest.importorskip("sentence_transformers", "6.2", reason="sentence-transformer
 
 from sentence_transformers import SentenceTransformer
 
-from benchmarks import embeddings
-from benchmarks.embeddings import CHOOSING_SEED, FROZEN, ONE, OURS, RATES, SEPARATE, Study, chosen_rate, missing
-from benchmarks.embeddings_base import TOKENS, base
-from benchmarks.embeddings_report import report
-from benchmarks.rows import Row, append_row, read_rows
+from benchmarks.common.rows import Row, append_row, read_rows
+from benchmarks.embeddings import __main__ as embeddings
+from benchmarks.embeddings.__main__ import (
+    CHOOSING_SEED,
+    FROZEN,
+    ONE,
+    OURS,
+    RATES,
+    SEPARATE,
+    Study,
+    chosen_rate,
+    missing,
+)
+from benchmarks.embeddings.base import TOKENS, base
+from benchmarks.embeddings.report import report
 from examples.support.embedding_texts import DATA
 from examples.support.text_tasks import encoder_path
 from tests.examples.test_embedding_tasks import corpora  # noqa: F401

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import first_steps
-from benchmarks.first_steps import DEFAULT_RATE, best_rate
-from benchmarks.first_steps_report import report
-from benchmarks.first_steps_runs import ARMS, LEARNED, LORA, TEXT, build, load_small, of_arm, training_batches
-from benchmarks.rows import read_rows
+from benchmarks.common.rows import read_rows
+from benchmarks.first_steps import __main__ as first_steps
+from benchmarks.first_steps.__main__ import DEFAULT_RATE, best_rate
+from benchmarks.first_steps.report import report
+from benchmarks.first_steps.runs import ARMS, LEARNED, LORA, TEXT, build, load_small, of_arm, training_batches
 from tests.support.helpers import minilm
 
 

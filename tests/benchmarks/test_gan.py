@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from benchmarks import gan
-from benchmarks.gan_judge import Judge, frechet_distance
-from benchmarks.rows import read_rows
+from benchmarks.common.rows import read_rows
+from benchmarks.gan import __main__ as gan
+from benchmarks.gan.judge import Judge, frechet_distance
 
 
 @pytest.fixture(scope="module")

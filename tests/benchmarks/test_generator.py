@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import generator
-from benchmarks.rows import read_rows
+from benchmarks.common.rows import read_rows
 from hyperadapt import LoraGenerator
 from tests.support.helpers import ROOT
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import speed
-from benchmarks.speed_arms import MODES
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed.arms import MODES
 from tests.support.helpers import ROOT
 
 TEXT = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8").replace("\\\n", " ")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import growth
-from benchmarks.growth import saved_bytes
-from benchmarks.growth_report import QUANTITIES, curve, exponent
-from benchmarks.rows import read_rows
+from benchmarks.common.rows import read_rows
+from benchmarks.growth import __main__ as growth
+from benchmarks.growth.__main__ import saved_bytes
+from benchmarks.growth.report import QUANTITIES, curve, exponent
 
 
 def test_exponent_of_a_power() -> None:

@@ -10,19 +10,19 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import instructions as study
-from benchmarks import instructions_data
-from benchmarks.instructions_arms import ARMS, build, embeddings, text_encoder
-from benchmarks.instructions_data import InstructionData, LastStates, load_data, rows_of
-from benchmarks.instructions_evaluation import TRUE, WRONG, Amount, Evaluation, judged
-from benchmarks.instructions_model import IGNORED, padded, prompt_of, split, tokens_of
-from benchmarks.instructions_operations import FAMILIES
-from benchmarks.instructions_plan import BASE, LORA, OURS, TOLD, Run, Study
-from benchmarks.instructions_runs import answers_of, draws
-from benchmarks.instructions_shots import ShotRun
-from benchmarks.instructions_tasks import KINDS, Operation, Task, operations, subset, trained_wordings
-from benchmarks.neutral_texts import BLANK, UNRELATED
-from benchmarks.rows import append_row, read_rows
+from benchmarks.common.neutral_texts import BLANK, UNRELATED
+from benchmarks.common.rows import append_row, read_rows
+from benchmarks.instructions import __main__ as study
+from benchmarks.instructions import data as instructions_data
+from benchmarks.instructions.arms import ARMS, build, embeddings, text_encoder
+from benchmarks.instructions.data import InstructionData, LastStates, load_data, rows_of
+from benchmarks.instructions.evaluation import TRUE, WRONG, Amount, Evaluation, judged
+from benchmarks.instructions.model import IGNORED, padded, prompt_of, split, tokens_of
+from benchmarks.instructions.operations import FAMILIES
+from benchmarks.instructions.plan import BASE, LORA, OURS, TOLD, Run, Study
+from benchmarks.instructions.runs import answers_of, draws
+from benchmarks.instructions.shots import ShotRun
+from benchmarks.instructions.tasks import KINDS, Operation, Task, operations, subset, trained_wordings
 from tests.support.tolerances import FLOAT32_FORWARD
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.intervals import Cell, cell_of, difference, estimate
-from benchmarks.rows import Row
+from benchmarks.common.intervals import Cell, cell_of, difference, estimate
+from benchmarks.common.rows import Row
 
 
 def test_cells_hold_what_all_seeds_have() -> None:

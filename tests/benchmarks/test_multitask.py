@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import multitask, multitask_arms
-from benchmarks.fitting import fit
-from benchmarks.multitask_arms import ARMS, build, run_arm
-from benchmarks.multitask_data import MultitaskData
-from benchmarks.multitask_report import by_fraction, differences, report
-from benchmarks.rows import read_rows
+from benchmarks.common.fitting import fit
+from benchmarks.common.rows import read_rows
+from benchmarks.multitask import __main__ as multitask
+from benchmarks.multitask import arms as multitask_arms
+from benchmarks.multitask.arms import ARMS, build, run_arm
+from benchmarks.multitask.data import MultitaskData
+from benchmarks.multitask.report import by_fraction, differences, report
 from examples.support.encoder import batches, encode, load_tokenizer
 from examples.support.matching import load_matcher
 from examples.support.text_tasks import encoder_path, load_task

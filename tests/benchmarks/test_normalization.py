@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import launches, normalization, numerics
+from benchmarks.common.rows import read_rows
 from benchmarks.launches import core_calls
-from benchmarks.rows import read_rows
 from hyperadapt.normalization import NORMALIZATIONS
 from hyperadapt.normalization.formulas import METHODS
 

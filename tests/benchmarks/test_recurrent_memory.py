@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import recurrent_memory
-from benchmarks.recurrent_memory import (
+from benchmarks.common.rows import read_rows
+from benchmarks.recurrent_memory import __main__ as recurrent_memory
+from benchmarks.recurrent_memory.__main__ import (
     ARMS,
     BOUND,
     HIDDEN,
@@ -19,8 +20,7 @@ from benchmarks.recurrent_memory import (
     steps_to_solve,
     train,
 )
-from benchmarks.recurrent_memory_report import CHANCE
-from benchmarks.rows import read_rows
+from benchmarks.recurrent_memory.report import CHANCE
 
 
 def test_fast_form_writes_rows_table_and_plot(

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.resumable import Runs
-from benchmarks.rows import Row
+from benchmarks.common.resumable import Runs
+from benchmarks.common.rows import Row
 
 
 class OneRun(NamedTuple):

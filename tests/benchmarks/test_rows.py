@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rows import append_row, read_rows, write_rows
+from benchmarks.common.rows import append_row, read_rows, write_rows
 from tests.support.docs_pages import PAGES, ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"

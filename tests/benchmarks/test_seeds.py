@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.seeds import interval, shown
+from benchmarks.common.seeds import interval, shown
 
 
 def test_interval_is_students() -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from benchmarks import speed, speed_measures
-from benchmarks.rows import read_rows
-from benchmarks.speed_arms import (
+from benchmarks.common.rows import read_rows
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import measures as speed_measures
+from benchmarks.speed.arms import (
     ARMS,
     BASES,
     LORA,
@@ -29,14 +30,14 @@ from benchmarks.speed_arms import (
     build_subject,
     example_batch,
 )
-from benchmarks.speed_calls import cold_start_call, forward_call, training_call
-from benchmarks.speed_measures import (
+from benchmarks.speed.calls import cold_start_call, forward_call, training_call
+from benchmarks.speed.measures import (
     adapter_network,
     import_seconds,
     saved_bytes,
     take_turns,
 )
-from benchmarks.speed_report import COLORS, TARGETS, make_rows, target_values
+from benchmarks.speed.report import COLORS, TARGETS, make_rows, target_values
 from hyperadapt.tuner.active import find_tuner
 
 CPU = torch.device("cpu")

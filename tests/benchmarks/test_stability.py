@@ -12,14 +12,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from benchmarks import stability
-from benchmarks.rows import append_row, read_rows
-from benchmarks.stability_arms import ARMS, ONLY, build
-from benchmarks.stability_chats import ChatRow, ChatScorer
-from benchmarks.stability_chats import in_batches as chats_in_batches
-from benchmarks.stability_data import Row, StabilityData, evaluate, in_batches, load_data, split_encoder
-from benchmarks.stability_runs import count_spikes, run_once, train
-from benchmarks.stability_settings import HOME, SETTINGS, STAGES, Setting, fast
+from benchmarks.common.rows import append_row, read_rows
+from benchmarks.stability import __main__ as stability
+from benchmarks.stability.arms import ARMS, ONLY, build
+from benchmarks.stability.chats import ChatRow, ChatScorer
+from benchmarks.stability.chats import in_batches as chats_in_batches
+from benchmarks.stability.data import Row, StabilityData, evaluate, in_batches, load_data, split_encoder
+from benchmarks.stability.runs import count_spikes, run_once, train
+from benchmarks.stability.settings import HOME, SETTINGS, STAGES, Setting, fast
 from examples.support.encoder import batches, encode, load_tokenizer
 from examples.support.matching import load_matcher
 from examples.support.text_tasks import encoder_path, load_task

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rows import append_row, read_rows, write_rows
-from benchmarks.stability_plan import Run, Study, seconds_of
-from benchmarks.stability_report import report
-from benchmarks.stability_settings import HOME, SETTINGS, STAGES, Setting
-from benchmarks.stability_summary import OURS, best_rate, by_arm, choose, decades, good_range, summarize_arms
+from benchmarks.common.rows import append_row, read_rows, write_rows
+from benchmarks.stability.plan import Run, Study, seconds_of
+from benchmarks.stability.report import report
+from benchmarks.stability.settings import HOME, SETTINGS, STAGES, Setting
+from benchmarks.stability.summary import OURS, best_rate, by_arm, choose, decades, good_range, summarize_arms
 
 RATES = (0.001, 0.01, 0.1, 1.0)
 SMALL, WIDE = Setting(rates=RATES, seeds=1), Setting(rates=RATES, seeds=1, hypernetwork={"hypernetwork_dim": 512})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rows import read_rows
+from benchmarks.common.rows import read_rows
 from examples import distill_loras
 from examples.support.text_tasks import encoder_path
 from tests.support.card_schema import check_example_card
