@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import re
 import shlex
 from typing import Any
@@ -15,6 +16,13 @@ from tests.support.helpers import ROOT
 TEXT = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8").replace("\\\n", " ")
 # Name, seconds, and the command.
 STEPS = [shlex.split(line)[1:] for line in TEXT.splitlines() if re.match(r"step [a-z]", line)]
+
+
+def main_module(name: str) -> Any:
+    """What `python -m name` runs: the module, or a package's `__main__`."""
+    spec = importlib.util.find_spec(name)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return importlib.import_module(f"{name}.__main__" if is_package else name)
 
 
 class ParsedError(Exception):
@@ -32,7 +40,7 @@ def parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr("sys.argv", command[2:])
     with pytest.raises(ParsedError) as caught:
-        importlib.import_module(command[2]).main()
+        main_module(command[2]).main()
     return caught.value.args[0]
 
 
