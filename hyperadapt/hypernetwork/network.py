@@ -113,6 +113,12 @@ class HyperAdapterNetwork(nn.Module):
         self.config, self.task_embedding = table.config, table.embedding
         self.own_factors = OwnFactors(self.positions, table.config.own_task_ids, table.own_factors.values())
 
+    def take_untrained(self, other: HyperAdapterNetwork) -> None:
+        """Copy what training does not learn from a network of the same configuration."""
+        self.task_embedding.take_vectors(other.task_embedding)
+        if self.warmup is not None and other.warmup is not None:
+            self.warmup.trained_steps.copy_(other.warmup.trained_steps)
+
     @property
     def position_norms(self) -> Tensor:
         """Frobenius norm of each position's base weights, those of its experts together, (positions,), float32."""

@@ -32,6 +32,7 @@ from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors, warn_of_mistak
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import active_network, find_tuner
 from hyperadapt.tuner.model import HyperAdapterModel
+from hyperadapt.tuner.new_tasks import ExampleReader
 from hyperadapt.tuner.saved_adapter import read_adapter
 
 if TYPE_CHECKING:
@@ -290,9 +291,9 @@ class LoraGenerator:
                 "This generator was made from an adapter's files, and examples are read by the base model. Load that "
                 "with PeftModel.from_pretrained, and make the generator with LoraGenerator.from_model."
             )
-        embedding = self._model.embed_examples(
-            examples, description=description, text_encoder=text_encoder, data_collator=data_collator
-        )
+        # Not the model's own call, since another adapter may be active in it by now.
+        reader = ExampleReader(self._model.model, self._model.router, self.network.table, data_collator)
+        embedding = reader.embed(examples, description, text_encoder, "examples")
         texts = [description] if isinstance(description, str) else list(description or ())
         return GeneratedLora(self._made(embedding[None], None, texts))
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperadapt.tasks.embedding import plain_size
+
 Tasks = str | Sequence[str] | Tensor
 
 
@@ -66,10 +68,10 @@ class Request:
             )
         # Whole shapes are not compared: a graph for batches of any size would be bound to sizes other than this one.
         if given.ndim == 1 and given.shape[0] == task_embedding_dim:
-            return given[None]
+            return plain_size(given[None])
         if given.ndim != 2 or not given.shape[0] or given.shape[1] != task_embedding_dim:
             raise ValueError(
                 f"task_embeddings has shape {tuple(given.shape)}, but must have shape (batch, {task_embedding_dim}), "
                 f"or ({task_embedding_dim},) for all rows."
             )
-        return given
+        return plain_size(given)

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -92,12 +93,13 @@ class Router:
     ) -> Iterator[None]:
         """Generate the factors of a forward pass of the active adapters and keep them for its duration.
 
-        An empty request means the innermost ``use_tasks``, the pinned task or the default task. The main input of the
+        Without tasks the innermost ``use_tasks`` counts, the pinned task or the default task. The main input of the
         base model, shape ``(batch, ...)``, is None if it is not known yet; options are the arguments of generate.
         """
         if request.is_empty and self.asked is not None:
             self.asked.check_rows_keep_their_order()
-            request = self.asked.request
+            told = request.task_rows
+            request = replace(self.asked.request, task_rows=told) if told else self.asked.request
         routed = {}
         for name in adapter_names:
             if name in self.merged:

@@ -315,7 +315,7 @@ def lora_from_examples(  # noqa: DOC502
         The LoRA, with ``state_dict()`` and ``save(folder, format=)``.
 
     Raises:
-        ValueError: If the adapter was trained without examples, the data are wrong, or the classifier does not know a
+        ValueError: If the adapter has no task with examples, the data are wrong, or the classifier does not know a
             label.
     """
     task = TaskRecipe(train=checked_file(Path(), True, "examples", os.fspath(examples)))

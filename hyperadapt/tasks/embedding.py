@@ -22,6 +22,18 @@ TEXT_ALONE = 0.5
 EACH_ALONE = 1 / 3
 
 
+# Beside entries of this size the epsilon of rms_norm is nothing, and their squares are finite.
+_PLAIN_SIZES = (0.5, 128.0)
+
+
+def plain_size(embeddings: Tensor) -> Tensor:
+    """Embeddings ``(..., dim)`` from elsewhere, those of another size scaled, since only directions count."""
+    peak = embeddings.abs().amax(-1, keepdim=True)
+    smallest, largest = _PLAIN_SIZES
+    is_plain = (peak >= smallest) & (peak <= largest)
+    return torch.where(is_plain, embeddings, embeddings / peak.clamp(min=torch.finfo(peak.dtype).tiny))
+
+
 class EntryScales(nn.Module):
     """Multiplies each entry of vectors by a number of its own, which starts at 1."""
 
@@ -113,6 +125,14 @@ class TaskEmbedding(nn.Module):
         """Fill in the descriptions' vectors ``(descriptions, text_embedding_dim)``, those of the first task first."""
         self.text_vectors = text_vectors.to(self.text_vectors.device)
         self.has_vectors = True
+
+    def take_vectors(self, other: TaskEmbedding) -> None:
+        """Copy the frozen vectors of another embedding of the same tasks, if it has them yet."""
+        if self.has_text and other.has_vectors:
+            self.set_text_vectors(other.text_vectors.clone())
+        if self.has_examples and other.example_rows.is_filled:
+            self.example_encoder.take_scales(other.example_encoder)
+            self.example_rows.take(other.example_rows)
 
     def keep_float(self) -> None:
         """Have frozen vectors in float32 again, after a cast to the parameters' dtype, which would round them."""

@@ -58,6 +58,10 @@ class ExampleEncoder(nn.Module):
             mean[self.dim :], deviation[self.dim :] = 0.0, 1.0
         self.mean, self.deviation = mean.to(self.mean), deviation.to(self.deviation)
 
+    def take_scales(self, other: ExampleEncoder) -> None:
+        """Centre and scale features as another encoder does."""
+        self.mean, self.deviation = other.mean.clone(), other.deviation.clone()
+
     def scaled(self, raw: Tensor) -> Tensor:
         """Vectors ``(rows, size)`` whose features are centred and have root mean square 1; float32."""
         scaled = (raw.to(self.mean) - self.mean) / self.deviation
@@ -118,6 +122,11 @@ class ExampleRows(nn.Module):
             tuple(end - size for end, size in zip(accumulate(sizes), sizes, strict=True))
             for sizes in (self._size, self._groups)
         )
+
+    def take(self, other: ExampleRows) -> None:
+        """Copy the rows of others, for equally many tasks."""
+        vectors, banks = zip(*other.parts(), strict=True)
+        self.fill(torch.stack(vectors), banks, other.is_given)
 
     def parts(self) -> list[tuple[Tensor, Tensor]]:
         """Of each task what is read outside of training, and the rows to draw from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from hyperadapt.config.checks import check_number, shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.label_fields import Labels
 from hyperadapt.config.task_fields import EXAMPLES, LEARNED, TEXT, check_description
-from hyperadapt.tasks.embedding import TaskEmbedding
+from hyperadapt.tasks.embedding import TaskEmbedding, plain_size
 from hyperadapt.tasks.encoders import encode_like
 from hyperadapt.tasks.examples import MAX_EXAMPLES
 from hyperadapt.tasks.ids import resolve_task_ids
@@ -66,7 +67,15 @@ class TaskTable:
                 f"Task {name!r} cannot be removed: it is the default task; set default_task of the configuration to "
                 "another one."
             )
-        return self._of(rows[:task_id] + rows[task_id + 1 :])
+        left = rows[:task_id] + rows[task_id + 1 :]
+        for kind, what in ((TEXT, "descriptions"), (EXAMPLES, "examples")):
+            if rows[task_id].source in kind and not any(row.source in kind for row in left):
+                warnings.warn(
+                    f"Task {name!r} was the last one with {what}, and what reads {what} is gone with it. Keep the "
+                    f"task, or the adapter's files from before, if new tasks are to come from {what}.",
+                    stacklevel=3,
+                )
+        return self._of(left)
 
     def renamed(self, name: str, new_name: str) -> TaskTable:
         """With another name for a task, whose id stays."""
@@ -104,13 +113,13 @@ class TaskTable:
         # Entries of directions are of order 1; a few roundings of each term are left of those that cancel.
         if float(embedding.abs().max()) <= 8 * torch.finfo(embedding.dtype).eps * float(factors.abs().sum()):
             raise ValueError(f"weights={shown(dict(weights))} cancel, so that no direction is left. Change them.")
-        return TaskRow(name, "learned", None, embedding)
+        return TaskRow(name, "learned", None, plain_size(embedding))
 
     def vectors_of(self, description: Description, text_encoder: Encoder) -> Tensor:
         """Vectors ``(descriptions, text_embedding_dim)`` of a new description, by the adapter's own encoder."""
         if not self.embedding.has_text:
             raise ValueError(
-                f"This adapter was trained without descriptions (task_embedding={shown(self.config.task_embedding)}), "
+                f"This adapter has no task with a description (task_embedding={shown(self.config.task_embedding)}), "
                 f"so the description {shown(description)} means nothing to it. Pass examples= or embedding=, or train "
                 "it with task_embedding='text' or 'both'."
             )
@@ -128,7 +137,7 @@ class TaskTable:
         """Refuse new examples where the adapter knows none, or more than it was trained to read at once."""
         if not self.embedding.has_examples:
             raise ValueError(
-                f"This adapter was trained without examples (task_embedding={shown(self.config.task_embedding)}), so "
+                f"This adapter has no task with examples (task_embedding={shown(self.config.task_embedding)}), so "
                 "it cannot read any. Fit a task to them with add_task(name, examples=...), or train it with "
                 "task_embedding='examples' or 'text+examples'."
             )
@@ -220,7 +229,7 @@ class TaskTable:
             )
         if not embedding.isfinite().all() or not embedding.any():
             raise ValueError("embedding is zero or not finite; only a direction can be an embedding.")
-        return embedding.detach()
+        return plain_size(embedding.detach())
 
     def _id(self, name: str) -> int:
         return int(resolve_task_ids(name, self.config.task_names))
@@ -287,7 +296,7 @@ class TaskTable:
             new.text_vectors = torch.cat([one.to(old.text_vectors.device) for one in vectors])
             new.has_vectors = True
         examples = [row.examples for row in rows if row.examples is not None]
-        if examples:
+        if examples and old.example_rows.is_filled:
             kept, banks = zip(*examples, strict=True)
             new.example_rows.fill(torch.stack(kept), banks, old.example_rows.is_given)
         return TaskTable(config, new, own_factors)

@@ -18,7 +18,7 @@ ROWS = 128
 
 
 def give_examples(model: nn.Module, dataset: Dataset, collator: Callable[[Any], Any], seed: int) -> None:
-    """Give the tasks of a model's adapter that come from examples some rows of a data set, where nobody gave any yet.
+    """Give the tasks of a model's adapter that come from examples some rows of a data set, where they have none yet.
 
     The data set has the column ``tasks``, which the collator carries.
     """
@@ -26,7 +26,7 @@ def give_examples(model: nn.Module, dataset: Dataset, collator: Callable[[Any], 
     if len(tuner.active_adapters) != 1:
         return
     _, network = tuner.router.only(tuner.active_adapters)
-    if not network.config.has_examples or network.task_embedding.example_rows.is_given:
+    if not network.config.has_examples or network.task_embedding.example_rows.is_filled:
         return
     ids = np.asarray(dataset[TASK_COLUMN])
     sources = zip(network.config.tasks, network.config.task_sources, strict=True)
@@ -35,8 +35,6 @@ def give_examples(model: nn.Module, dataset: Dataset, collator: Callable[[Any], 
         for task, (name, source) in enumerate(sources)
         if source in EXAMPLES and (ids == task).any()
     }
-    if not chosen and network.task_embedding.example_rows.is_filled:
-        return
 
     def collate(rows: list[Any]) -> dict[str, Any]:
         return {name: value for name, value in collator(rows).items() if name != TASK_COLUMN}

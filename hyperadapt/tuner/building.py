@@ -106,9 +106,9 @@ def built_network(
         network.task_embedding.set_text_vectors(text_vectors)
     for other in others.values():
         assert isinstance(other, HyperAdapterNetwork)
-        # How TRL makes its reference, into which it copies the parameters; this count is none.
-        if other.config is given and network.warmup is not None and other.warmup is not None:
-            network.warmup.trained_steps.copy_(other.warmup.trained_steps)
+        # How TRL makes its reference, into which it copies the parameters alone.
+        if other.config is given:
+            network.take_untrained(other)
     return network
 
 

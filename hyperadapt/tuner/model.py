@@ -191,6 +191,8 @@ class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, TaskTuner):
     def remove_task(self, name: str) -> None:  # noqa: DOC502
         """Remove a task; the ids of those after it become smaller by one.
 
+        It warns if that was the last task with descriptions or with examples: then what reads these goes with it.
+
         Args:
             name: Its name.
 

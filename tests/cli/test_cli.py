@@ -178,10 +178,10 @@ def test_a_description_becomes_a_lora_on_the_command_line(
 ) -> None:
     output = hyperadapt("generate", adapter, tmp_path / "lora", "--description", "Find the tone.", code=1)
     assert output == ""
-    assert "error: This adapter was trained without descriptions" in hyperadapt.stderr
+    assert "error: This adapter has no task with a description" in hyperadapt.stderr
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "positive"}\n{"text": "b", "label": "negative"}\n')
     hyperadapt("generate", adapter, tmp_path / "lora", "--examples", tmp_path / "rows.jsonl", code=1)
-    assert "error: This adapter was trained without examples" in hyperadapt.stderr
+    assert "error: This adapter has no task with examples" in hyperadapt.stderr
     hyperadapt("generate", adapter, tmp_path / "lora", code=2)
     assert "--description TEXT or --examples FILE" in re.sub(r"[\s│]+", " ", hyperadapt.stderr)
     assert not (tmp_path / "lora").exists()

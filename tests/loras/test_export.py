@@ -247,7 +247,7 @@ def test_a_description_becomes_a_lora_folder(tmp_path: Path, settings: dict[str,
     export_lora(model, "new", tmp_path / "exported")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("generated", "exported"))
     assert all(torch.equal(first[key], second[key]) for key in second)
-    with pytest.raises(ValueError, match="was trained without descriptions"):
+    with pytest.raises(ValueError, match="has no task with a description"):
         generate_lora(adapted_model("llama"), description, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -121,7 +121,7 @@ def test_a_description_gives_a_lora_in_memory(tmp_path: Path, settings: dict[str
     assert "which language is it" in (tmp_path / "made" / "README.md").read_text()
     with pytest.raises(ValueError, match="encoded by the function 'tests"):
         generator.from_description("which language is it")
-    with pytest.raises(ValueError, match="was trained without descriptions"):
+    with pytest.raises(ValueError, match="has no task with a description"):
         saved(adapted_model("llama"), tmp_path / "learned").from_description("which language is it")
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
+from hyperadapt import use_tasks
 from tests.support.families import FAMILIES
 from tests.support.family import Family
 from tests.support.family_inputs import Batch
@@ -104,6 +105,8 @@ def test_told_rows() -> None:
     told = {"vision_model": [3, 0], "visual_projection": torch.tensor([3, 0])}
     with torch.no_grad():
         images = model(**batch, tasks=tasks, task_rows=told).image_embeds
+        with use_tasks(model, tasks):
+            assert torch.equal(model(**batch, task_rows=told).image_embeds, images)
         for index, task in enumerate(("beta", "alpha")):
             alone = model(**batch, tasks=task).image_embeds[index]
             assert_close(images[index], alone, rtol=FLOAT64_MODEL, atol=FLOAT64_MODEL)

@@ -132,7 +132,7 @@ def test_what_is_wrong_changes_nothing(run: Run, task_type: str) -> None:
     for options, message in (
         ({"name": "mail", "examples": examples}, "There already is a task 'mail'."),
         ({"name": "new", "labels": labels}, "add_task('new') got nothing to go by."),
-        ({"name": "new", "labels": labels, "description": "Tell a."}, "This adapter was trained without descriptions"),
+        ({"name": "new", "labels": labels, "description": "Tell a."}, "This adapter has no task with a description"),
         ({"name": "new", "examples": examples.select([])}, "Task 'new', examples has no rows."),
         ({"name": "new", "examples": "none.jsonl"}, "examples='none.jsonl' is no file: there is none at "),
         ({"name": "new", "examples": "none.txt"}, "examples='none.txt' has an unknown ending."),

@@ -17,7 +17,7 @@ from hyperadapt.runs import AddedTask, Record, Run, add_task, evaluate, load_run
 from hyperadapt.runs.replay import train_with_replay, trainable
 from hyperadapt.tasks import encoders
 from tests.support.helpers import letters
-from tests.support.tiny_runs import ADAPTER, contents, labelled_rows, recipe, write_rows
+from tests.support.tiny_runs import ADAPTER, contents, labelled_rows, recipe, silent, training, write_rows
 from tests.support.tolerances import FLOAT32_FORWARD
 
 LABELS = {"a": "positive", "b": "negative"}
@@ -247,6 +247,24 @@ def test_an_interrupted_training_changes_nothing(run: Run) -> None:
         add_task(run, "new", examples=rows(12), train=True, steps=30, report=interrupt)
     assert is_unchanged(run, before)
     assert not run.model.training
+
+
+def test_an_interrupted_training_leaves_the_examples_of_old_tasks(tmp_path: Path) -> None:
+    made = recipe(
+        tmp_path, adapter={**ADAPTER, "task_type": "SEQ_CLS", "task_embedding": "examples"}, **training(max_steps=3)
+    )
+    run = load_run(silent(made))
+    before = state(run)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 2 "):
+            raise KeyboardInterrupt
+
+    # Those that are trained on again are others than the ones that a task was made of.
+    again = {"reviews": Dataset.from_list(labelled_rows(12, 9, {"good": "positive", "bad": "negative"}))}
+    with pytest.raises(KeyboardInterrupt):
+        add_task(run, "new", examples=rows(12), train=True, steps=5, replay=again, report=interrupt)
+    assert is_unchanged(run, before)
 
 
 def test_numbers_come_back_on_an_error(run: Run) -> None:

@@ -27,7 +27,7 @@ def rows_of(architecture: str, rows: int = 8, seed: int = 3) -> list[dict[str, T
 def example_model(architecture: str = "llama", sources: Any = "examples", **changes: Any) -> PeftModel:
     """Adapted, without examples yet."""
     settings = {"task_embedding": sources, "task_type": TASK_TYPES[architecture]} | changes
-    if "text" in str(sources):
+    if "text" in str(sources) or sources == "both":
         settings = {"tasks": DESCRIPTIONS, "text_encoder": letters} | settings
     return adapted_model(architecture, **settings)
 

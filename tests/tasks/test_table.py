@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.testing import assert_close
 
 from hyperadapt import HyperAdapterConfig
 from tests.support.helpers import (
@@ -217,6 +218,28 @@ def test_one_embedding_for_all_rows() -> None:
         model(**BATCH, task_embeddings=embedding[:7])
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e25])
+def test_tiny_and_huge_embeddings_mean_the_same(scale: float) -> None:
+    model = text_model()
+    embedding = torch.randn(8, generator=torch.Generator().manual_seed(2))
+    expected = logits(model, BATCH, task_embeddings=embedding)
+    model.add_task("scaled", embedding=scale * embedding)
+    for routing in ({"tasks": "scaled"}, {"task_embeddings": scale * embedding}):
+        assert_close(logits(model, BATCH, **routing), expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+    rows = torch.stack([embedding, scale * embedding])
+    mixed = logits(model, {name: value[:2] for name, value in BATCH.items()}, task_embeddings=rows)
+    assert_close(mixed, expected[:2], rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_only_the_ratios_of_weights_count(scale: float) -> None:
+    model = text_model()
+    model.interpolate_tasks("between", {"alpha": 1.0, "beta": 2.0})
+    model.interpolate_tasks("scaled", {"alpha": scale, "beta": 2 * scale})
+    first, second = outputs(model, ["between", "scaled"])
+    assert_close(first, second, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+
+
 def test_remove_and_rename() -> None:
     model = text_model(MIXED_SOURCES, default_task="beta")
     before = dict(zip(TASKS, outputs(model, TASKS), strict=True))
@@ -234,7 +257,10 @@ def test_remove_and_rename() -> None:
 
 def test_a_table_without_text_forgets_its_encoder() -> None:
     model = text_model({"alpha": "text", "beta": "learned", "gamma": "learned"})
-    model.remove_task("alpha")
+    with pytest.warns(
+        UserWarning, match="Task 'alpha' was the last one with descriptions, and what reads descriptions"
+    ):
+        model.remove_task("alpha")
     config = model.peft_config["default"]
     assert (config.task_embedding, config.text_encoder, config.text_embedding_dim) == ("learned", None, None)
     assert logits(model, BATCH, tasks="beta").isfinite().all()
@@ -350,7 +376,7 @@ def test_bad_changes_are_refused(call: Callable[[PeftModel], None], error: type[
 def test_learned_adapters_know_no_text() -> None:
     model = text_model("learned", text_encoder=None)
     for call in (model.add_task, lambda name, description: model.embed_description(description)):
-        with pytest.raises(ValueError, match=r"was trained without descriptions .* means nothing to it"):
+        with pytest.raises(ValueError, match=r"has no task with a description .* means nothing to it"):
             call("new", description=NEW)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BertConfig, TrainingArguments
 
@@ -14,7 +14,7 @@ from examples.support.encoder import MeanPoolingClassifier
 from hyperadapt.trainer import HyperAdapterTrainer
 from hyperadapt.trainer.examples import ROWS, give_examples
 from tests.support.example_rows import example_model, rows_of, with_examples
-from tests.support.helpers import TASKS, adapter_config
+from tests.support.helpers import TASKS, adapter_config, base_model
 
 
 def arguments(folder: Path, **changes: object) -> TrainingArguments:
@@ -61,6 +61,15 @@ def test_examples_that_were_given_stay(tmp_path: Path) -> None:
         HyperAdapterTrainer(
             example_model("bert"), arguments(tmp_path), train_dataset={name: data({0: 4, 1: 4}) for name in TASKS[:2]}
         )
+
+
+def test_a_loaded_adapter_keeps_its_examples(tmp_path: Path) -> None:
+    with_examples("bert").save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(base_model("bert"), tmp_path / "adapter", is_trainable=True)
+    rows = model.base_model.router.network("default").task_embedding.example_rows
+    before = rows.vectors.clone()
+    HyperAdapterTrainer(model, arguments(tmp_path), train_dataset={name: data({0: 4, 1: 4}) for name in TASKS})
+    assert torch.equal(rows.vectors, before)
 
 
 def test_a_loaded_adapter_that_trains_other_tasks_keeps_its_examples() -> None:

@@ -40,8 +40,8 @@ def inputs(architecture: str = "llama") -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def table(model: PeftModel) -> Any:
-    return model.base_model.router.network("default").task_embedding
+def table(model: PeftModel, adapter_name: str = "default") -> Any:
+    return model.base_model.router.network(adapter_name).task_embedding
 
 
 def outputs(model: PeftModel, tasks: list[str], architecture: str = "llama") -> list[Tensor]:
@@ -194,14 +194,54 @@ def test_tables_change_around_tasks_with_examples() -> None:
     model.remove_task("alpha")
     assert same(outputs(model, ["beta", "delta"]), [before["beta"], before["gamma"]])
     copied = copy.deepcopy(model)
-    model.remove_task("beta")
-    model.remove_task("delta")
+    with pytest.warns(UserWarning, match="Task 'beta' was the last one with descriptions"):
+        model.remove_task("beta")
+    with pytest.warns(
+        UserWarning, match="Task 'delta' was the last one with examples, and what reads examples is gone"
+    ):
+        model.remove_task("delta")
     config = model.peft_config["default"]
     assert (config.task_embedding, config.example_dim, config.example_classes) == ("learned", None, None)
     assert same(outputs(copied, ["beta", "delta"]), [before["beta"], before["gamma"]])
     copied.set_examples({"delta": rows_of("llama", 8, 20)})
     assert same(outputs(copied, ["beta"]), [before["beta"]])
     assert not torch.equal(logits(copied, inputs(), tasks="delta"), before["gamma"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_tables_change_before_there_are_examples(architecture: str) -> None:
+    model = example_model(architecture, "examples")
+    model.rename_task("gamma", "delta")
+    model.add_task("new", embedding=torch.ones(8))
+    model.set_examples({name: rows_of(architecture, 8, seed) for seed, name in enumerate(["alpha", "beta", "delta"])})
+    expected = with_examples(architecture)
+    assert same(outputs(model, ["alpha", "delta"], architecture), outputs(expected, ["alpha", "gamma"], architecture))
+
+
+@pytest.mark.parametrize("sources", ["learned", "text", "both", "examples", "text+examples", MIXED_SOURCES], ids=str)
+def test_a_second_adapter_of_the_same_configuration_is_a_copy(sources: Any) -> None:
+    """As TRL makes its reference: the configuration that is there, and then the parameters."""
+    model = with_examples("llama", sources) if "examples" in str(sources) else example_model("llama", sources)
+    expected = outputs(model, TASKS)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data.copy_(model.get_parameter(name.replace(".ref.", ".default.")).data)
+    model.set_adapter("ref")
+    assert same(outputs(model, TASKS), expected)
+    assert same(list(table(model, "ref").buffers()), list(table(model).buffers()))
+
+
+def test_a_generator_reads_examples_with_its_own_adapter() -> None:
+    model = with_examples("llama")
+    generator = LoraGenerator.from_model(model)
+    expected = generator.from_examples(rows_of("llama", 6, 9)).state_dict()
+    torch.manual_seed(5)
+    model.add_adapter("two", adapter_config(task_embedding="examples", task_type="CAUSAL_LM"))
+    model.set_adapter("two")
+    model.set_examples({name: rows_of("llama", 8, seed) for seed, name in enumerate(TASKS)})
+    made = generator.from_examples(rows_of("llama", 6, 9)).state_dict()
+    assert same(list(made.values()), list(expected.values()))
 
 
 def test_lora_card_and_diagnosis(tmp_path: Path) -> None:
@@ -338,11 +378,11 @@ def test_wrong_examples_are_refused(
 
 def test_examples_mean_nothing_to_an_adapter_without_them() -> None:
     model = adapted_model("bert")
-    with pytest.raises(ValueError, match=re.escape("was trained without examples (task_embedding='learned'), so it")):
+    with pytest.raises(ValueError, match=re.escape("has no task with examples (task_embedding='learned'), so it")):
         model.embed_examples(ROWS)
     with pytest.raises(ValueError, match="and this adapter has none"):
         model.set_examples({"alpha": ROWS})
-    with pytest.raises(ValueError, match="was trained without descriptions"):
+    with pytest.raises(ValueError, match="has no task with a description"):
         with_examples("bert").add_task("new", description=NEW)
     with pytest.raises(ValueError, match=re.escape("got no rows for the tasks ['gamma'], which have none yet")):
         example_model("bert").set_examples({"alpha": ROWS, "beta": ROWS})
