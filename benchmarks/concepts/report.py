@@ -60,14 +60,14 @@ def _print_choices(rows: Sequence[Row]) -> None:
     for stage, title in (("tune", "learning rates"), ("ablate", "changes of the hyperadapter")):
         members = [row for row in rows if row["stage"] == stage]
         if members:
-            print(
-                f"\n{title}, seed {CHOOSING_SEED}, validation concepts by true description: accuracy, area, all areas"
-            )
+            measures = "parameters, accuracy, area, all areas"
+            print(f"\n{title}, seed {CHOOSING_SEED}, validation concepts by true description: {measures}")
         for row in members:
             families = row["scores"][TRUE]
             areas = [f"{name} {np.mean([s[AREA] for s in families[name].values()]):.3f}" for name in families]
             accuracy = np.mean([score[ACCURACY] for score in families["atomic"].values()])
-            print(f"{row['arm']:<28}{row['rate']:>8g}{accuracy:>8.3f}{area(row):>8.3f}   {', '.join(areas)}")
+            head = f"{row['arm']:<34}{row['rate']:>7g}{row['parameters']:>12,}"
+            print(f"{head}{accuracy:>8.3f}{area(row):>8.3f}   {', '.join(areas)}")
 
 
 def _print_arms(arms: dict[str, list[Row]]) -> None:
@@ -96,7 +96,7 @@ def _print_differences(arms: dict[str, list[Row]]) -> None:
         pairs += [((inside, TRUE), (inside, SHUFFLED_ADAPTER)), ((inside, TRUE), (BI_ENCODER, TRUE))]
         pairs += [((inside, TRUE), (COSINE, TRUE))]
     pairs += [((BI_ENCODER, TRUE), (COSINE, TRUE))]
-    pairs += [((OURS, TRAINED), (arm, TRAINED)) for arm in (GATED, SEPARATE, "lora", BI_ENCODER, CROSS)]
+    pairs += [((OURS, TRAINED), (arm, TRAINED)) for arm in (GATED, SEPARATE, "lora", BI_ENCODER, CROSS, COSINE)]
     pairs += [((GATED, TRAINED), (arm, TRAINED)) for arm in (WHITENED, SEPARATE, "lora")]
     pairs += [((OURS, TRAINED), (OURS, NEW_WORDING))]
     print("\ndifferences, paired by task and seed: accuracy of concepts alone, and areas by family")

@@ -15,6 +15,7 @@ from benchmarks.concepts_shots.plan import Study
 
 PAIRS = (
     (FROM_ITS, NEW),
+    (FROM_ITS, LOGISTIC),
     (FROM_ITS, FROM_ANOTHER),
     (EXAMPLES, NEW),
     (EXAMPLES, LOGISTIC),

@@ -119,9 +119,9 @@ class HyperAdapterConfig(PeftConfig):
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
             methods. The options below belong to some of them; None takes the method's default.
         normalization_bound: Bound on ‖ΔW‖_F in units of the base weight's ‖W₀‖_F (dimensionless), for all but
-            ``"none"``. Unit normalisations keep it by bounding their gain; ``"adaptive"`` learns one below it for each
-            position. None is filled in when the adapter is made: 0.2 for up to six adapted modules, and
-            0.2·√(6/n) for n.
+            ``"none"`` and ``"whitening"`` of A alone. Unit normalisations keep it by bounding their gain;
+            ``"adaptive"`` learns one below it for each position. None is filled in when the adapter is made: 0.2 for
+            up to six adapted modules, and 0.2·√(6/n) for n.
         normalization_warmup: Optimizer steps N over which the bound of a method that starts at the base model without a
             gain grows, from its N-th part, so that a high learning rate does not throw the update to its bound in the
             first step; 1 for none. A step of any ``torch.optim`` optimizer counts that follows a forward pass in

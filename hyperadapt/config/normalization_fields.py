@@ -20,7 +20,10 @@ def checked_options(normalization: str, given: Mapping[str, Any]) -> dict[str, A
         if option in defaults:
             _check_option(option, value)
             continue
-        takers = [name for name, method in METHODS.items() if option in method.config_options({})]
+        # The chosen one may take the option with other values of its own options, but is no other choice.
+        takers = [
+            name for name, method in METHODS.items() if name != normalization and option in method.config_options({})
+        ]
         raise ValueError(
             f"normalization_{option}={shown(value)} has no effect with {_chosen(normalization, given)}. Drop it, or "
             f"choose one of {', '.join(takers)}."
