@@ -168,7 +168,7 @@ def add_task(
     ] = None,
     examples: Annotated[
         Path | None,
-        typer.Option(help="File with 8 to 64 labelled rows, or with --train any number; as in a recipe.", exists=True),
+        typer.Option(help="File with labelled rows, as in a recipe; without --train, 8 to 64 are enough.", exists=True),
     ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Fit to the examples even if the adapter could read them in one pass.")

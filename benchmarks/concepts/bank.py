@@ -1,6 +1,6 @@
 """The atomic concepts of the study, in words: two phrases for each, and the sentences of each corpus they stand in.
 
-A class of a corpus is named as its file names it. What can be computed from a text is in ``concepts_predicates``.
+A class of a corpus is named as its file names it. What can be computed from a text is in ``predicates``.
 """
 
 from __future__ import annotations

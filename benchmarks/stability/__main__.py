@@ -1,7 +1,7 @@
 """Which learning rates each way to train survives: `python -m benchmarks.stability`.
 
 Small models are adapted at rank 8, at learning rates half a decade apart. The arms are what a user can choose between
-(``stability_arms``), the settings what normalisation must survive (``stability_settings``). All arms see the same
+(``arms``), the settings what normalisation must survive (``settings``). All arms see the same
 batches of a seed, and AdamW's rate rises over the first 5% of the steps and then falls to zero.
 
 ``--stage choose`` runs every candidate of every arm (a weight decay, a bound) on seeds 0 to 4 and validation rows.

@@ -118,7 +118,7 @@ def add_task(  # noqa: DOC502, DOC503
         run: The run, whose model, recipe and record are changed; on an error nothing is.
         name: Name of the task.
         description: What the task is, one text or several.
-        examples: Labelled rows, 8 to 64, or any number with `train`: a file or a data set with the columns of a
+        examples: Labelled rows; without `train`, 8 to 64 are enough: a file or a data set with the columns of a
             recipe's defaults. Where they are read in one pass, 32 of them if there are more.
         test: File with rows to evaluate on later.
         labels: Names of the task's labels, among those of the classifier; None takes them from the examples.
