@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,16 +38,20 @@ def fit_task_embedding(
     """
     rows = checked_rows(examples)
     device = starts.device
+    collate = data_collator or default_data_collator
     with (
         _frozen(model),
         tempfile.TemporaryDirectory() as folder,
         logging.tqdm(total=len(starts), desc="fitting the new task") as bar,
     ):
-        fitted = _FittedTask(_best_start(call, starts, rows, data_collator or default_data_collator, bar.update), call)
+        fitted = _FittedTask(_best_start(call, starts, rows, collate, bar.update), call)
+        arguments = copy.copy(training_arguments or default_arguments(folder, len(rows), device))
+        # Trainer finds out from a signature which columns a model reads, and this one's names none.
+        arguments.remove_unused_columns, arguments.label_names = False, ["labels"]
         trainer = Trainer(
             fitted,
-            training_arguments or default_arguments(folder, len(rows), device),
-            data_collator or default_data_collator,
+            arguments,
+            collate,
             train_dataset=rows,
             callbacks=[_Steps(bar, len(starts), fitted)],
         )
@@ -76,8 +81,6 @@ def default_arguments(folder: str, num_examples: int, device: torch.device) -> T
         optim="adamw_torch",
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        label_names=["labels"],
         save_strategy="no",
         logging_strategy="no",
         report_to="none",

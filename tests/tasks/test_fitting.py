@@ -118,9 +118,11 @@ def test_collator_and_several_batches(tmp_path: Path) -> None:
 
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=3, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
-        remove_unused_columns=False, dataloader_pin_memory=False,
+        dataloader_pin_memory=False,
     )  # fmt: skip
+    before = dict(vars(arguments))
     model.add_task("new", examples=rows, data_collator=pad, training_arguments=arguments)
+    assert vars(arguments) == before
     assert model(**pad(rows[:2]), tasks="new").loss.isfinite()
 
 
