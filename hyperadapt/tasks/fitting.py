@@ -40,6 +40,9 @@ def fit_task_embedding(
     device = starts.device
     collate = data_collator or default_data_collator
     with (
+        # Both may be off around the call.
+        torch.inference_mode(False),
+        torch.enable_grad(),
         _frozen(model),
         tempfile.TemporaryDirectory() as folder,
         logging.tqdm(total=len(starts), desc="fitting the new task") as bar,

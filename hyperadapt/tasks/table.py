@@ -259,6 +259,8 @@ class TaskTable:
             for name, source in zip(config.tasks, config.task_sources, strict=True)
         ]
 
+    # Tensors of inference mode could not be trained.
+    @torch.inference_mode(False)
     def _of(self, rows: Sequence[TaskRow], **changes: Any) -> TaskTable:
         """The table of these rows; what fails, fails before anything has changed."""
         old = self.embedding

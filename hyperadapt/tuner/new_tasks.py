@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from hyperadapt.config.task_fields import check_description
@@ -60,6 +61,8 @@ class ExampleReader:
         self.table.check_reads_examples(len(examples), place)
         return self.table.embed_examples(self.read(examples, place), description, text_encoder)
 
+    # Tensors of inference mode could not be loaded into.
+    @torch.inference_mode(False)
     def give(self, examples: Mapping[str, Examples]) -> None:
         """Take the examples of tasks into the table's embedding."""
         self.table.check_example_tasks(list(examples))

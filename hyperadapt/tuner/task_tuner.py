@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from hyperadapt.hypernetwork.own_factors import zero_factors
@@ -16,6 +17,8 @@ class TaskTuner(BaseTuner):
 
     router: Router
 
+    # Tensors of inference mode could not be trained.
+    @torch.inference_mode(False)
     def add_own_factors(self, task: str) -> None:  # noqa: DOC502
         """Give a task factors of its own, as many numbers as a LoRA; they are saved, merged and exported with the task.
 

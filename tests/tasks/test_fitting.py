@@ -1,6 +1,8 @@
 """A new task from labelled examples: only its embedding is fitted, and the model is left as it was."""
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,21 @@ def test_fitting_is_the_same_every_time() -> None:
     model.add_task("third", examples=examples)
     again = model.base_model.router.network("default").task_embedding.weight
     assert torch.equal(again[3], weight[3])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_whatever_is_around(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    model = adapted_model("bert", normalization="frobenius")
+    examples = examples_of(model, torch.linspace(-1, 1, 8))
+    model.add_task("first", examples=examples)
+    with mode():
+        model.remove_task("first")
+        model.add_task("second", examples=examples)
+        assert not torch.is_grad_enabled()
+    weight = model.base_model.router.network("default").task_embedding.weight.detach().clone()
+    model.remove_task("second")
+    model.add_task("third", examples=examples)
+    assert torch.equal(model.base_model.router.network("default").task_embedding.weight, weight)
 
 
 def test_no_step_keeps_the_best_start(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from hyperadapt import LoraGenerator, export_lora
+from tests.support.example_rows import MIXED_SOURCES, batch_of, example_model, rows_of
 from tests.support.helpers import (
     TASKS,
     adapted_model,
@@ -184,3 +185,20 @@ def test_what_is_wrong_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         model.interpolate_tasks("between", {"alpha": 1.0, "new": 1.0})
+
+
+def test_tasks_that_were_changed_in_inference_mode_train() -> None:
+    model = example_model("llama", MIXED_SOURCES | {"alpha": "both"})
+    with torch.inference_mode():
+        model.set_examples({name: rows_of("llama", 8, seed) for seed, name in enumerate(TASKS[1:])})
+        model.add_task("new", examples=rows_of("llama", 6, 9))
+        model.interpolate_tasks("between", {"beta": 1, "new": 1})
+        model.add_own_factors("gamma")
+        model.set_examples({"beta": rows_of("llama", 8, 3)})
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    before = snapshot(model)
+    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    model.train()(**batch_of("llama", 5), tasks=["alpha", "beta", "gamma", "new", "between"]).loss.backward()
+    optimizer.step()
+    assert [name for name in trained if torch.equal(before[name], trained[name])] == []
+    model.load_state_dict(before)
