@@ -32,7 +32,7 @@ from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors, warn_of_mistak
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import active_network, find_tuner
 from hyperadapt.tuner.model import HyperAdapterModel
-from hyperadapt.tuner.new_tasks import ExampleReader
+from hyperadapt.tuner.new_tasks import ExampleReader, rows_in
 from hyperadapt.tuner.saved_adapter import read_adapter
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class LoraGenerator:
         texts = [description] if isinstance(description, str) else list(description)
         return GeneratedLora(self._made(embedding[None], None, texts))
 
-    def from_examples(
+    def from_examples(  # noqa: DOC503
         self,
         examples: Examples,
         *,
@@ -282,10 +282,11 @@ class LoraGenerator:
             The LoRA, with ``state_dict()`` and ``save(folder, format=)``.
 
         Raises:
+            TypeError: If examples are no rows.
             ValueError: If the generator was made from files, which lack the base model that reads examples, or the
                 adapter was trained without any, or they are wrong.
         """
-        self.network.table.check_reads_examples(len(examples), "examples")
+        self.network.table.check_reads_examples(len(rows_in(examples)), "examples")
         if self._model is None:
             raise ValueError(
                 "This generator was made from an adapter's files, and examples are read by the base model. Load that "

@@ -266,6 +266,7 @@ class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, TaskTuner):
             data_collator: Makes batches of rows, as in ``Trainer``; None stacks them.
 
         Raises:
+            TypeError: If `examples` is no dict of rows.
             ValueError: If a task is unknown or left out, has no rows or one class alone, labels are missing or unknown,
                 the base model does not take a column, or a task is merged.
         """
@@ -292,6 +293,7 @@ class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, TaskTuner):
             Shape ``(task_embedding_dim,)``, detached.
 
         Raises:
+            TypeError: If `examples` are no rows.
             ValueError: As in ``set_examples``; or if there are too many rows, or the adapter was trained without any.
         """
         return self._reader(data_collator).embed(examples, description, text_encoder, "examples")

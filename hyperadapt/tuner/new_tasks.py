@@ -45,28 +45,40 @@ class ExampleReader:
 
     def read(self, examples: Examples, place: str) -> Tensor:
         """Vectors of rows; `place` names them in errors."""
-        # Trainer and datasets take longer to import than all of this package.
+        # Takes longer to import than all of this package.
         from transformers import default_data_collator
-
-        from hyperadapt.tasks.fitting import checked_rows
 
         config = self.table.config
         collate = self.data_collator or default_data_collator
-        raw = raw_vectors(self.model, self.router, config, checked_rows(examples), collate, place)
+        raw = raw_vectors(self.model, self.router, config, rows_in(examples), collate, place)
         check_classes(raw, config, place)
         return raw
 
     def embed(self, examples: Examples, description: Description | None, text_encoder: Encoder, place: str) -> Tensor:
         """The task embedding ``(task_embedding_dim,)`` of new examples, as many as the adapter reads at most."""
-        self.table.check_reads_examples(len(examples), place)
-        return self.table.embed_examples(self.read(examples, place), description, text_encoder)
+        rows = rows_in(examples)
+        self.table.check_reads_examples(len(rows), place)
+        return self.table.embed_examples(self.read(rows, place), description, text_encoder)
 
     # Tensors of inference mode could not be loaded into.
     @torch.inference_mode(False)
     def give(self, examples: Mapping[str, Examples]) -> None:
         """Take the examples of tasks into the table's embedding."""
+        if not isinstance(examples, Mapping):
+            raise TypeError(
+                f"set_examples got a {type(examples).__name__}, but needs a dict, task name -> rows: pass "
+                "{'name of the task': rows}."
+            )
         self.table.check_example_tasks(list(examples))
         self.table.give_examples({name: self.read(rows, f"Task {name!r}") for name, rows in examples.items()})
+
+
+def rows_in(examples: Examples) -> list[Any]:
+    """The rows of examples, each a dict."""
+    # Trainer and datasets take longer to import than all of this package.
+    from hyperadapt.tasks.fitting import checked_rows
+
+    return checked_rows(examples)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,22 @@ def test_many_rows_are_read_in_several_batches() -> None:
     assert torch.allclose(both[both[:, 0].argsort()], first[first[:, 0].argsort()], rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_no_rows_is_refused() -> None:
+    model = with_examples("bert")
+    for give in (
+        lambda rows: model.add_task("new", examples=rows),
+        model.embed_examples,
+        LoraGenerator.from_model(model).from_examples,
+        lambda rows: model.set_examples({"beta": rows}),
+    ):
+        with pytest.raises(TypeError, match=r"examples is of type list_iterator, but must be a datasets\.Dataset"):
+            give(iter(rows_of("bert")))
+    with pytest.raises(TypeError, match="examples is of type NoneType, but must be a"):
+        model.embed_examples(None)
+    with pytest.raises(TypeError, match="set_examples got a NoneType, but needs a dict, task name -> rows: pass"):
+        model.set_examples(None)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "value", "problem"),
     [
