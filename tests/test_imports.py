@@ -18,6 +18,7 @@ ROOMS = [
     "files",
     "when_imported",
     "tables",
+    "randomness",
     "normalization",
     "nn",
     "config",

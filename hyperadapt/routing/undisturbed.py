@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hyperadapt.randomness import randomness_kept
 
 
 def has_no_values(*values: Any) -> bool:
@@ -29,13 +29,11 @@ def undisturbed(module: nn.Module, at_rest: bool) -> Iterator[None]:
     states_of = [(part, {**vars(part), **part._buffers}) for part in parts]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not has_no_values(buffer)]
     devices = list({buffer.device for buffer in (*module.parameters(), *module.buffers()) if buffer.is_cuda})
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(randomness_kept(devices))
             if not torch.compiler.is_compiling():
-                stack.enter_context(torch.random.fork_rng(devices))
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for part in training:
                 part.training = False
@@ -43,9 +41,6 @@ def undisturbed(module: nn.Module, at_rest: bool) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
         with torch.no_grad():
             for part, before in states_of:
                 for name, value in {**vars(part), **part._buffers}.items():

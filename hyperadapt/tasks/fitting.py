@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from hyperadapt.config.checks import shown
+from hyperadapt.randomness import randomness_kept
 
 Examples: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 Call: TypeAlias = Callable[[Tensor, Mapping[str, Any]], Any]
@@ -43,6 +44,8 @@ def fit_task_embedding(
         # Both may be off around the call.
         torch.inference_mode(False),
         torch.enable_grad(),
+        # Trainer seeds every device.
+        randomness_kept(range(torch.cuda.device_count())),
         _frozen(model),
         tempfile.TemporaryDirectory() as folder,
         logging.tqdm(total=len(starts), desc="fitting the new task") as bar,

@@ -15,6 +15,7 @@ from hyperadapt.config.checks import check_number, shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.label_fields import Labels
 from hyperadapt.config.task_fields import EXAMPLES, LEARNED, TEXT, check_description
+from hyperadapt.randomness import randomness_kept
 from hyperadapt.tasks.embedding import TaskEmbedding, plain_size
 from hyperadapt.tasks.encoders import encode_like
 from hyperadapt.tasks.examples import MAX_EXAMPLES
@@ -259,8 +260,9 @@ class TaskTable:
             for name, source in zip(config.tasks, config.task_sources, strict=True)
         ]
 
-    # Tensors of inference mode could not be trained.
+    # Tensors of inference mode could not be trained; and what is drawn for a start is replaced.
     @torch.inference_mode(False)
+    @randomness_kept(())
     def _of(self, rows: Sequence[TaskRow], **changes: Any) -> TaskTable:
         """The table of these rows; what fails, fails before anything has changed."""
         old = self.embedding

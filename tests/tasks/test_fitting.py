@@ -1,11 +1,13 @@
 """A new task from labelled examples: only its embedding is fitted, and the model is left as it was."""
 
+import random
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -56,7 +58,9 @@ def test_examples_find_the_task_and_nothing_else_changes(capsys: pytest.CaptureF
     model.base_model.model.classifier.train()
     next(model.parameters()).requires_grad_(False)
     state, trained = snapshot(model.base_model.model), trainable(model)
+    random_states = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
     model.add_task("new", examples=examples)
+    assert (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()) == random_states
     printed = capsys.readouterr()
     assert "train_runtime" not in printed.out
     # Starting points and steps.
