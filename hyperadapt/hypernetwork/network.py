@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -20,7 +19,7 @@ from hyperadapt.hypernetwork.warmup import BoundWarmup
 from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS, frobenius_norm_squared, learned_bound, soft_scale
 from hyperadapt.tables import Tables
-from hyperadapt.tasks.embedding import TaskEmbedding
+from hyperadapt.tasks.embedding import TaskEmbedding, own_dtype
 from hyperadapt.tasks.table import TaskTable
 
 
@@ -88,10 +87,8 @@ class HyperAdapterNetwork(nn.Module):
         device = self.hypernetwork.layer_embedding.device
         is_known = not tasks.is_floating_point()
         moved = tasks.to(device, non_blocking=True)
-        task_embeddings = self.task_embedding(moved) if is_known else moved
-        kind = task_embeddings.device.type
-        # The device "meta" knows no autocast.
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with own_dtype(device):
+            task_embeddings = self.task_embedding(moved) if is_known else moved
             by_rank: dict[int, list[Generated]] = {}
             generated = self.hypernetwork(task_embeddings, positions)
             for group in self.own_factors.added_to(generated, tasks) if is_known else generated:

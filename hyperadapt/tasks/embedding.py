@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -167,7 +168,7 @@ class TaskEmbedding(nn.Module):
         if self.has_examples:
             places = self._of(self._example_row, task_ids)
             rows = self.example_rows.drawn(places) if training else self.example_rows.vectors[places]
-            embeddings = embeddings + torch.where(has_examples[:, None], self.example_encoder(rows), 0.0)
+            embeddings = embeddings + torch.where(has_examples[:, None], self._encoded(rows), 0.0)
         if self.weight is not None:
             is_learned = self._of(self._is_learned, task_ids)
             if training:
@@ -179,15 +180,15 @@ class TaskEmbedding(nn.Module):
 
     def project(self, vectors: Tensor) -> Tensor:
         """Embeddings ``(..., task_embedding_dim)`` of descriptions' vectors; only their direction counts."""
-        vectors = rms_norm(vectors.to(self.text_projection.weight.dtype), vectors.shape[-1:])
-        projected: Tensor = self.text_projection(vectors)
+        with own_dtype(vectors.device):
+            vectors = rms_norm(vectors.to(self.text_projection.weight.dtype), vectors.shape[-1:])
+            projected: Tensor = self.text_projection(vectors)
         return projected
 
     def encode(self, raw: Tensor) -> Tensor:
         """The embedding ``(task_embedding_dim,)`` of the vectors of new examples, ``(rows, size)``."""
         rows = self.example_rows.kept(self.example_encoder.scaled(raw))
-        embeddings: Tensor = self.example_encoder(rows[None])
-        return embeddings[0]
+        return self._encoded(rows[None])[0]
 
     def check_filled(self) -> None:
         """Refuse an adapter whose vectors of descriptions or examples are not there yet."""
@@ -202,6 +203,12 @@ class TaskEmbedding(nn.Module):
                 "This adapter has no examples of its tasks yet, which task_embedding='examples' needs. Give them with "
                 "set_examples, or train with HyperAdapterTrainer, which takes them from the training data."
             )
+
+    def _encoded(self, rows: Tensor) -> Tensor:
+        """Embeddings ``(n, task_embedding_dim)`` of scaled vectors of examples, ``(n, rows, size)``."""
+        with own_dtype(rows.device):
+            embeddings: Tensor = self.example_encoder(rows)
+        return embeddings
 
     def _vectors(self, task_ids: Tensor, one: bool) -> Tensor:
         """A vector of each task's text, of one description or the sum over all; any for tasks without."""
@@ -223,6 +230,13 @@ class TaskEmbedding(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.has_vectors = self.has_vectors or f"{prefix}text_vectors" in state_dict
+
+
+def own_dtype(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast: in the dtype of the parameters, since this is a small share of the work."""
+    # The device "meta" knows no autocast.
+    is_known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if is_known else nullcontext()
 
 
 def _projection(text_embedding_dim: int, task_embedding_dim: int, is_direct: bool) -> EntryScales | nn.Linear:

@@ -14,7 +14,7 @@ from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.normalization import normalize
 from hyperadapt.normalization.formulas import BOUNDED_NORMALIZATIONS, NORMALIZATIONS, UNIT_NORMALIZATIONS
-from tests.support.helpers import full_core, varied
+from tests.support.helpers import full_core, letters, varied
 from tests.support.tolerances import (
     BFLOAT16_NETWORK,
     BFLOAT16_PRODUCT,
@@ -220,6 +220,24 @@ def test_autocast_changes_nothing(normalization: str) -> None:
     expected = tensors(generate(network))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = tensors(generate(network))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_autocast_changes_no_task() -> None:
+    sources = {"a": "text", "b": "examples", "c": "both"}
+    network = make_network(
+        tasks={"a": "one", "b": "two", "c": "three"},
+        task_embedding=sources,
+        text_encoder=letters,
+        text_embedding_dim=6,
+        task_type="CAUSAL_LM",
+        example_dim=4,
+    ).eval()
+    network.task_embedding.set_text_vectors(torch.randn(2, 6))
+    network.task_embedding.example_rows.fill(torch.randn(1, 32, 8), [torch.randn(5, 8)], is_given=True)
+    expected = tensors(network(torch.arange(3)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = tensors(network(torch.arange(3)))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from hyperadapt.tasks.embedding import TaskEmbedding
+from hyperadapt.tasks.examples import ExampleEncoder
 from hyperadapt.tasks.ids import resolve_task_ids
 from tests.support.tolerances import FLOAT32_FORMULA, STANDARD_DEVIATIONS
 
@@ -152,3 +153,19 @@ def test_direct_text_embeddings_are_the_vectors_themselves() -> None:
     table(torch.arange(3)).sum().backward()
     assert table.text_projection.weight.shape == (6,)
     assert table.text_projection.weight.grad.any()
+
+
+def test_autocast_changes_nothing() -> None:
+    torch.manual_seed(0)
+    table = TaskEmbedding(["both", "text+examples"], [1, 2], 8, 6, ExampleEncoder(4, None, 8)).eval()
+    table.set_text_vectors(torch.randn(3, 6))
+    raw = torch.randn(5, 8)
+    table.example_rows.fill(torch.randn(1, 32, 8), [raw], is_given=True)
+
+    def embeddings() -> tuple[torch.Tensor, ...]:
+        return table(torch.tensor([0, 1])), table.project(torch.ones(6)), table.encode(raw)
+
+    expected = embeddings()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = embeddings()
+    assert_close(actual, expected, rtol=0, atol=0)
