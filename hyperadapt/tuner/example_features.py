@@ -75,7 +75,7 @@ def raw_vectors(
                     f"{where}: the base model does not take the columns {sorted(inputs)} ({error}). Give rows of model "
                     "inputs, as for training."
                 ) from error
-            parts.append(_vectors(batch, states, config, where))
+            parts.append(_vectors(batch, states, model, config, where))
     return torch.cat(parts)
 
 
@@ -100,16 +100,16 @@ def _batch(rows: Sequence[Any], collate: Collator, router: Router, place: str) -
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def _vectors(batch: Mapping[str, Any], states: Mapping[str, Tensor], config: HyperAdapterConfig, place: str) -> Tensor:
+def _vectors(
+    batch: Mapping[str, Any], states: Mapping[str, Tensor], model: Any, config: HyperAdapterConfig, place: str
+) -> Tensor:
     hidden, labels = states["rows"], batch["labels"]
     if hidden.ndim != 3 or hidden.shape[-1] != config.example_dim:
         raise ValueError(
             f"{place}: the base model has hidden states of shape {tuple(hidden.shape)}, but examples need (rows, "
             f"length, {config.example_dim}). Choose another task_embedding."
         )
-    mask = batch.get("attention_mask")
-    is_token = mask.bool() if mask is not None and mask.shape == hidden.shape[:2] else hidden.new_ones(()).bool()
-    is_token = is_token.expand(hidden.shape[:2])
+    is_token = _tokens(batch.get("attention_mask"), hidden, model, place)
     if config.example_classes is not None:
         return torch.cat([_mean(hidden, is_token, place), _classes(labels, config.example_classes, place)], 1)
     if labels.ndim != 2:
@@ -121,6 +121,21 @@ def _vectors(batch: Mapping[str, Any], states: Mapping[str, Tensor], config: Hyp
     if "answers" in states:
         return torch.cat([_mean(hidden, is_token, place), _mean(states["answers"], is_answer, place)], 1)
     return torch.cat([_mean(hidden, is_token & ~is_answer, place), _mean(hidden, is_token & is_answer, place)], 1)
+
+
+def _tokens(mask: Tensor | None, hidden: Tensor, model: Any, place: str) -> Tensor:
+    """Which hidden states are no padding, ``(rows, length)``."""
+    if mask is None or mask.bool().all():
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if mask.shape != hidden.shape[:2] and mask.ndim == 2 and hasattr(model, "_get_feature_vector_attention_mask"):
+        # Of audio, the mask counts samples, and frames are made of many.
+        mask = model._get_feature_vector_attention_mask(hidden.shape[1], mask)
+    if mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"{place}: attention_mask has shape {tuple(mask.shape)}, but the hidden states {tuple(hidden.shape[:2])}, "
+            "so that it cannot be told which of them are padding. Give rows of one length, which need no padding."
+        )
+    return mask.bool()
 
 
 def _mean(hidden: Tensor, is_part: Tensor, place: str) -> Tensor:

@@ -1,16 +1,28 @@
 """What the base model makes of rows, and files in which that is wrong."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    FunnelConfig,
+    FunnelForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    default_data_collator,
+)
 
 from hyperadapt import LoraGenerator
+from hyperadapt.tuner.example_features import raw_vectors
 from tests.support.example_rows import batch_of, rows_of, with_examples
-from tests.support.helpers import base_model
+from tests.support.helpers import TASKS, adapter_config, base_model
+from tests.support.tolerances import FLOAT32_FORWARD
 
 
 def test_features_of_pairs_are_means_over_prompt_and_completion() -> None:
@@ -47,6 +59,57 @@ def test_what_is_no_rows_is_refused() -> None:
         model.embed_examples(None)
     with pytest.raises(TypeError, match="set_examples got a NoneType, but needs a dict, task name -> rows: pass"):
         model.set_examples(None)
+
+
+def audio(lengths: list[int]) -> dict[str, Tensor]:
+    """Padded waves."""
+    generator = torch.Generator().manual_seed(1)
+    waves = [torch.randn(length, generator=generator) for length in lengths]
+    return {
+        "input_values": pad_sequence(waves, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(wave).long() for wave in waves], batch_first=True),
+        "labels": torch.arange(len(lengths)) % 2,
+    }
+
+
+def test_padding_of_audio_does_not_count() -> None:
+    layers = {"conv_dim": (8, 8), "conv_kernel": (5, 3), "conv_stride": (4, 2), "num_feat_extract_layers": 2}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    torch.manual_seed(0)
+    base = Wav2Vec2ForSequenceClassification(
+        Wav2Vec2Config(**layers, **sizes, **positions, feat_extract_norm="layer", classifier_proj_size=8, num_labels=2)
+    )
+    model = get_peft_model(
+        base, adapter_config(target_modules=["q_proj"], task_embedding="examples", task_type="SEQ_CLS")
+    )
+    batch = audio([300, 120, 210, 90])
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(4)]
+    alone = [
+        {name: value[: row["attention_mask"].sum()] if value.ndim else value for name, value in row.items()}
+        for row in rows
+    ]
+    tuner = model.base_model
+    read = partial(raw_vectors, tuner.model, tuner.router, tuner.peft_config["default"])
+    expected = torch.cat([read([row], default_data_collator, "rows") for row in alone])
+    close = {"rtol": FLOAT32_FORWARD, "atol": FLOAT32_FORWARD}
+    assert torch.allclose(read(rows, default_data_collator, "rows"), expected, **close)
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    sizes = {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "vocab_size": 100, "num_labels": 3}
+    base = FunnelForSequenceClassification(FunnelConfig(block_sizes=[1, 1], **sizes))
+    model = get_peft_model(
+        base, adapter_config(target_modules=["q_head"], task_embedding="examples", task_type="SEQ_CLS")
+    )
+    rows = rows_of("bert", 8)
+    model.set_examples(dict.fromkeys(TASKS, rows[:7]))
+    # The last one is padded.
+    with pytest.raises(
+        ValueError,
+        match=r"attention_mask has shape \(8, 7\), but the hidden states \(8, 4\), .* Give rows of one length",
+    ):
+        model.embed_examples(rows)
 
 
 @pytest.mark.parametrize(
