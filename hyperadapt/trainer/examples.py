@@ -17,7 +17,9 @@ from hyperadapt.tuner.active import find_tuner
 ROWS = 128
 
 
-def give_examples(model: nn.Module, dataset: Dataset, collator: Callable[[Any], Any], seed: int) -> None:
+def give_examples(
+    model: nn.Module, dataset: Dataset, collator: Callable[[Any], Any], seed: int, is_packed: bool = False
+) -> None:
     """Give the tasks of a model's adapter that come from examples some rows of a data set, where they have none yet.
 
     The data set has the column ``tasks``, which the collator carries.
@@ -28,6 +30,12 @@ def give_examples(model: nn.Module, dataset: Dataset, collator: Callable[[Any], 
     _, network = tuner.router.only(tuner.active_adapters)
     if not network.config.has_examples or network.task_embedding.example_rows.is_filled:
         return
+    if is_packed:
+        raise ValueError(
+            "packing=True joins rows of the training data, but an example of a task is one row. Call set_examples on "
+            "the PeftModel first, with rows of input_ids and labels and a data_collator that pads them, or leave "
+            "packing off."
+        )
     ids = np.asarray(dataset[TASK_COLUMN])
     sources = zip(network.config.tasks, network.config.task_sources, strict=True)
     chosen = {

@@ -102,7 +102,8 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
         self._use_unprepared()
         if isinstance(self.train_dataset, Dataset):
             rows = self._remove_unused_columns(self.train_dataset, "training")
-            give_examples(self._model, rows, self.data_collator, self.args.seed)
+            is_packed = getattr(self.args, "packing", False)
+            give_examples(self._model, rows, self.data_collator, self.args.seed, is_packed)
             give_labels(self._model, rows)
         # Found through the model as the other trainer left it.
         self._monitor = PositionMonitor(active_network(self._model)[1]) if log_positions else None

@@ -61,11 +61,11 @@ def raw_vectors(
             "The base model is partitioned by DeepSpeed's ZeRO-3 and cannot read examples on its own. Give them with "
             "set_examples in one process, save the adapter, and load it for the training."
         )
-    parts = []
     with undisturbed(model, at_rest=True), _plain(model), router.installed(ForwardPass({})), _states(model) as states:
-        for start in range(0, len(rows), BATCH_SIZE):
+
+        def read(start: int, end: int) -> Tensor:
             where = f"{place}, from row {start}"
-            batch = _batch(rows[start : start + BATCH_SIZE], collate, router, where)
+            batch = _batch(rows[start:end], collate, router, where)
             # A decoder apart is told by labels what it reads; elsewhere they would only serve for a loss.
             inputs = {name: value for name, value in batch.items() if name != "labels" or _is_split(model)}
             try:
@@ -75,8 +75,18 @@ def raw_vectors(
                     f"{where}: the base model does not take the columns {sorted(inputs)} ({error}). Give rows of model "
                     "inputs, as for training."
                 ) from error
-            parts.append(_vectors(batch, states, model, config, where))
-    return torch.cat(parts)
+            found, count = len(states["rows"]), len(rows[start:end])
+            if found == count:
+                return _vectors(batch, states, model, config, where)
+            if count == 1:
+                raise ValueError(
+                    f"{where}: the data_collator made {found} rows of one, but an example is one row. Pass one that "
+                    "pads rows."
+                )
+            # A collator that joins rows, as padding_free does, has nothing to join here.
+            return torch.cat([read(one, one + 1) for one in range(start, start + count)])
+
+        return torch.cat([read(start, start + BATCH_SIZE) for start in range(0, len(rows), BATCH_SIZE)])
 
 
 def check_classes(raw: Tensor, config: HyperAdapterConfig, place: str) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,15 @@ from torch import Tensor
 from transformers import BertConfig, TrainingArguments
 
 from examples.support.encoder import MeanPoolingClassifier
-from hyperadapt.trainer import HyperAdapterTrainer
+from hyperadapt.trainer import HyperAdapterTrainer, concatenate_tasks
 from hyperadapt.trainer.examples import ROWS, give_examples
 from tests.support.example_rows import example_model, rows_of, with_examples
 from tests.support.helpers import TASKS, adapter_config, base_model
+from tests.support.tolerances import FLOAT32_FORWARD
+from tests.support.trl_runs import WORDS as ALL_WORDS
+from tests.support.trl_runs import multi, settings, tokenizer
+
+COLOURS = ALL_WORDS[-3:]
 
 
 def arguments(folder: Path, **changes: object) -> TrainingArguments:
@@ -79,6 +85,40 @@ def test_a_loaded_adapter_that_trains_other_tasks_keeps_its_examples() -> None:
     before = rows.bank
     give_examples(model, Dataset.from_dict({"tasks": [1, 2], "labels": [0, 1]}), lambda rows: rows, 0)
     assert rows.bank is before
+
+
+# TRL 1.16 uses names that transformers 5.23 deprecates.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_trainers_that_join_rows_read_them_one_by_one_or_ask_for_them(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    kind = multi(trl.SFTTrainer)
+    train = {
+        task: Dataset.from_list(
+            [
+                {"prompt": f"{task} which {' which' * (row % 3)}", "completion": f" {COLOURS[row % 2]}"}
+                for row in range(9)
+            ]
+        )
+        for task in TASKS
+    }
+
+    def bank(model: PeftModel, rows: Any = train, **changes: Any) -> Tensor:
+        arguments = settings(trl.SFTConfig, tmp_path, **{"max_length": None} | changes)
+        trainer = kind(model, arguments, train_dataset=rows, processing_class=tokenizer(), max_tasks_per_batch=1)
+        trainer.train()
+        return model.base_model.router.network("default").task_embedding.example_rows.bank
+
+    padded = bank(example_model())
+    assert len(padded) == 27
+    joined = bank(example_model(), padding_free=True)
+    assert torch.allclose(joined, padded, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+    for strategy in ("bfd", "wrapped"):
+        packing = {"packing": True, "packing_strategy": strategy, "max_length": 16}
+        with pytest.raises(ValueError, match=r"packing=True joins rows .* Call set_examples on the PeftModel first"):
+            bank(example_model(), **packing)
+        with pytest.raises(ValueError, match=r"packing=True joins rows .* leave packing off"):
+            bank(example_model(), concatenate_tasks(train, TASKS), **packing)
+        assert len(bank(with_examples(), **packing)) == 24
 
 
 WORDS = 5

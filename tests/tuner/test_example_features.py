@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    DataCollatorWithFlattening,
     FunnelConfig,
     FunnelForSequenceClassification,
     Wav2Vec2Config,
@@ -59,6 +60,25 @@ def test_what_is_no_rows_is_refused() -> None:
         model.embed_examples(None)
     with pytest.raises(TypeError, match="set_examples got a NoneType, but needs a dict, task name -> rows: pass"):
         model.set_examples(None)
+
+
+def test_rows_that_a_collator_joins_are_read_one_by_one() -> None:
+    model, rows = with_examples("llama"), [dict(row) for row in rows_of("llama", 6, 9)]
+    for row, length in zip(rows, (7, 5, 6, 4, 7, 5), strict=True):
+        row.update({name: row[name][:length].tolist() for name in ("input_ids", "labels")}, attention_mask=[1] * length)
+    joined = model.embed_examples(rows, data_collator=DataCollatorWithFlattening())
+    padded = model.embed_examples(rows, data_collator=padding)
+    assert torch.allclose(joined, padded, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
+    with pytest.raises(ValueError, match="from row 0: the data_collator made 2 rows of one, but an example is one row"):
+        model.embed_examples(rows, data_collator=lambda some: padding(2 * some))
+
+
+def padding(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
+        for name, value in fill.items()
+    }
 
 
 def audio(lengths: list[int]) -> dict[str, Tensor]:
