@@ -41,7 +41,7 @@ from benchmarks.instructions.evaluation import Amount
 from benchmarks.instructions.plan import ALL, OURS, STAGES, Run, Settings, Study
 from benchmarks.instructions.report import report
 from benchmarks.instructions.runs import run_once
-from benchmarks.instructions.shots import ShotRun, Shots
+from benchmarks.instructions.shots import FRESH, ShotRun, Shots
 from benchmarks.instructions.tasks import subset
 
 FAST = Settings(
@@ -51,7 +51,7 @@ FAST = Settings(
     arms={arm: rates[: 2 if arm == OURS else 1] for arm, rates in Settings().arms.items()},
     shots=Shots(counts=(1, 2), tasks=1, steps=1, rows=2),
     choosing_shots=Shots(counts=(1,), tasks=1, steps=1, rows=2),
-    shot_arms={arm: rates[:1] for arm, rates in Settings().shot_arms.items()},
+    shot_arms={arm: rates[: 2 if arm == FRESH else 1] for arm, rates in Settings().shot_arms.items()},
     variants=("whitened",),
     seeds=(1,),
     curve=(4,),

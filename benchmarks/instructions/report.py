@@ -75,14 +75,13 @@ def _print_choices(rows: Sequence[Row]) -> None:
     for stage, title in (("tune", "learning rates"), ("ablate", "changes of the hyperadapter")):
         members = [row for row in rows if row["stage"] == stage]
         if members:
-            print(
-                f"\n{title}, seed {CHOOSING_SEED}, validation tasks by true description: exact answers, loss, by kind"
-            )
+            print(f"\n{title}, seed {CHOOSING_SEED}, validation tasks: exact answers, loss, by kind")
         for row in members:
-            kinds = row["scores"][TRUE]
+            [(condition, kinds)] = row["scores"].items()
+            told = "true description" if condition == TRUE else condition
             texts = [f"{kind} {np.mean([score[EXACT] for score in kinds[kind].values()]):.3f}" for kind in kinds]
             exact, loss = measured(row)
-            print(f"{row['arm']:<22}{row['rate']:>8g}{exact:>8.3f}{loss:>8.3f}   {', '.join(texts)}")
+            print(f"{row['arm']:<26}{row['rate']:>8g}{exact:>8.3f}{loss:>8.3f}   by {told}: {', '.join(texts)}")
 
 
 def _print_arms(arms: dict[str, list[Row]]) -> None:
@@ -123,7 +122,7 @@ def _print_differences(arms: dict[str, list[Row]]) -> None:
             shown.append("" if one is None or two is None else str(difference(one, two)))
         if any(shown):
             name = f"{arm}, {condition} - {other}, {wrong}"
-            print(f"{name:<46}" + "".join(f"{text:<24}" for text in shown).rstrip())
+            print(f"{name:<48}" + "".join(f"{text:<24}" for text in shown).rstrip())
 
 
 def _print_shots(study: Study, rows: Sequence[Row]) -> None:

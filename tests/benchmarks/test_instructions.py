@@ -21,7 +21,7 @@ from benchmarks.instructions.model import IGNORED, padded, prompt_of, split, tok
 from benchmarks.instructions.operations import FAMILIES
 from benchmarks.instructions.plan import BASE, LORA, OURS, TOLD, Run, Study
 from benchmarks.instructions.runs import answers_of, draws
-from benchmarks.instructions.shots import ShotRun
+from benchmarks.instructions.shots import FRESH, ShotRun
 from benchmarks.instructions.tasks import KINDS, Operation, Task, operations, subset, trained_wordings
 from tests.support.tolerances import FLOAT32_FORWARD
 
@@ -267,16 +267,16 @@ def test_study_runs_and_goes_on_where_it_was(
     rows = read_rows(tmp_path / "rows.jsonl")
     runs = Study(tmp_path, study.FAST)
     rate = runs.rate(OURS)
-    shot_rates = {arm: rates[0] for arm, rates in study.FAST.shot_arms.items()}
     assert {runs.run_of(row) for row in rows} == {
         *(Run("tune", OURS, one, 0, 0) for one in study.FAST.arms[OURS]),
+        *(Run("tune", FRESH, one, 0, 0) for one in study.FAST.shot_arms[FRESH]),
         Run("ablate", "whitened", rate, 0, 0),
         Run("test", OURS, rate, 0, 1),
         Run("test", TOLD, 5e-3, 0, 1),
         Run("test", LORA, 5e-3, 0, 1),
         Run("test", BASE, 0.0, 0, 1),
         Run("curve", OURS, rate, 4, 1),
-        *(Run("shots", arm, one, 0, 1) for arm, one in shot_rates.items()),
+        *(Run("shots", arm, runs.rate(arm), 0, 1) for arm in study.FAST.shot_arms),
     }
     tokens = {row["arm"]: row["prompt_tokens"] for row in rows if row["stage"] == "test"}
     assert tokens[OURS] == tokens[LORA] < tokens[TOLD] == tokens[BASE]
