@@ -7,7 +7,8 @@ operations with a new argument, and whole operations; others to choose learning 
 wordings are not.
 
 The upper ten layers of SmolLM2-135M are adapted; the lower ones are frozen, and computed once for all runs. An answer
-is right if greedy generation gives it to the letter. The arms:
+is right if greedy generation gives it to the letter and ends there: the turn, or the line where nothing is trained. The
+arms:
 
 - hyperadapter: the description makes the adapter. A trained one is asked by true descriptions and by wrong ones: of
   another held-out task of the same kind (shuffled), blank, an unrelated sentence, and that of the nearest trained task.

@@ -95,17 +95,17 @@ class InstructionData:
     vectors: dict[str, Callable[[Sequence[str]], Tensor]]
     _known: dict[Row, Tensor] = field(default_factory=dict)
 
-    def batch(self, rows: Sequence[Row], instructions: Sequence[str] | None = None) -> Batch:
-        """Rows as the upper layers take them; what was not told is computed once."""
+    def batch(self, rows: Sequence[Row], instructions: Sequence[str] | None = None, ends_line: bool = False) -> Batch:
+        """Rows as the upper layers take them; what was not told is computed once, and ends the turn."""
         if instructions is not None:
-            told = [self.tokens(*row, one) for row, one in zip(rows, instructions, strict=True)]
+            told = [self.tokens(*row, one, ends_line) for row, one in zip(rows, instructions, strict=True)]
             return padded(self.lower(told), told)
         self.learn(rows)
         return padded([self._known[row] for row in rows], [self.tokens(*row) for row in rows])
 
-    def tokens(self, text: str, answer: str, instruction: str | None = None) -> Tokens:
+    def tokens(self, text: str, answer: str, instruction: str | None = None, ends_line: bool = False) -> Tokens:
         """A row's tokens."""
-        return tokens_of(self.tokenizer, text, answer, instruction)
+        return tokens_of(self.tokenizer, text, answer, instruction, ends_line)
 
     def learn(self, rows: Iterable[Row]) -> None:
         """Compute the lower layers' states of rows."""

@@ -19,7 +19,7 @@ Batch = dict[str, Any]
 
 
 class Tokens(NamedTuple):
-    """Token ids of a prompt and its answer, which the token that ends a turn ends, and where the answer begins."""
+    """Token ids of a prompt and its answer, with what ends it, and where the answer begins."""
 
     ids: list[int]
     start: int
@@ -79,11 +79,18 @@ def split(model: LlamaForCausalLM, frozen_layers: int) -> tuple[LowerLayers, Ans
     return lower, upper.eval().requires_grad_(False)
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, instruction: str | None = None) -> Tokens:
-    """A row with its answer; with the instruction before it, if one is given."""
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    answer: str,
+    instruction: str | None = None,
+    ends_line: bool = False,
+) -> Tokens:
+    """A row with its answer, which ends its line or the turn; with the instruction before it, if one is given."""
+    end = tokenizer("\n")["input_ids"] if ends_line else [tokenizer.eos_token_id]
     told = "" if instruction is None else f"{instruction}\n"
     prompt = prompt_of(tokenizer, f"{told}{text} ->").ids
-    return Tokens([*prompt, *tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id], len(prompt))
+    return Tokens([*prompt, *tokenizer(f" {answer}")["input_ids"], *end], len(prompt))
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:

@@ -126,7 +126,8 @@ def answers_of(model: Any, arm: Arm, data: InstructionData, tasks: Sequence[Task
         parts = []
         for start in range(0, len(rows), EVALUATION_BATCH):
             members, told = rows[start : start + EVALUATION_BATCH], descriptions[start : start + EVALUATION_BATCH]
-            inputs = data.batch(members, told if arm.is_told else None)
+            # What was never trained ends its lines, as examples in a prompt do.
+            inputs = data.batch(members, told if arm.is_told else None, arm.adapter == "none")
             if encode is not None:
                 inputs["task_embeddings"] = embeddings(model, encode, told)
             parts.append(judged(model(**inputs).logits, inputs["labels"]))
