@@ -173,6 +173,14 @@ def test_upper_layers_answer_as_the_whole_model_generates(data: InstructionData)
     torch.testing.assert_close((losses * counts).sum() / counts.sum(), output.loss)
 
 
+def test_what_is_not_trained_ends_its_lines(data: InstructionData) -> None:
+    shown = "first -> one\nsecond -> two"
+    turn, line = (data.tokens("third", "three", shown, ends_line) for ends_line in (False, True))
+    assert data.tokenizer.decode(turn.ids[turn.start :]) == " three" + data.tokenizer.eos_token
+    assert data.tokenizer.decode(line.ids[line.start :]) == " three\n"
+    assert turn.ids[: turn.start] == line.ids[: line.start]
+
+
 def test_states_are_kept_and_the_same_as_computed(data: InstructionData, tmp_path: Path) -> None:
     task = data.tasks["train"][0]
     rows = data.rows["train"][task.name][:3]
