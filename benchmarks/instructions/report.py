@@ -144,7 +144,10 @@ def _print_curve(curve: dict[int, list[Row]], arms: dict[str, list[Row]]) -> Non
         cells = [held_out(rows, TRUE, kind, EXACT) for kind in SHOWN]
         if any(cells):
             texts = [f"{kind} {estimate(cell.values)}" for kind, cell in zip(SHOWN, cells, strict=True) if cell]
-            print(f"{count or 'all':>4} trained tasks, {len(rows)} seeds: {', '.join(texts)}")
+            trained = cell_of(rows, TRAINED, TRAINED, EXACT)
+            texts += [f"{TRAINED} {estimate(trained.values)}"] if trained else []
+            loss = np.mean([row["loss"] for row in rows])
+            print(f"{count or 'all':>4} trained tasks, {len(rows)} seeds: {', '.join(texts)}, loss {loss:.4f}")
 
 
 def _plot(arms: dict[str, list[Row]], curve: dict[int, list[Row]], folder: Path) -> None:
