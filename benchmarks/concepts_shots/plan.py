@@ -54,7 +54,7 @@ class Settings:
     batch: int = 8
     trained_rate: float = 2e-3
     example_rate: float = 5e-3
-    lora_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    lora_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     logistic_rates: tuple[float, ...] = (1.0, 10.0, 100.0)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 

@@ -12,6 +12,7 @@ arms:
 
 - hyperadapter: the description makes the adapter. A trained one is asked by true descriptions and by wrong ones: of
   another held-out task of the same kind (shuffled), blank, an unrelated sentence, and that of the nearest trained task.
+- hyperadapter, twice the steps: the same, in about the time that the next one is trained.
 - lora, told: one LoRA for all tasks, and the description stands before the text.
 - lora: one LoRA for all tasks, which are not told.
 - base model, told: nothing is trained.

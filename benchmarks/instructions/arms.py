@@ -42,6 +42,7 @@ class Arm:
         readers: The models whose vectors of a description the hypernetwork reads, one behind the other.
         vectors: From the trained descriptions' vectors of a model, what changes its vectors.
         reads: Whether a hyperadapter reads examples in place of descriptions.
+        lengthened: How many times as many steps it is trained.
     """
 
     adapter: str = "lora"
@@ -50,6 +51,7 @@ class Arm:
     readers: tuple[str, ...] = (MINILM, SMOLLM2)
     vectors: Callable[[Tensor], Callable[[Tensor], Tensor]] = standardising
     reads: bool = False
+    lengthened: int = 1
 
     @property
     def is_hyperadapter(self) -> bool:
@@ -61,6 +63,8 @@ WIDTH = {"hypernetwork_dim": 64}
 HYPER = Arm("hyperadapter", fields=WIDTH)
 ARMS = {
     "hyperadapter": HYPER,
+    # In about the time that the LoRA that is told takes.
+    "hyperadapter, twice the steps": replace(HYPER, lengthened=2),
     "lora": Arm(),
     "lora, told": Arm(is_told=True),
     "base model, told": Arm("none", is_told=True),

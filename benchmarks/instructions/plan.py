@@ -18,6 +18,7 @@ from benchmarks.instructions.evaluation import TRUE, Amount
 from benchmarks.instructions.shots import BY_EXAMPLES, FRESH, PROMPT, WARM, Shots
 
 OURS, LORA, TOLD, BASE = "hyperadapter", "lora", "lora, told", "base model, told"
+LONGER = "hyperadapter, twice the steps"
 ALL = 0
 """In the place of a number of trained tasks: all of them."""
 STAGES = ("tune", "ablate", "test", "curve", "shots")
@@ -60,6 +61,8 @@ class Settings:
             TOLD: (5e-3, 1e-2),
             LORA: (5e-3, 1e-2),
             BASE: (0.0,),
+            # What was chosen for the hyperadapter.
+            LONGER: (1e-2,),
         }
     )
     shots: Shots = field(default_factory=Shots)

@@ -13,7 +13,7 @@ from benchmarks.common.intervals import Cell, cell_of, difference, estimate
 from benchmarks.common.plots import save_plot
 from benchmarks.common.rows import Row, write_rows
 from benchmarks.instructions.evaluation import NEW_WORDING, TRAINED, TRUE, WRONG
-from benchmarks.instructions.plan import ALL, BASE, CHOOSING_SEED, LORA, OURS, TOLD, Study, measured
+from benchmarks.instructions.plan import ALL, BASE, CHOOSING_SEED, LONGER, LORA, OURS, TOLD, Study, measured
 from benchmarks.instructions.shots import BY_EXAMPLES, FRESH, PROMPT, WARM, condition_of
 from benchmarks.instructions.tasks import KINDS
 
@@ -22,7 +22,7 @@ EVERY = "all"
 SHOWN = (EVERY, *KINDS)
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-COLORS = {OURS: "#0072B2", LORA: "#E69F00", TOLD: "#D55E00", BASE: "#000000"}
+COLORS = {OURS: "#0072B2", LONGER: "#56B4E9", LORA: "#E69F00", TOLD: "#D55E00", BASE: "#000000"}
 
 
 def report(study: Study, folder: Path) -> None:
@@ -86,33 +86,34 @@ def _print_choices(rows: Sequence[Row]) -> None:
 
 def _print_arms(arms: dict[str, list[Row]]) -> None:
     print("\ntest tasks: exact answers, and loss of a token: mean [95% interval over tasks and seeds]")
-    print(f"{'arm':<18}{'condition':<17}{'seeds':>5}  " + "".join(f"{kind:<22}" for kind in SHOWN) + "loss")
+    print(f"{'arm':<30}{'condition':<17}{'seeds':>5}  " + "".join(f"{kind:<22}" for kind in SHOWN) + "loss")
     for arm, rows in arms.items():
         for condition in (TRUE, *WRONG):
             cells = [held_out(rows, condition, kind, EXACT) for kind in SHOWN]
             if any(cells):
                 loss = held_out(rows, condition, EVERY, LOSS)
                 shown = ["" if cell is None else str(estimate(cell.values)) for cell in (*cells, loss)]
-                print(f"{arm:<18}{condition:<17}{len(rows):>5}  " + "".join(f"{text:<22}" for text in shown).rstrip())
+                print(f"{arm:<30}{condition:<17}{len(rows):>5}  " + "".join(f"{text:<22}" for text in shown).rstrip())
     title = f"{'parameters':>12}{'tokens of a prompt':>20}{'loss':>8}{'CPU seconds of training':>26}"
-    print(f"\n{'arm':<18}{'rate':>8}{title}")
+    print(f"\n{'arm':<30}{'rate':>8}{title}")
     for arm, rows in arms.items():
         losses = [row["loss"] for row in rows if row["loss"] is not None]
         means = [np.mean([row[name] for row in rows]) for name in ("prompt_tokens", "train_cpu_seconds")]
         texts = (f"{means[0]:.1f}", f"{np.mean(losses):.3f}" if losses else "-", f"{means[1]:.0f}")
-        print(f"{arm:<18}{rows[0]['rate']:>8g}{rows[0]['parameters']:>12,}{texts[0]:>20}{texts[1]:>8}{texts[2]:>26}")
+        print(f"{arm:<30}{rows[0]['rate']:>8g}{rows[0]['parameters']:>12,}{texts[0]:>20}{texts[1]:>8}{texts[2]:>26}")
 
 
 def _print_trained(arms: dict[str, list[Row]]) -> None:
     print("\ntrained tasks, new texts: exact answers, by a wording that was trained and by one that was not")
     for arm, rows in arms.items():
         cells = [cell_of(rows, condition, TRAINED, EXACT) for condition in (TRAINED, NEW_WORDING)]
-        print(f"{arm:<18}" + "".join(f"{estimate(cell.values)!s:<22}" for cell in cells if cell).rstrip())
+        print(f"{arm:<30}" + "".join(f"{estimate(cell.values)!s:<22}" for cell in cells if cell).rstrip())
 
 
 def _print_differences(arms: dict[str, list[Row]]) -> None:
     pairs = [((OURS, TRUE), (OURS, condition)) for condition in WRONG]
     pairs += [((OURS, TRUE), (arm, TRUE)) for arm in (LORA, TOLD, BASE)]
+    pairs += [((LONGER, TRUE), (arm, TRUE)) for arm in (OURS, TOLD)]
     print("\ndifferences of exact answers, paired by task and seed")
     for (arm, condition), (other, wrong) in pairs:
         shown = []
@@ -122,7 +123,7 @@ def _print_differences(arms: dict[str, list[Row]]) -> None:
             shown.append("" if one is None or two is None else str(difference(one, two)))
         if any(shown):
             name = f"{arm}, {condition} - {other}, {wrong}"
-            print(f"{name:<48}" + "".join(f"{text:<24}" for text in shown).rstrip())
+            print(f"{name:<56}" + "".join(f"{text:<24}" for text in shown).rstrip())
 
 
 def _print_shots(study: Study, rows: Sequence[Row]) -> None:

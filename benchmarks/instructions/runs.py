@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ def run_once(
 ) -> dict[str, Any]:
     """Train on tasks; evaluate on those of a role and, if that is the test, on the trained ones."""
     started = time.process_time()
+    amount = replace(amount, steps=amount.steps * arm.lengthened)
     model, losses, seconds = kept_model(arm, data, tasks, rate, seed, amount, folder)
     answers, evaluation = answers_of(model, arm, data, tasks), Evaluation(data, tasks, amount, seed)
     is_test = role == "test"
