@@ -12,7 +12,8 @@ arms:
 
 - hyperadapter: the description makes the adapter. A trained one is asked by true descriptions and by wrong ones: of
   another held-out task of the same kind (shuffled), blank, an unrelated sentence, and that of the nearest trained task.
-- hyperadapter, twice the steps: the same, in about the time that the next one is trained.
+- hyperadapter, whitened: the same, whose descriptions' vectors vary in all directions alike; and trained for twice the
+  steps, in about the time that the next one is trained.
 - lora, told: one LoRA for all tasks, and the description stands before the text.
 - lora: one LoRA for all tasks, which are not told.
 - base model, told: nothing is trained.
@@ -54,7 +55,7 @@ FAST = Settings(
     shots=Shots(counts=(1, 2), tasks=1, steps=1, rows=2),
     choosing_shots=Shots(counts=(1,), tasks=1, steps=1, rows=2),
     shot_arms={arm: rates[: 2 if arm == FRESH else 1] for arm, rates in Settings().shot_arms.items()},
-    variants=("whitened",),
+    variants=("width 16",),
     seeds=(1,),
     curve=(4,),
 )

@@ -61,10 +61,12 @@ class Arm:
 
 WIDTH = {"hypernetwork_dim": 64}
 HYPER = Arm("hyperadapter", fields=WIDTH)
+WHITENED = replace(HYPER, vectors=whitening)
 ARMS = {
     "hyperadapter": HYPER,
+    "hyperadapter, whitened": WHITENED,
     # In about the time that the LoRA that is told takes.
-    "hyperadapter, twice the steps": replace(HYPER, lengthened=2),
+    "hyperadapter, twice the steps": replace(WHITENED, lengthened=2),
     "lora": Arm(),
     "lora, told": Arm(is_told=True),
     "base model, told": Arm("none", is_told=True),
@@ -73,7 +75,6 @@ READER = Arm("hyperadapter", fields=WIDTH, reads=True)
 VARIANTS = {
     "MiniLM's vectors alone": replace(HYPER, readers=(MINILM,)),
     "SmolLM2's vectors alone": replace(HYPER, readers=(SMOLLM2,)),
-    "whitened": replace(HYPER, vectors=whitening),
     "width 16": replace(HYPER, fields={"hypernetwork_dim": 16}),
     "width 128": replace(HYPER, fields={"hypernetwork_dim": 128}),
     "soft_frobenius": replace(HYPER, fields=WIDTH | {"normalization": "soft_frobenius"}),

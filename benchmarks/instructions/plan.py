@@ -18,7 +18,7 @@ from benchmarks.instructions.evaluation import TRUE, Amount
 from benchmarks.instructions.shots import BY_EXAMPLES, FRESH, PROMPT, WARM, Shots
 
 OURS, LORA, TOLD, BASE = "hyperadapter", "lora", "lora, told", "base model, told"
-LONGER = "hyperadapter, twice the steps"
+WHITENED, LONGER = "hyperadapter, whitened", "hyperadapter, twice the steps"
 ALL = 0
 """In the place of a number of trained tasks: all of them."""
 STAGES = ("tune", "ablate", "test", "curve", "shots")
@@ -43,7 +43,7 @@ class Settings:
         size: What is read.
         amount: What is trained and evaluated, but for the stages that choose.
         choosing: The same for them.
-        arms: By importance, with the learning rates to choose from.
+        arms: By importance, with the learning rates to choose from; without any, it has that of another arm.
         shots: What is done with examples of the held-out tasks, but for the stage that chooses.
         choosing_shots: The same for it.
         shot_arms: Those that see examples, likewise.
@@ -61,8 +61,8 @@ class Settings:
             TOLD: (5e-3, 1e-2),
             LORA: (5e-3, 1e-2),
             BASE: (0.0,),
-            # What was chosen for the hyperadapter.
-            LONGER: (1e-2,),
+            WHITENED: (5e-3, 1e-2),
+            LONGER: (),
         }
     )
     shots: Shots = field(default_factory=Shots)
@@ -97,6 +97,7 @@ class Study(Runs[Run]):
 
     def rate(self, arm: str) -> float:
         """The given learning rate, or the one that answers most validation tasks; if none does, of the least loss."""
+        arm = WHITENED if arm == LONGER else arm
         rates = self._rates[arm]
         if len(rates) == 1:
             return rates[0]

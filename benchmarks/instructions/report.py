@@ -13,7 +13,7 @@ from benchmarks.common.intervals import Cell, cell_of, difference, estimate
 from benchmarks.common.plots import save_plot
 from benchmarks.common.rows import Row, write_rows
 from benchmarks.instructions.evaluation import NEW_WORDING, TRAINED, TRUE, WRONG
-from benchmarks.instructions.plan import ALL, BASE, CHOOSING_SEED, LONGER, LORA, OURS, TOLD, Study, measured
+from benchmarks.instructions.plan import ALL, BASE, CHOOSING_SEED, LONGER, LORA, OURS, TOLD, WHITENED, Study, measured
 from benchmarks.instructions.shots import BY_EXAMPLES, FRESH, PROMPT, WARM, condition_of
 from benchmarks.instructions.tasks import KINDS
 
@@ -22,7 +22,7 @@ EVERY = "all"
 SHOWN = (EVERY, *KINDS)
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-COLORS = {OURS: "#0072B2", LONGER: "#56B4E9", LORA: "#E69F00", TOLD: "#D55E00", BASE: "#000000"}
+COLORS = {OURS: "#0072B2", WHITENED: "#56B4E9", LONGER: "#009E73", LORA: "#E69F00", TOLD: "#D55E00", BASE: "#000000"}
 
 
 def report(study: Study, folder: Path) -> None:
@@ -113,7 +113,8 @@ def _print_trained(arms: dict[str, list[Row]]) -> None:
 def _print_differences(arms: dict[str, list[Row]]) -> None:
     pairs = [((OURS, TRUE), (OURS, condition)) for condition in WRONG]
     pairs += [((OURS, TRUE), (arm, TRUE)) for arm in (LORA, TOLD, BASE)]
-    pairs += [((LONGER, TRUE), (arm, TRUE)) for arm in (OURS, TOLD)]
+    pairs += [((arm, TRUE), (other, TRUE)) for arm, other in ((WHITENED, OURS), (WHITENED, TOLD), (LONGER, TOLD))]
+    pairs += [((arm, TRUE), (arm, "nearest trained")) for arm in (WHITENED, LONGER)]
     print("\ndifferences of exact answers, paired by task and seed")
     for (arm, condition), (other, wrong) in pairs:
         shown = []

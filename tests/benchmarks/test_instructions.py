@@ -19,7 +19,7 @@ from benchmarks.instructions.data import InstructionData, LastStates, load_data,
 from benchmarks.instructions.evaluation import TRUE, WRONG, Amount, Evaluation, judged
 from benchmarks.instructions.model import IGNORED, padded, prompt_of, split, tokens_of
 from benchmarks.instructions.operations import FAMILIES
-from benchmarks.instructions.plan import BASE, LORA, OURS, TOLD, Run, Study
+from benchmarks.instructions.plan import BASE, LONGER, LORA, OURS, TOLD, WHITENED, Run, Study
 from benchmarks.instructions.runs import answers_of, draws
 from benchmarks.instructions.shots import FRESH, ShotRun
 from benchmarks.instructions.tasks import KINDS, Operation, Task, operations, subset, trained_wordings
@@ -278,10 +278,12 @@ def test_study_runs_and_goes_on_where_it_was(
     assert {runs.run_of(row) for row in rows} == {
         *(Run("tune", OURS, one, 0, 0) for one in study.FAST.arms[OURS]),
         *(Run("tune", FRESH, one, 0, 0) for one in study.FAST.shot_arms[FRESH]),
-        Run("ablate", "whitened", rate, 0, 0),
+        Run("ablate", "width 16", rate, 0, 0),
         Run("test", OURS, rate, 0, 1),
         Run("test", TOLD, 5e-3, 0, 1),
         Run("test", LORA, 5e-3, 0, 1),
+        Run("test", WHITENED, 5e-3, 0, 1),
+        Run("test", LONGER, 5e-3, 0, 1),
         Run("test", BASE, 0.0, 0, 1),
         Run("curve", OURS, rate, 4, 1),
         *(Run("shots", arm, runs.rate(arm), 0, 1) for arm in study.FAST.shot_arms),
