@@ -31,13 +31,17 @@ def predict(
         typer.Option(help="The task of all rows.", show_default="the one in each row's column, or the only task"),
     ] = None,
     task_column: Annotated[str, typer.Option(help="The column that names the task of each row.")] = "task",
-    output: Annotated[Path | None, typer.Option(help="File to write to, a JSON object in each line.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write to, .jsonl: a JSON object in each line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens that a language model writes at most.", min=1)] = 64,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Answer texts, or the rows of files: labels with scores, or what a language model writes."""
+    if output is not None and output.suffix != ".jsonl":
+        raise typer.BadParameter(
+            f"--output {output} gets a JSON object in each line, but does not end in .jsonl. Name a file that does."
+        )
     if output is not None and output.exists() and any(os.path.isfile(one) and output.samefile(one) for one in inputs):
         raise ValueError(f"--output {output} is one of the files to answer, and would replace it. Name another file.")
     with quiet_output(f"loading {adapter} and its base model"):
@@ -59,12 +63,12 @@ def predict(
 
 def _rows(inputs: Sequence[str]) -> list[tuple[str, Any]]:
     """Each row with its place for messages."""
-    from hyperadapt.recipes.queries import FILES, read_rows
+    from hyperadapt.recipes.queries import FILES, read_rows, text_lines
 
     rows: list[tuple[str, Any]] = []
     for one in inputs:
         if one == _STDIN:
-            lines = [line for line in typer.get_text_stream("stdin").read().splitlines() if line.strip()]
+            lines = text_lines(typer.get_binary_stream("stdin").read(), "The standard input")
             rows += [(f"Line {place} of the standard input", line) for place, line in enumerate(lines, 1)]
         elif os.path.isfile(one) or (one.endswith(FILES) and not any(letter.isspace() for letter in one)):
             rows += [(f"{one}, row {place}", row) for place, row in enumerate(read_rows(one), 1)]

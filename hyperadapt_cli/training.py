@@ -34,7 +34,8 @@ def train(
         Path | None, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE", exists=True, dir_okay=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write to, instead of the recipe's or the adapter's own.")
+        Path | None,
+        typer.Option(help="Folder to write to, instead of the recipe's or the adapter's own.", file_okay=False),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a finished run in the folder.")] = False,
@@ -99,7 +100,10 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Rows of each task at most, drawn at random.", min=1)] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(help="File to write the answer to each row to; without an ADAPTER, a file of answers to measure."),
+        typer.Option(
+            help="File to write the answer to each row to; without an ADAPTER, a file of answers to measure.",
+            dir_okay=False,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 64,
     controls: Annotated[
@@ -129,12 +133,17 @@ def evaluate(
             run, split.value, task, batch_size, controls=controls, limit=limit, predictions=predictions
         )
         missing = missing_of(run, results)
+        why_not = f"the results lack {missing}" if missing else ""
         if Path(adapter).is_dir() and not missing:
-            run = save_record(run, results)
-            write_report(run.model, run.recipe, run.record, run.folder, measure(run.model), figures=False)
+            try:
+                run = save_record(run, results)
+                write_report(run.model, run.recipe, run.record, run.folder, measure(run.model), figures=False)
+            except OSError as error:
+                # The folder may be there to be read by many.
+                why_not = f"{run.folder} cannot be written ({error.strerror})"
     lines = [*_results_lines(results), *([_controls_table(results)] if controls else [])]
-    if missing:
-        lines.append(f"not recorded, since the results lack {missing}")
+    if why_not:
+        lines.append(f"not recorded, since {why_not}")
     if predictions is not None:
         lines.append(f"answers saved to {predictions}")
     show(results, "\n".join(lines), as_json)
@@ -194,7 +203,9 @@ def add_task(
     learning_rate: Annotated[
         float | None, typer.Option(help="Rate of the training.", show_default="the recipe's")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write to, instead of changing the adapter's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to, instead of changing the adapter's.", file_okay=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Add a task to a trained adapter: by a description alone, fitted to examples, or trained.
@@ -259,7 +270,12 @@ def _folder_to_write(adapter: str, output: Path | None) -> Path:
     """Where an adapter that was changed goes."""
     if output is None and not Path(adapter).is_dir():
         raise typer.BadParameter(f"{adapter!r} is a name on the Hub. Name a folder to write to with --output.")
-    return output or Path(adapter)
+    if output is None:
+        return Path(adapter)
+    folder = output.expanduser()
+    if folder.resolve() != Path(adapter).resolve() and folder.is_dir() and any(folder.iterdir()):
+        raise typer.BadParameter(f"--output {output} is a folder with files. Name a new one, so that none is replaced.")
+    return folder
 
 
 def _check_training(train: bool, examples: Path | None, options: Mapping[str, object]) -> None:

@@ -58,11 +58,11 @@ class Settings:
     arms: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
             OURS: (5e-3, 1e-2),
+            WHITENED: (5e-3, 1e-2),
+            LONGER: (),
             TOLD: (5e-3, 1e-2),
             LORA: (5e-3, 1e-2),
             BASE: (0.0,),
-            WHITENED: (5e-3, 1e-2),
-            LONGER: (),
         }
     )
     shots: Shots = field(default_factory=Shots)

@@ -124,7 +124,7 @@ def _print_differences(arms: dict[str, list[Row]]) -> None:
             shown.append("" if one is None or two is None else str(difference(one, two)))
         if any(shown):
             name = f"{arm}, {condition} - {other}, {wrong}"
-            print(f"{name:<56}" + "".join(f"{text:<24}" for text in shown).rstrip())
+            print(f"{name:<66}" + "".join(f"{text:<24}" for text in shown).rstrip())
 
 
 def _print_shots(study: Study, rows: Sequence[Row]) -> None:

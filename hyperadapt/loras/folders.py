@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME
+
 from hyperadapt.cards.card import CARD, may_be_written_anew
 from hyperadapt.cards.lora_card import lora_card
 from hyperadapt.config.checks import check_choice, shown
+from hyperadapt.config.config import HyperAdapterType
 from hyperadapt.files import whole_folders
 from hyperadapt.loras.file_formats import FORMATS
-from hyperadapt.loras.lora import Lora, LoraFamily, warn_of_mistaken_names, warn_of_zeros
+from hyperadapt.loras.lora import Lora, LoraFamily, warn_of_mistakes, warn_of_zeros
 
 # Folders of these names, also with an ending, cannot be made on Windows.
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{digit}" for name in ("com", "lpt") for digit in range(10))}
@@ -52,15 +56,29 @@ def write_loras(loras: Iterable[Lora], folders: Sequence[Path], format: str) -> 
             families.append(lora.family)
     warn_of_zeros(zeros)
     # All of a call are of one adapter.
-    warn_of_mistaken_names(families[:1], format)
+    warn_of_mistakes(families[:1], format)
 
 
 def check_places(folders: Iterable[Path], format: str) -> None:
-    """Refuse an unknown format, and what is no folder in the place of one."""
+    """Refuse an unknown format, what is no folder in the place of one, and the folder of a hyperadapter."""
     check_choice("format", format, tuple(FORMATS))
+    folders = list(folders)
+    for folder in folders:
+        if _holds_hyperadapter(folder):
+            raise ValueError(
+                f"directory={str(folder)!r} holds a hyperadapter, which the LoRA would replace. Pass another folder."
+            )
     for place in {folder: None for path in folders for folder in (path, *path.parents)}:
         if os.path.lexists(place) and not place.is_dir():
             raise ValueError(f"directory={str(place)!r} is a file; pass a folder.")
+
+
+def _holds_hyperadapter(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("peft_type") == HyperAdapterType.HYPERADAPTER.value
 
 
 def write_lora(lora: Lora, place: Path, folder: Path, format: str) -> None:

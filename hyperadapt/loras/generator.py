@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.loras.file_formats import peft_tensors
 from hyperadapt.loras.folders import check_folder_names, check_places, write_loras
 from hyperadapt.loras.library import unfinished_library
-from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors, warn_of_mistaken_names, warn_of_zeros
+from hyperadapt.loras.lora import Lora, LoraFamily, lora_tensors, warn_of_mistakes, warn_of_zeros
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import active_network, find_tuner
 from hyperadapt.tuner.model import HyperAdapterModel
@@ -51,7 +51,7 @@ class GeneratedLora:
         Returns:
             As of ``LoraGenerator.state_dict``.
         """
-        return peft_tensors(self.lora)
+        return _copied(peft_tensors(self.lora))
 
     def save(self, folder: str | os.PathLike[str], *, format: str = "peft") -> None:  # noqa: DOC502
         """Write the LoRA as a folder.
@@ -127,7 +127,10 @@ class LoraGenerator:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> LoraGenerator:  # noqa: DOC502
-        """The generator of the adapter that is active in a model, whose parameters it uses.
+        """The generator of the adapter that is active in a model.
+
+        It uses the model's hypernetwork, and copies of what is trained in full (``modules_to_save``): after more
+        training make a new one.
 
         Args:
             model: A ``PeftModel`` with a hyperadapter. If it is sharded over processes, all must call this.
@@ -140,11 +143,10 @@ class LoraGenerator:
                 gathered.
         """
         adapter_name, network = active_network(model)
-        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        prefix = f"base_model.{HyperAdapterModel.prefix}"
-        others = {key: value.cpu().contiguous() for key, value in state_dict.items() if not key.startswith(prefix)}
-        generator = cls(whole_network(network), others)
+        generator = cls(whole_network(network), _trained_in_full(model, adapter_name))
         generator._model = find_tuner(model)
+        uncommon = _uncommon_convolutions(generator._model, network)
+        generator._family = replace(generator._family, uncommon_convolutions=uncommon)
         return generator
 
     @property
@@ -181,7 +183,7 @@ class LoraGenerator:
             ValueError: If the task is unknown.
         """
         [lora] = loras_of(self, [task])
-        return peft_tensors(lora)
+        return _copied(peft_tensors(lora))
 
     def save(self, task: str, folder: str | os.PathLike[str], *, format: str = "peft") -> None:  # noqa: DOC502
         """Write one task as a LoRA folder, as ``export_lora`` does.
@@ -240,7 +242,7 @@ class LoraGenerator:
                     bar.set_postfix_str(library.progress, refresh=False)
                     bar.update()
         warn_of_zeros(zeros)
-        warn_of_mistaken_names([self._family], format)
+        warn_of_mistakes([self._family], format)
         return folders
 
     def from_description(  # noqa: DOC502
@@ -319,6 +321,26 @@ class LoraGenerator:
         made = self.network(condition, is_whole=True)
         factors = {name: lora_tensors(family.positions[name], one, family.r) for name, one in made.items()}
         return Lora(family, factors, task, descriptions)
+
+
+def _trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Modules that are saved with an adapter, by the names of their tensors in a file; tied ones have a copy each."""
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    prefix = f"base_model.{HyperAdapterModel.prefix}"
+    others = {key: value.detach() for key, value in state_dict.items() if not key.startswith(prefix)}
+    return {key: value.to("cpu", copy=True).contiguous() for key, value in others.items()}
+
+
+def _uncommon_convolutions(tuner: HyperAdapterModel, network: HyperAdapterNetwork) -> list[str]:
+    """The adapted convolutions with a dilation or padding mode."""
+    names = [position.name for position in network.positions if position.kernel is not None]
+    bases = {name: tuner.model.get_submodule(name).get_base_layer() for name in names}
+    return [name for name, base in bases.items() if set(base.dilation) != {1} or base.padding_mode != "zeros"]
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that may be trained, or changed, without a change elsewhere."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _check_finite(network: HyperAdapterNetwork) -> None:

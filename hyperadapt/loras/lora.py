@@ -34,12 +34,14 @@ RANKS = (8, 16, 32, 64, 128, 256)
 class LoraFamily:
     """What the LoRAs of one hyperadapter share: its configuration, positions by path, and modules trained in full.
 
-    The latter are tensors by their names in a saved adapter.
+    The latter are tensors by their names in a saved adapter. Of a live model it is known which convolutions have a
+    dilation or padding mode.
     """
 
     adapter: HyperAdapterConfig
     positions: Mapping[str, Position]
     saved: Mapping[str, Tensor]
+    uncommon_convolutions: Sequence[str] = ()
 
     @cached_property
     def base(self) -> AdaptedModel:
@@ -144,21 +146,33 @@ class Lora:
         }
 
 
-def warn_of_mistaken_names(families: Sequence[LoraFamily], format: str) -> None:
-    """Say that PEFT takes linear layers of some mixtures for experts, which had their names before transformers 5."""
+def warn_of_mistakes(families: Sequence[LoraFamily], format: str) -> None:
+    """Say what PEFT makes of an export that it does not compute as it is meant."""
     for family in families if format == "peft" else ():
-        model_type = (family.base.config or {}).get("model_type", "")
-        mistaken = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), {})
-        modules = [name for name, one in family.positions.items() if not one.experts]
-        names = [name for name in modules if name.rpartition(".")[2] in mistaken]
-        if names:
-            endings = "|".join(sorted({name.rpartition(".")[2] for name in names}))
+        _warn_of_mistaken_names(family)
+        if family.uncommon_convolutions:
             warnings.warn(
-                f"The export adapts {shown(names)}, linear layers of a model of type {model_type!r}. PEFT takes their "
-                "names for those of experts, and cannot load the export as it is. For one that it loads, leave them "
-                f"out when the adapter is made: exclude_modules=r'.*\\.({endings})'. Or merge the task.",
+                f"The export adapts {shown(family.uncommon_convolutions)}, which have a dilation or padding mode. PEFT "
+                "computes LoRAs of convolutions without. Merge the export where it is loaded (merge_and_unload): that "
+                "is exact.",
                 stacklevel=4,
             )
+
+
+def _warn_of_mistaken_names(family: LoraFamily) -> None:
+    """PEFT takes linear layers of some mixtures for experts, which had their names before transformers 5."""
+    model_type = (family.base.config or {}).get("model_type", "")
+    mistaken = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), {})
+    modules = [name for name, one in family.positions.items() if not one.experts]
+    names = [name for name in modules if name.rpartition(".")[2] in mistaken]
+    if names:
+        endings = "|".join(sorted({name.rpartition(".")[2] for name in names}))
+        warnings.warn(
+            f"The export adapts {shown(names)}, linear layers of a model of type {model_type!r}. PEFT takes their "
+            "names for those of experts, and cannot load the export as it is. For one that it loads, leave them "
+            f"out when the adapter is made: exclude_modules=r'.*\\.({endings})'. Or merge the task.",
+            stacklevel=5,
+        )
 
 
 def warn_of_zeros(loras: Sequence[str | None]) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,6 +21,18 @@ from hyperadapt.recipes.recipe import Recipe
 
 # None would ask whether to run code that comes with a model.
 SAFELY: dict[str, Any] = {"trust_remote_code": False}
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, which cuts texts to the positions that the model has, if it counts them."""
+    options = {**SAFELY, "revision": recipe.revision or "main"}
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(recipe.base_model, **options)
+    config = AutoConfig.from_pretrained(recipe.base_model, **options).get_text_config()
+    # XLNet has -1 for no limit.
+    positions = getattr(config, "max_position_embeddings", None) or -1
+    if 0 < positions < tokenizer.model_max_length:
+        tokenizer.model_max_length = positions
+    return tokenizer
 
 
 def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

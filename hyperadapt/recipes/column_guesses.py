@@ -20,8 +20,12 @@ _PAIRS = (
 _LABELS = ("label", "labels", "category", "class", "intent", "sentiment", "topic", "target", "label_text")
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "source")
 _ANSWERS = ("completion", "response", "answer", "output", "target", "reply")
+_CHATS = ("messages", "conversation", "conversations", "chat")
+_NAMES = {*_TEXTS, *_LABELS, *_PROMPTS, *_ANSWERS, *_CHATS, *(name for pair in _PAIRS for name in pair)}
 _INTEGER = re.compile(r"-?\d+")
 _MOST_LABELS = 1000
+# Values that a file of few rows may have as labels, though they hardly come again.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,16 @@ def guess_columns(columns: Columns, task: str) -> Guess:
     found = (
         _dialogues(columns, texts, chats, ("prompt",), ("completion",))
         or _whole_chats(columns, chats)
-        or _labelled(columns, task, kinds, _named(kinds, _LABELS))
+        or _labelled(columns, task, kinds, _named(_repeated(columns, kinds), _LABELS))
         or _dialogues(columns, texts, chats, _PROMPTS, _ANSWERS)
-        or _labelled(columns, task, kinds, _few_valued(columns, kinds))
+        or _labelled(columns, task, kinds, _named(_repeated(columns, kinds, _FEW), _LABELS))
     )
     if found is None:
+        _check_labels(columns, kinds)
+        found = _labelled(columns, task, kinds, _few_valued(columns, kinds))
+    if found is None:
+        _check_filled(columns, [name for name in kinds if name.lower() in _NAMES])
+        _check_are_few(columns, kinds)
         raise ValueError(
             f"{columns.place} has the columns {shown(list(kinds))}, among which neither texts with labels, prompts "
             "with completions nor chats were found. Name the columns so (text and label, prompt and completion, or "
@@ -76,10 +85,54 @@ def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:
 
 
 def _few_valued(columns: Columns, kinds: Mapping[str, str]) -> str | None:
-    """The column whose values come again most often, at least twice each."""
-    counts = {name: len(set(columns.values[name])) for name, kind in kinds.items() if kind in ("text", "integer")}
-    often = [name for name, count in counts.items() if 2 * count <= len(columns.values[name])]
-    return min(often, key=counts.__getitem__, default=None)
+    """The column whose values come again most often, at least twice each; one value alone tells nothing."""
+    counts = {name: len(set(columns.values[name])) for name in _repeated(columns, kinds)}
+    return min((name for name, count in counts.items() if count > 1), key=counts.__getitem__, default=None)
+
+
+def _repeated(columns: Columns, kinds: Mapping[str, str], few: int = 0) -> list[str]:
+    """The columns whose values may be labels: each comes twice on average, or there are few, or they have names."""
+    return [
+        name
+        for name, kind in kinds.items()
+        if kind in ("text", "integer")
+        and (len(set(values := columns.values[name])) <= max(len(values) // 2, few) or columns.names.get(name))
+    ]
+
+
+def _check_labels(columns: Columns, kinds: Mapping[str, str]) -> None:
+    """Refuse a row that keeps a column of labels, by its name, from being one."""
+    label = _named(kinds, _LABELS)
+    if label is None or kinds[label] != "other":
+        return
+    _check_filled(columns, [label])
+    values = columns.values[label]
+    kind = "integer" if _kind(values[:1]) == "integer" else "text"
+    row = next(row for row, value in enumerate(values) if _kind([value]) != kind)
+    raise ValueError(
+        f"{columns.place}, row {row + 1} has {shown(values[row])} ({type(values[row]).__name__}) in column {label!r}, "
+        "but labels are names, or integers in every row. Write a name in its place, or drop the row."
+    )
+
+
+def _check_filled(columns: Columns, names: Iterable[str]) -> None:
+    for name in names:
+        if None in columns.values[name]:
+            row = list(columns.values[name]).index(None) + 1
+            raise ValueError(f"{columns.place}, row {row} has nothing in column {name!r}. Fill it in, or drop the row.")
+
+
+def _check_are_few(columns: Columns, kinds: Mapping[str, str]) -> None:
+    """Refuse values that differ from row to row in a column of labels, by its name."""
+    label = _named(kinds, _LABELS)
+    has_text = any(kind == "text" for name, kind in kinds.items() if name != label)
+    if label is not None and has_text and kinds[label] in ("text", "integer"):
+        values = columns.values[label]
+        raise ValueError(
+            f"{columns.place} has {len(set(values))} values in the {len(values)} rows of column {label!r}, which are "
+            "too many for labels. If they are answers, name the columns prompt and completion; or write the recipe "
+            "yourself: its tasks can name columns."
+        )
 
 
 def _dialogues(
@@ -95,7 +148,7 @@ def _dialogues(
 
 
 def _whole_chats(columns: Columns, chats: Sequence[str]) -> Guess | None:
-    name = _named(chats, ("messages", "conversation", "conversations", "chat", *chats))
+    name = _named(chats, (*_CHATS, *chats))
     if name is None:
         return None
     words = f"chats in {name!r}, whose last message is learned"

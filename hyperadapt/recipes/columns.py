@@ -62,6 +62,8 @@ def file_columns(path: Path, place: str) -> Columns:
 
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Letters of a field. It is a C long, which has 32 bits on some machines.
+_LONGEST = 2**31 - 1
 
 
 def read_objects(path: Path, place: str) -> list[dict[str, Any]]:
@@ -88,7 +90,10 @@ def read_objects(path: Path, place: str) -> list[dict[str, Any]]:
 def _csv_rows(file: Iterable[str], delimiter: str, place: str) -> Iterator[dict[str, Any]]:
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     index = 0
+    # It is the module's, of which other code may rely on another one.
+    limit = csv.field_size_limit(_LONGEST)
     try:
+        _check_header(reader.fieldnames or (), place)
         for index, row in enumerate(reader, 1):
             if None in row:
                 raise ValueError(
@@ -98,6 +103,15 @@ def _csv_rows(file: Iterable[str], delimiter: str, place: str) -> Iterator[dict[
             yield row
     except csv.Error as error:
         raise ValueError(f"{place}, row {index + 1} cannot be read ({error}). Check its quotes.") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_header(names: Sequence[str], place: str) -> None:
+    for name in names:
+        # Those without a name, as spreadsheets leave at the end of lines, cannot be asked for.
+        if name and names.count(name) > 1:
+            raise ValueError(f"{place} has two columns {name!r} in its first line. Rename one, or drop it.")
 
 
 def _json_lines(file: Iterable[str], place: str) -> Iterator[Any]:

@@ -36,12 +36,18 @@ def read_rows(source: str | os.PathLike[str]) -> list[Row]:
         raise ValueError(f"{str(path)!r} has an unknown ending. Give a file of {', '.join(FILES)}.")
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is no file. Correct the path; a text that ends so goes into a .txt file.")
-    if path.suffix != ".txt":
-        return list(read_objects(path, str(path)))
+    if path.suffix == ".txt":
+        return text_lines(path.read_bytes(), repr(str(path)))
+    return list(read_objects(path, str(path)))
+
+
+def text_lines(data: bytes, place: str) -> list[Row]:
+    """The lines that are not blank. Only a line feed ends one, as for other tools: Python splits at much else."""
     try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}). Save it as UTF-8.") from None
+        raise ValueError(f"{place} is not in UTF-8 ({error}). Save it as UTF-8.") from None
+    return [line.removesuffix("\r") for line in lines if line.strip()]
 
 
 def checked_queries(

@@ -270,8 +270,21 @@ def _check_together(file: YamlFile, recipe: Recipe) -> None:
             ("training", "eval_strategy"),
             f"training.eval_strategy={shown(eval_strategy)} needs a validation split of every task.",
         )
+    _check_metric(file, recipe)
     _add_complaints(file, "training", recipe, lambda given: given.training_arguments("checkpoints"))
     _add_complaints(file, "trainer", recipe, _sampler)
+
+
+def _check_metric(file: YamlFile, recipe: Recipe) -> None:
+    """Add a problem if what is to choose the checkpoint is not measured, which the trainer finds out late."""
+    measures = ["loss"] if recipe.adapter.get("task_type") == "CAUSAL_LM" else ["accuracy", "loss"]
+    known = [f"{name}_{measure}" for name in ("mean", *recipe.tasks) for measure in measures]
+    metric = recipe.training.get("metric_for_best_model", "mean_loss")
+    if metric.removeprefix("eval_") not in known:
+        file.refuse(
+            ("training", "metric_for_best_model"),
+            f"training.metric_for_best_model={shown(metric)} is not measured. Choose one of {shown(known)}.",
+        )
 
 
 def _sampler(recipe: Recipe) -> TaskSampler:

@@ -87,6 +87,8 @@ def _label_names(columns: Columns, column: str, declared: Sequence[str] | None) 
     labels = []
     for row, value in enumerate(values, 1):
         place = f"{columns.place}, row {row}"
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{place} has an empty label in column {column!r}. Fill it in, or drop the row.")
         if columns.is_text and value not in (names or [value]) and re.fullmatch(r"-?\d+", value):
             value = int(value)
         if isinstance(value, int) and not isinstance(value, bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Collection, Mapping
@@ -173,7 +174,7 @@ def recipe_sections(folder: Path, to_train: bool) -> dict[str, Section]:
         "base_model": partial(_checked_source, folder, True),
         "revision": check_text,
         "dtype": partial(check_choice, choices=("float32", "bfloat16", "float16")),
-        "output_dir": check_text,
+        "output_dir": _checked_folder,
         "max_length": partial(check_integer, maximum=2**20),
         "tasks": check_tasks,
         **dict.fromkeys(sections),
@@ -253,6 +254,12 @@ def checked_labels(name: str, value: Any) -> tuple[str, ...]:
     if len(set(labels)) < len(labels):
         raise ValueError(f"{name}={shown(value)} holds a name twice. Give every label a name of its own.")
     return labels
+
+
+def _checked_folder(name: str, value: Any) -> str:
+    """A folder to write to, as it is given but for the user's own."""
+    check_text(name, value)
+    return os.path.expanduser(str(value))
 
 
 def _checked_source(folder: Path, must_exist: bool, name: str, value: Any) -> str:

@@ -120,11 +120,20 @@ def _files(sources: Sequence[Path]) -> list[Path]:
                 raise ValueError(f"{str(source)!r} has an unknown ending. Give files of {', '.join(SUFFIXES)}.")
             files.append(source)
             continue
-        inside = sorted(one for one in (*source.glob("*"), *source.glob("*/*")) if one.suffix in SUFFIXES)
+        inside = sorted(
+            one
+            for one in (*source.glob("*"), *source.glob("*/*"))
+            if one.suffix in SUFFIXES and not _is_hidden(one.relative_to(source))
+        )
         if not inside:
             raise ValueError(f"The folder {str(source)!r} holds no data, which are files of {', '.join(SUFFIXES)}.")
         files += inside
     return list(dict.fromkeys(files))
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether it is what programs keep for themselves, such as a notebook's checkpoints."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _common_type(guesses: Mapping[str, Guess]) -> str:

@@ -27,6 +27,8 @@ def tokenized(
         )
     columns = zip(*rows.texts, strict=True)
     encoded = dict(tokenizer(*map(list, columns), truncation=True, max_length=max_length))
+    for row, tokens in enumerate(encoded["input_ids"], 1):
+        check_tokens(f"{rows.place}, row {row}", "text", tokens)
     ids = {label: index for index, label in enumerate(labels)}
     return Dataset.from_dict({**encoded, "labels": [ids[label] for label in rows.labels]})
 
@@ -46,7 +48,7 @@ def _dialogue_tokens(
     is_chat = not isinstance(prompt, str)
     if is_chat:
         prompt, completion = _chat_texts(place, prompt, completion, tokenizer)
-    start = _opened(prompt, is_chat, tokenizer)
+    start = _opened(place, prompt, is_chat, tokenizer)
     end = tokenizer(completion, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id not in end:
         end = [*end, tokenizer.eos_token_id]
@@ -69,13 +71,21 @@ def prompt_tokens(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, m
     if is_chat:
         _check_template(place, tokenizer)
         prompt = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
-    return _last_of(_opened(prompt, is_chat, tokenizer), min(max_length, tokenizer.model_max_length), tokenizer)
+    return _last_of(_opened(place, prompt, is_chat, tokenizer), min(max_length, tokenizer.model_max_length), tokenizer)
 
 
-def _opened(prompt: str, is_chat: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def check_tokens(place: str, what: str, tokens: Sequence[int]) -> None:
+    """Refuse what a model has nothing to read of: empty or blank texts, unless the tokenizer adds tokens of its own."""
+    if not tokens:
+        raise ValueError(f"{place} has a {what} of which the tokenizer makes no token. Fill it in, or drop the row.")
+
+
+def _opened(place: str, prompt: str, is_chat: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of a text that a completion follows; a chat's template has written the special ones itself."""
     start: list[int] = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
-    return start[:-1] if not is_chat and start[-1:] == [tokenizer.eos_token_id] else start
+    start = start[:-1] if not is_chat and start[-1:] == [tokenizer.eos_token_id] else start
+    check_tokens(place, "prompt", start)
+    return start
 
 
 def _last_of(start: list[int], most: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def evaluate(
         controls: Whether to answer the rows also under other descriptions, see ``hyperadapt.controls``: up to nine
             times more work.
         limit: Rows of a task at most, drawn at random, always the same ones; None for all.
-        predictions: File for the answer to each row, a JSON object in each line, as of ``predict``.
+        predictions: File for the answer to each row, ``.jsonl``: a JSON object in each line, as of ``predict``.
 
     Returns:
         ``split``, and ``limit`` if it was given; ``tasks``, task -> ``accuracy`` (of language models: exact matches of
@@ -84,8 +85,8 @@ def evaluate(
         do as well.
 
     Raises:
-        ValueError: If a task is unknown, there is no such split, its data cannot be read, or an only task is to be
-            compared with controls.
+        ValueError: If a task is unknown, there is no such split, its data cannot be read, `predictions` is one of their
+            files or ends otherwise, or an only task is to be compared with controls.
     """
     check_choice("split", split, SPLITS)
     known = run.recipe.tasks
@@ -94,7 +95,7 @@ def evaluate(
         raise ValueError(
             f"tasks names {shown(unknown)}, which are no tasks of the run. Its tasks: {shown(list(known))}."
         )
-    names = list(tasks) if tasks else [name for name in known if getattr(known[name], split)]
+    names = list(dict.fromkeys(tasks)) if tasks else [name for name in known if getattr(known[name], split)]
     lacking = [name for name in names if getattr(known[name], split) is None]
     if lacking or not names:
         raise ValueError(
@@ -103,6 +104,8 @@ def evaluate(
         )
     if limit is not None:
         check_integer("limit", limit, MAX_ROWS)
+    if predictions is not None:
+        _check_output(predictions, run.recipe)
     rows = {name: sampled(read_rows(run.recipe, name, split), limit) for name in names}
     data = {name: tokenize(one, run.recipe, run.tokenizer) for name, one in rows.items()}
     answers = _answered(run, split, data, batch_size)
@@ -116,6 +119,22 @@ def evaluate(
         for name, found in _controls(run, data, batch_size).items():
             results["tasks"][name]["controls"] = found
     return results
+
+
+def _check_output(predictions: str | os.PathLike[str], recipe: Recipe) -> None:
+    """Refuse a file that is not read again, and one of the run's own rows."""
+    path = Path(predictions)
+    if path.suffix != ".jsonl":
+        raise ValueError(
+            f"predictions={str(path)!r} gets a JSON object in each line, but does not end in .jsonl. Name a file that "
+            "does."
+        )
+    files = [file for task in recipe.tasks.values() for split in SPLITS if (file := getattr(task, split)) is not None]
+    for file in files:
+        if path.exists() and Path(file).exists() and path.samefile(file):
+            raise ValueError(
+                f"predictions={str(path)!r} holds rows of the run, which would be lost. Name another file."
+            )
 
 
 def _controls(run: Run, data: Mapping[str, Dataset], batch_size: int) -> dict[str, dict[str, Any]]:
@@ -251,7 +270,6 @@ def completion_answers(
     wanted: list[str] = []
     order: list[int] = []
     texts: list[str] = []
-    longest = max(sum(label != IGNORED for label in labels) for labels in dataset["labels"])
     collate = collator(tokenizer, "CAUSAL_LM")
     for places in batches(dataset["input_ids"], batch_size):
         rows = dataset.select(places).to_list()
@@ -259,7 +277,7 @@ def completion_answers(
         terms = row_losses(model(**batch, **asked)["logits"], batch["labels"], shift=True)
         totals += torch.stack(terms).sum(1)
         prompts, completions = zip(*(split_dialogue(row) for row in rows), strict=True)
-        given = generated(model, tokenizer, prompts, asked, longest)
+        given = generated(model, tokenizer, prompts, asked, list(map(len, completions)))
         answers = [text.strip() for text in tokenizer.batch_decode(list(completions), skip_special_tokens=True)]
         right += map(str.__eq__, given, answers)
         wanted += answers
@@ -274,9 +292,19 @@ def generated(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     asked: Mapping[str, Any],
-    max_new_tokens: int,
+    lengths: Sequence[int],
 ) -> list[str]:
-    """What a language model writes after prompts, the likeliest token each time."""
+    """What a language model writes after prompts, the likeliest token each time, as far as it can read."""
+    length, positions = max(lengths), positions_of(model)
+    if positions is not None and max(map(len, prompts)) + length > positions:
+        if len(prompts) > 1:
+            # A row may fit where the one's prompt and the other's completion do not.
+            half = len(prompts) // 2
+            parts = ((prompts[:half], lengths[:half]), (prompts[half:], lengths[half:]))
+            return [text for part, counts in parts for text in generated(model, tokenizer, part, asked, counts)]
+        # As a row that is cut loses its beginning.
+        prompts = [prompts[0][-(positions - 1) :]]
+        length = positions - len(prompts[0])
     pad = tokenizer.pad_token_id
     padded = [
         pad_sequence([torch.tensor(one) for one in rows], True, value, "left").to(model.device)
@@ -286,13 +314,20 @@ def generated(
         input_ids=padded[0],
         attention_mask=padded[1],
         **asked,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=length,
         do_sample=False,
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )
     texts = tokenizer.batch_decode(output[:, padded[0].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens a model can read; None if it has no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # XLNet has -1.
+    return positions if positions is not None and positions > 0 else None
 
 
 def split_dialogue(row: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:

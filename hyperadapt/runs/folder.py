@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -75,10 +75,19 @@ def _is_remnant(path: Path) -> bool:
 
 
 def _check_same(begun: Recipe, recipe: Recipe, folder: Path) -> None:
-    names = [field.name for field in fields(Recipe) if field.name != "output_dir"]
-    changed = [name for name in names if getattr(begun, name) != getattr(recipe, name)]
+    one, two = _to_train(begun), _to_train(recipe)
+    names = [field.name for field in fields(Recipe) if field.name not in ("output_dir", "card")]
+    changed = [name for name in names if getattr(one, name) != getattr(two, name)]
     if changed:
         raise ValueError(
             f"The unfinished run in output_dir={str(folder)!r} was begun with another recipe: {', '.join(changed)} "
             "changed. Undo that, or ask to overwrite the run."
         )
+
+
+def _to_train(recipe: Recipe) -> Recipe:
+    """A recipe without what only the evaluation in the end reads."""
+    tasks = {name: replace(task, test=None) for name, task in recipe.tasks.items()}
+    training = {name: value for name, value in recipe.training.items() if name != "per_device_eval_batch_size"}
+    max_rows = {split: count for split, count in recipe.max_rows.items() if split != "test"}
+    return replace(recipe, tasks=tasks, training=training, max_rows=max_rows)

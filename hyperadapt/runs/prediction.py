@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hyperadapt.config.checks import check_integer, shown
 from hyperadapt.recipes.columns import read_objects
 from hyperadapt.recipes.queries import Query, Row, checked_queries, read_rows
-from hyperadapt.recipes.tokens import collator, prompt_tokens
+from hyperadapt.recipes.tokens import check_tokens, collator, prompt_tokens
 from hyperadapt.runs.answer_lines import classified, completed
 from hyperadapt.runs.evaluation import batches, generated, majority, summary
 from hyperadapt.runs.run import Run
@@ -84,7 +84,9 @@ def _tokens(run: Run, query: Query) -> dict[str, Any]:
     if run.recipe.task_type == "CAUSAL_LM":
         return {"input_ids": prompt_tokens(query.place, query.texts[0], run.tokenizer, run.recipe.max_length)}
     length = min(run.recipe.max_length, run.tokenizer.model_max_length)
-    return dict(run.tokenizer(*query.texts, truncation=True, max_length=length))
+    tokens = dict(run.tokenizer(*query.texts, truncation=True, max_length=length))
+    check_tokens(query.place, "text", tokens["input_ids"])
+    return tokens
 
 
 def _classes(
@@ -109,7 +111,8 @@ def _completions(
     asked: Mapping[str, Any],
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
-    texts = generated(run.model, run.tokenizer, [one["input_ids"] for one in tokens], asked, max_new_tokens)
+    prompts = [one["input_ids"] for one in tokens]
+    texts = generated(run.model, run.tokenizer, prompts, asked, [max_new_tokens] * len(prompts))
     return [
         completed(query.task, query.texts[0], text, query.expected) for query, text in zip(queries, texts, strict=True)
     ]

@@ -58,7 +58,7 @@ class Run:
     folder: Path
 
 
-def load_run(  # noqa: DOC502
+def load_run(  # noqa: DOC503
     source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> Run:
     """Load a trained adapter, onto the accelerator if there is one.
@@ -73,7 +73,7 @@ def load_run(  # noqa: DOC502
 
     Raises:
         RecipeError: If its recipe is wrong, or the base model's folder is gone.
-        ValueError: If the folder holds no run.
+        ValueError: If the folder holds no run, or its recipe and its adapter have other tasks.
     """
     folder = find_folder(source, revision, token)
     record = Record.load(folder)
@@ -81,6 +81,12 @@ def load_run(  # noqa: DOC502
     tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
     with quiet_loading():
         model = PeftModel.from_pretrained(load_base(recipe, tokenizer), str(folder))
+    tasks = active_network(model)[1].config.task_names
+    if tasks != list(recipe.tasks):
+        raise ValueError(
+            f"{folder / RECIPE} names the tasks {shown(list(recipe.tasks))}, and the adapter beside it has "
+            f"{shown(tasks)}, in this order: it was changed and saved without its run. Edit the file to match."
+        )
     if active_network(model)[1].config.task_labels is None:
         # Saved before adapters kept them.
         for name, task in recipe.tasks.items():
@@ -183,14 +189,19 @@ def save_run(run: Run, folder: str | os.PathLike[str], *, figures: bool = False)
     """
     folder = Path(folder)
     diagnosis = measure(run.model)
+    write_run(run, folder)
+    # Apart, so that what goes wrong with a picture costs no training.
+    write_report(run.model, run.recipe, run.record, folder, diagnosis, figures=figures)
+
+
+def write_run(run: Run, folder: Path) -> None:
+    """Write adapter, tokenizer, recipe and record, all of them or nothing."""
     with whole_folder(folder, seal=RECORD) as new:
         with _without_card(run.model):
             run.model.save_pretrained(str(new))
         run.tokenizer.save_pretrained(str(new))
         run.recipe.save(new / RECIPE, folder)
         run.record.save(new)
-    # Apart, so that what goes wrong with a picture costs no training.
-    write_report(run.model, run.recipe, run.record, folder, diagnosis, figures=figures)
 
 
 def save_record(run: Run, results: dict[str, Any]) -> Run:

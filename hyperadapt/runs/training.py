@@ -19,7 +19,6 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import (
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -30,14 +29,16 @@ from transformers import (
     set_seed,
 )
 
-from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
+from hyperadapt.diagnosis import Diagnosis, measure
+from hyperadapt.recipes.base_models import load_base, load_tokenizer, quiet_loading
 from hyperadapt.recipes.recipe import Recipe
 from hyperadapt.recipes.rows import read_rows
 from hyperadapt.recipes.tokens import collator
-from hyperadapt.runs.evaluation import evaluate_rows, no_better_lines, tokenize
+from hyperadapt.runs.evaluation import evaluate, evaluate_rows, no_better_lines, tokenize
 from hyperadapt.runs.folder import CHECKPOINTS, begin, check_folder, is_finished, last_checkpoint
-from hyperadapt.runs.record import Record, hardware, prompt_of, versions
-from hyperadapt.runs.run import Run, load_run, save_run
+from hyperadapt.runs.record import TOLD, Record, hardware, prompt_of, versions
+from hyperadapt.runs.report import write_report
+from hyperadapt.runs.run import Run, load_run, write_run
 from hyperadapt.trainer.trainer import HyperAdapterTrainer
 
 Data = Mapping[str, Mapping[str, Dataset]]
@@ -65,7 +66,8 @@ def train(  # noqa: DOC502
 
     Args:
         recipe: The recipe, whose `output_dir` is written to.
-        resume: Whether to go on with an unfinished run in the folder. A finished one is loaded as it is.
+        resume: Whether to go on with an unfinished run in the folder. A finished one is loaded as it is, and evaluated
+            if that was not done.
         overwrite: Whether to replace a run in the folder.
         figures: Whether to draw pictures for the card, if matplotlib is installed.
         report: Gets a line of text for each stage and log, and in the end for each task that is no better than its
@@ -79,9 +81,17 @@ def train(  # noqa: DOC502
             stay.
     """
     started, folder = time.monotonic(), Path(recipe.output_dir)
-    if resume and is_finished(folder):
-        return load_run(folder)
     say = report or (lambda line: None)
+    if resume and is_finished(folder):
+        run = load_run(folder)
+        if run.record.results:
+            return run
+        # The training ended, and the evaluation did not.
+        split = next(split for split in TOLD if any(getattr(task, split) for task in run.recipe.tasks.values()))
+        batch_size = recipe.training_arguments(folder / CHECKPOINTS).per_device_eval_batch_size
+        with quiet_loading() if report is None else nullcontext():
+            results = evaluate(run, split, batch_size=batch_size)
+        return _reported(run, results, measure(run.model), say, figures)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
     checkpoint = last_checkpoint(folder) if resume else None
     labelled, tokenizer, data, trainer, prompts = prepared(recipe, folder / CHECKPOINTS, report)
@@ -90,17 +100,27 @@ def train(  # noqa: DOC502
     say(f"training on {sum(map(len, data['train'].values()))} rows")
     trainer.train(resume_from_checkpoint=checkpoint)
     facts, history = training_facts(trainer, data), trainer.state.log_history
+    facts["seconds"] = round(time.monotonic() - started)
     run = Run(model.eval(), tokenizer, labelled, Record(facts, {}, history, prompts), folder)
-    split = next(split for split in ("test", "validation", "train") if data[split])
+    # It refuses what diverged.
+    diagnosis = measure(run.model)
+    # Now, so that what goes wrong with the evaluation costs no training.
+    write_run(run, folder)
+    split = next(split for split in TOLD if data[split])
     with quiet_loading() if report is None else nullcontext():
         results = evaluate_rows(run, split, data[split], trainer.args.per_device_eval_batch_size)
+    return _reported(run, results, diagnosis, say, figures)
+
+
+def _reported(run: Run, results: dict[str, Any], diagnosis: Diagnosis, say: Report, figures: bool) -> Run:
+    """A run with its first results, in its record and card, without the checkpoints that its recipe does not keep."""
     for line in no_better_lines(results):
         say(line)
-    facts["seconds"] = round(time.monotonic() - started)
-    run = replace(run, record=Record(facts, results, history, prompts))
-    save_run(run, folder, figures=figures)
-    if "save_total_limit" not in recipe.training:
-        shutil.rmtree(folder / CHECKPOINTS)
+    run = replace(run, record=run.record.with_results(results))
+    run.record.save(run.folder)
+    write_report(run.model, run.recipe, run.record, run.folder, diagnosis, figures=figures)
+    if "save_total_limit" not in run.recipe.training:
+        shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
     return run
 
 
@@ -120,7 +140,7 @@ def prepared(recipe: Recipe, checkpoints: Path, report: Report | None) -> Prepar
     """Read and check all that a training of the recipe needs."""
     say = report or (lambda line: None)
     with quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(recipe.base_model, revision=recipe.revision or "main", **SAFELY)
+        tokenizer = load_tokenizer(recipe)
     say(f"reading the data of {len(recipe.tasks)} tasks")
     labelled, data, prompts = read_data(recipe, tokenizer)
     arguments = recipe.training_arguments(checkpoints)
@@ -160,6 +180,12 @@ def make_trainer(
     report: Report | None,
 ) -> HyperAdapterTrainer:
     """The trainer of a run; `recipe` has the labels of all tasks."""
+    count = sum(map(len, data["train"].values()))
+    if arguments.dataloader_drop_last and count < arguments.train_batch_size:
+        raise ValueError(
+            f"training.dataloader_drop_last=True drops all of the {count} rows to train on, which fill no batch of "
+            f"{arguments.train_batch_size}. Leave it out, or lower per_device_train_batch_size."
+        )
     is_classifier = recipe.task_type == "SEQ_CLS"
     trainer = _RecipeTrainer(
         model,

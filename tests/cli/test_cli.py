@@ -1,5 +1,6 @@
 """The command line: results on the standard output, errors in a line, exit codes, and the whole way to the Hub."""
 
+import errno
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 import hyperadapt_cli as cli
 from examples import write_recipe
 from examples.support.text_tasks import encoder_path
-from hyperadapt import LoraGenerator
+from hyperadapt import LoraGenerator, runs
 from hyperadapt.cards.card import MARKER
 from hyperadapt.loras.generator import loras_of
 from hyperadapt.loras.library import unfinished_library
@@ -195,6 +196,19 @@ def test_a_card_of_ones_own_is_kept(hyperadapt: CommandLine, adapter: Path) -> N
     hyperadapt("evaluate", adapter)
     assert "My own words." in path.read_text()
     assert "## Mine" in path.read_text()
+
+
+def test_a_folder_that_is_read_only_is_measured(
+    hyperadapt: CommandLine, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    results = hyperadapt.json("evaluate", adapter)
+    monkeypatch.setattr(runs, "save_record", refuse)
+    assert hyperadapt.json("evaluate", adapter) == results
+    lines = hyperadapt("evaluate", adapter).splitlines()
+    assert lines[-1] == f"not recorded, since {adapter} cannot be written (Permission denied)"
 
 
 def test_results_of_rows_that_were_trained_on_say_so(hyperadapt: CommandLine, tmp_path: Path) -> None:

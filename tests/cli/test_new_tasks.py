@@ -138,6 +138,8 @@ def test_a_task_is_trained(hyperadapt: CommandLine, adapter: Path, tmp_path: Pat
         (["--examples", "NEW", "--train", "--learning-rate", "-1"], 1, "error: --learning-rate -1.0 must be a finite"),
         (["--examples", "RECIPE"], 1, "recipe.yaml' has an unknown ending."),
         (["--description", "x"], 1, "error: Task 'new' needs --label, the names"),
+        (["--examples", "NEW", "--output", "NEW"], 2, "is a file."),
+        (["--description", "x", "--label", "mail", "--output", "BASE"], 2, "is a folder with files. Name a new one"),
         (["--examples", "NEW", "--train", "--steps", "0"], 2, "Invalid value for '--steps'"),
         (["--examples", "NEW", "--train", "--replay", "mail"], 2, "--replay 'mail' is not of the form TASK=FILE."),
         (["--examples", "NEW", "--train", "--replay", "=NEW"], 2, "is not of the form TASK=FILE."),
@@ -153,7 +155,7 @@ def test_errors_change_nothing(
     hyperadapt: CommandLine, adapter: Path, options: list[str], code: int, message: str
 ) -> None:
     before = contents(adapter)
-    places = {"NEW": adapter.parent / "new.jsonl", "RECIPE": adapter / "recipe.yaml"}
+    places = {"NEW": adapter.parent / "new.jsonl", "RECIPE": adapter / "recipe.yaml", "BASE": adapter.parent / "base"}
     given = [str(places[one]) if one in places else one.replace("=NEW", "=new.jsonl") for one in options]
     assert hyperadapt("add-task", adapter, "new", *given, code=code) == ""
     text = re.sub(r"[\s│╭╮╰╯─]+", " ", hyperadapt.stderr)

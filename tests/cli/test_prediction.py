@@ -42,9 +42,9 @@ def test_texts_and_files_are_answered(
 ) -> None:
     (tmp_path / "rows.csv").write_text("text,task,label\ngood,reviews,positive\nspam,mail,junk\n")
     (tmp_path / "rows.txt").write_text("bad\n\nham\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("a b\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("a\u2028b\r\n\n".encode())))
     found = hyperadapt.json("predict", adapter, "good day", tmp_path / "rows.txt", "-", "--task", "mail")["predictions"]
-    assert [line["text"] for line in found] == ["good day", "bad", "ham", "a b"]
+    assert [line["text"] for line in found] == ["good day", "bad", "ham", "a\u2028b"]
     assert all(set(line["scores"]) == {"mail", "junk"} for line in found)
     mixed = hyperadapt.json("predict", adapter, tmp_path / "rows.csv")["predictions"]
     assert [(line["task"], line["expected"]) for line in mixed] == [("reviews", "positive"), ("mail", "junk")]
@@ -99,6 +99,11 @@ def test_a_language_model_writes(hyperadapt: CommandLine, trained: dict[str, Pat
             ["predict", "ADAPTER", " ", "--task", "mail"],
             2,
             "A text to answer is empty. Write something, or leave it out.",
+        ),
+        (
+            ["predict", "ADAPTER", "a", "--output", "out.json"],
+            2,
+            "--output out.json gets a JSON object in each line, but",
         ),
         (["predict", "ADAPTER"], 2, "Missing argument"),
         (["evaluate"], 2, "Name the ADAPTER, or with --predictions a file of answers to measure."),

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from hyperadapt import export_lora, export_loras, generate_lora
+from hyperadapt import LoraGenerator, export_lora, export_loras, generate_lora
 from hyperadapt.config.checks import shown
 from hyperadapt.loras import file_formats as formats
 from hyperadapt.loras import folders, tensor_files
@@ -23,10 +23,12 @@ from tests.support.helpers import (
     TASK_TYPES,
     TASKS,
     adapted_model,
+    adapter_config,
     base_model,
     example_batch,
     letters,
     logits,
+    make_active,
     run_python,
     snapshot,
     two_adapters,
@@ -228,6 +230,35 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
         export_lora(adapted_model("llama"), "alpha", path)
     assert path.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lora_never_replaces_a_hyperadapter(tmp_path: Path) -> None:
+    model = adapted_model("llama", tasks={"alpha": "find the topic"}, task_embedding="text", text_encoder=letters)
+    model.save_pretrained(str(tmp_path / "alpha"))
+    before, message = contents(tmp_path), r"/alpha' holds a hyperadapter, which the LoRA would replace. Pass another"
+    for write in (
+        lambda: export_lora(model, "alpha", tmp_path / "alpha"),
+        lambda: export_loras(model, tmp_path),
+        lambda: LoraGenerator.from_model(model).save_all(tmp_path),
+        lambda: generate_lora(model, "is it spam", tmp_path / "alpha", text_encoder=letters),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write()
+    assert contents(tmp_path) == before
+
+
+def test_tied_weights_that_are_saved_with_an_adapter(tmp_path: Path) -> None:
+    base = base_model("gpt2")
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    # PEFT saves embeddings that are not those of the base model.
+    base.resize_token_embeddings(base.config.vocab_size + 8, mean_resizing=False)
+    model = make_active(get_peft_model(base, adapter_config(task_type="CAUSAL_LM")))
+    with pytest.warns(UserWarning, match="as the embedding layer has been resized"):
+        export_lora(model, "beta", tmp_path / "lora")
+    saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name in ("lm_head", "transformer.wte"):
+        assert torch.equal(saved[f"base_model.model.{name}.weight"], base.lm_head.weight)
 
 
 @pytest.mark.parametrize("settings", [{"text_encoder": letters}, BILINEAR], ids=["gated", "bilinear"])

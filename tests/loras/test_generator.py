@@ -244,3 +244,27 @@ def test_a_quantised_base(tmp_path: Path, package: str) -> None:
     names = ("adapter_config.json", "adapter_model.safetensors", "config.json")
     assert all((tmp_path / "made" / name).read_bytes() == (tmp_path / "live" / name).read_bytes() for name in names)
     assert "quantization_config" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+def test_what_is_made_may_be_trained(tmp_path: Path) -> None:
+    model = adapted_model("bert", task_type="SEQ_CLS")
+    for generator in (LoraGenerator.from_model(model), saved(model, tmp_path)):
+        before = generator.state_dict("beta")
+        made = generator.state_dict("beta")
+        for tensor in made.values():
+            tensor.fill_(7.0)
+        after = generator.state_dict("beta")
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_lora_in_memory_stays_as_it_was_made() -> None:
+    texts = {"alpha": "find the topic", "beta": "is it spam"}
+    model = adapted_model("bert", task_type="SEQ_CLS", tasks=texts, task_embedding="text", text_encoder=letters)
+    made = LoraGenerator.from_model(model).from_description("is it spam", text_encoder=letters)
+    before = made.state_dict()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    for tensor in made.state_dict().values():
+        tensor.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def test_names_of_integers_come_from_the_data_set(tmp_path: Path) -> None:
         (".csv", "text,label\na,x,y\n", ", row 1 has more values than the first line has names. Put text with ','"),
         (".csv", "text,label\na,x\nb\n", ", row 2 has nothing in column 'label'. Fill it in, or drop the row."),
         (".csv", 'text,label\na,x\n"b" c,x\n', ", row 2 cannot be read (',' expected after '\"'). Check its quotes."),
+        (".csv", "text,label,text\na,x,b\n", " has two columns 'text' in its first line. Rename one, or drop it."),
         (".csv", "text,label\n", " has no rows."),
         (".csv", "", " has no rows."),
         (".jsonl", "", " has no rows."),
@@ -101,6 +103,13 @@ def test_what_is_wrong_is_named(tmp_path: Path, suffix: str, text: str, message:
     path = tmp_path / f"rows{suffix}"
     path.write_text(text, encoding="utf-8")
     fails(path, message)
+
+
+def test_texts_may_be_long_and_columns_without_a_name(tmp_path: Path) -> None:
+    path, limit = tmp_path / "rows.csv", csv.field_size_limit()
+    path.write_text(f"text,label,,\n{'a' * 200_000},x,,\n")
+    assert read(path).values == {"text": ["a" * 200_000], "label": ["x"]}
+    assert csv.field_size_limit() == limit
 
 
 def test_another_encoding_is_named(tmp_path: Path) -> None:

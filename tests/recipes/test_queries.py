@@ -102,6 +102,9 @@ def test_wrong_rows_are_refused(made: Recipe, rows: list[Any], task: str | None,
 def test_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffone\n\n two \r\n", encoding="utf-8")
     assert read_rows(tmp_path / "a.txt") == ["one", " two "]
+    # All else than a line feed, which may stand in a text, ends no line.
+    (tmp_path / "a.txt").write_bytes("a\u2028b\x0cc\x85d\re\n\nf\u2029g".encode())
+    assert read_rows(tmp_path / "a.txt") == ["a\u2028b\x0cc\x85d\re", "f\u2029g"]
     (tmp_path / "a.csv").write_text("text,task\ngood,mail\n")
     assert read_rows(tmp_path / "a.csv") == [{"text": "good", "task": "mail"}]
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n')

@@ -67,6 +67,9 @@ tasks:
 """
 
 
+CAUSAL = SMALL.replace("SEQ_CLS", "CAUSAL_LM")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "base").mkdir()
@@ -151,6 +154,10 @@ def test_all_fields(folder: Path) -> None:
 def test_the_folder_to_write_to_can_be_given(folder: Path) -> None:
     text = changed("output_dir: out\n", "")
     assert load_recipe(write(folder, text), output_dir=folder / "other").output_dir == str(folder / "other")
+    # As Trainer takes it for its checkpoints, too.
+    home = str(Path.home() / "run")
+    assert load_recipe(write(folder, text), output_dir="~/run").output_dir == home
+    assert load_recipe(write(folder, changed("output_dir: out\n", "output_dir: ~/run\n"))).output_dir == home
     assert load_recipe(write(folder, SMALL), output_dir="other").output_dir == "other"
     assert str(error(folder, text)) == f"{folder}/first.yaml:1: output_dir is missing."
     assert "This is no valid YAML" in str(error(folder, "a: [", output_dir="other"))
@@ -257,6 +264,9 @@ def test_a_trained_run_needs_no_data(folder: Path) -> None:
         (SMALL + "training:\n  bf16: 1\n", 10, "training.bf16=1 must be true or false, not int."),
         (SMALL + "training:\n  eval_strategy: no\n", 10, "training.eval_strategy=False must be a text, not bool. Put "),
         (SMALL + "training:\n  eval_strategy: epoch\n", 10, "training.eval_strategy='epoch' needs a validation split "),
+        (SMALL + "training:\n  metric_for_best_model: loss\n", 10, "training.metric_for_best_model='loss' is not meas"),
+        (SMALL + "training:\n  metric_for_best_model: mean_f1\n", 10, "Choose one of ['mean_accuracy', 'mean_loss', "),
+        (CAUSAL + "training:\n  metric_for_best_model: mean_accuracy\n", 10, "one of ['mean_loss', 'one_loss']."),
         (SMALL + "training:\n  seed: 1\n  lr_scheduler_type: cosin\n", 11, "cosin is not a valid SchedulerType"),
         (SMALL + "training:\n  save_steps: .inf\n", 9, "training: cannot convert float infinity to integer"),
         (SMALL + "training:\n  per_device_train_batch_size: 0\n", 10, "training.per_device_train_batch_size=0 must be"),
@@ -353,6 +363,8 @@ def test_training_defaults(folder: Path) -> None:
         ("num_train_epochs: 2", {"num_train_epochs": 2, "max_steps": -1}),
         ("report_to: [tensorboard]", {"report_to": ["tensorboard"]}),
         ("warmup_steps: 0.5", {"warmup_steps": 0.5}),
+        ("metric_for_best_model: one_accuracy", {"greater_is_better": True}),
+        ("metric_for_best_model: eval_mean_loss", {"greater_is_better": False}),
     ],
 )
 def test_what_the_recipe_says_goes_before_defaults(folder: Path, training: str, expected: dict[str, Any]) -> None:

@@ -61,6 +61,8 @@ def test_labels_get_their_names(
             "here, row 1 has True (bool) in column 'label', but a label is a name or an int",
         ),
         ([["x"]], {}, "here, row 1 has ['x'] (list) in column 'label'"),
+        (["x", ""], {}, "here, row 2 has an empty label in column 'label'. Fill it in, or drop the row."),
+        (["0", " "], {"labels": ("x", "y"), "is_text": True}, "here, row 2 has an empty label in column 'label'."),
     ],
 )
 def test_labels_that_are_wrong(labels: list[Any], options: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from hyperadapt.recipes import load_recipe
 from hyperadapt.recipes.starter import BASES, CHAT_BASE, write_starter
 from tests.support.tiny_runs import save_base, silent, write_rows
 
+LETTERS = list("abcdefghijklmnopqrst")
 CHAT = [{"role": "user", "content": "good?"}, {"role": "assistant", "content": "yes"}]
 
 
@@ -36,6 +37,9 @@ def test_tasks_and_splits_come_from_the_names_of_files(tmp_path: Path) -> None:
     for name in ("data/trec/train", "data/trec/valid", "data/trec/test", "sms-train", "sms_dev", "news.en"):
         write_rows(tmp_path / f"{name}.jsonl", texts)
     (tmp_path / "data" / "notes.txt").write_text("no data")
+    # What a notebook keeps, and what a program has not finished.
+    write_rows(tmp_path / "data" / ".ipynb_checkpoints" / "trec-checkpoint.jsonl", texts)
+    write_rows(tmp_path / "data" / "trec" / ".old.jsonl", texts)
     files = [tmp_path / f"{name}.jsonl" for name in ("sms-train", "sms_dev", "news.en")]
     made = write_starter([tmp_path / "data", *files], tmp_path / "recipes" / "first.yaml")
     tasks = load_recipe(tmp_path / "recipes" / "first.yaml").tasks
@@ -83,6 +87,11 @@ def test_tasks_and_splits_come_from_the_names_of_files(tmp_path: Path) -> None:
         (rows(4, messages=[CHAT], source=["s"]), "CAUSAL_LM", {}),
         (rows(4, talk=[CHAT]), "CAUSAL_LM", {"messages": "talk"}),
         (rows(4, question=["a"], answer=["b"], label=["x", "y"]), "SEQ_CLS", {"text": "question"}),
+        # All of them differ, so the targets are no labels; a file of few rows may have one for each label.
+        (rows(12, source=LETTERS, target=LETTERS), "CAUSAL_LM", {"prompt": "source", "completion": "target"}),
+        (rows(3, source=LETTERS, target=LETTERS), "CAUSAL_LM", {"prompt": "source", "completion": "target"}),
+        (rows(3, text=LETTERS, target=LETTERS), "SEQ_CLS", {"label": "target"}),
+        (rows(20, text=LETTERS, label=LETTERS, topic=["x", "y"]), "SEQ_CLS", {"label": "topic"}),
     ],
 )
 def test_columns_are_found(
@@ -149,7 +158,19 @@ def test_a_starter_trains(tmp_path: Path, task_type: str, monkeypatch: pytest.Mo
     ("files", "message"),
     [
         ({"a.jsonl": rows(4, score=[0.1, 0.2])}, "has the columns ['score'], among which neither texts with labels"),
-        ({"a.jsonl": rows(4, text=["a"], label=[0.5])}, "has the columns ['text', 'label'], among which neither"),
+        (
+            {"a.jsonl": rows(4, text=["a"], label=[0.5])},
+            "a.jsonl, row 1 has 0.5 (float) in column 'label', but labels are names, or integers in every row. Write",
+        ),
+        ({"a.jsonl": rows(4, text=["a"], label=["x", True])}, "a.jsonl, row 2 has True (bool) in column 'label'"),
+        ({"a.jsonl": rows(4, text=["a"], label=[1, "x"])}, "a.jsonl, row 2 has 'x' (str) in column 'label'"),
+        ({"a.jsonl": rows(4, text=["a"], label=["x", None])}, "a.jsonl, row 2 has nothing in column 'label'. Fill"),
+        ({"a.jsonl": rows(4, text=["a", None], label=["x"])}, "a.jsonl, row 2 has nothing in column 'text'. Fill"),
+        ({"a.jsonl": rows(4, text=["a"], label=["x", ""])}, "a.jsonl, row 2 has an empty label in column 'label'."),
+        (
+            {"a.jsonl": rows(20, text=LETTERS, label=LETTERS, language=["en"])},
+            "a.jsonl has 20 values in the 20 rows of column 'label', which are too many for labels. If they are answ",
+        ),
         ({"a.jsonl": rows(4, text=["a"], label=[-1, 0])}, "has integers from -1 to 0 in column 'label', but labels"),
         ({"a_test.jsonl": rows(4, text=["a"], label=["x"])}, "Task 'a' has no rows to train on, only "),
         (

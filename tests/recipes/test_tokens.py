@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from hyperadapt.recipes.rows import TaskRows
 from hyperadapt.recipes.tokens import collator, tokenized
@@ -95,6 +96,18 @@ def test_what_the_tokenizer_cannot_do_is_told() -> None:
     changed.chat_template = "{{ messages | length }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="row 1: the tokenizer's chat template writes the prompt in another way"):
         tokenized(rows, changed, task_type="CAUSAL_LM", labels=[], max_length=9)
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "CAUSAL_LM"])
+def test_what_has_no_token_is_refused(task_type: str) -> None:
+    words = tokenizer(task_type)
+    # It adds none of its own.
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    texts = [("a",), (" ",)] if task_type == "SEQ_CLS" else [("a", "yes"), (" ", "yes")]
+    what = "text" if task_type == "SEQ_CLS" else "prompt"
+    message = f"here, row 2 has a {what} of which the tokenizer makes no token. Fill it in, or drop the row."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokenized(TaskRows("here", texts, ["x"] * 2, ("x",)), words, task_type=task_type, labels=["x"], max_length=9)
 
 
 def test_batches_of_dialogues_are_padded() -> None:

@@ -13,7 +13,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, one_hot
 
-from hyperadapt.runs.evaluation import Answers, class_answers, completion_answers, is_no_better, no_better_lines
+from hyperadapt.runs.evaluation import (
+    Answers,
+    class_answers,
+    completion_answers,
+    generated,
+    is_no_better,
+    no_better_lines,
+)
 from tests.support.tiny_runs import SPECIAL, WORDS, tokenizer
 
 IDS = {word: index for index, word in enumerate(SPECIAL + WORDS)}
@@ -34,12 +41,20 @@ class LookedUp(nn.Module):
 
 
 class Echo(LookedUp):
+    # Tokens that it can read.
+    positions: int | None = None
+
+    @property
+    def config(self) -> Any:
+        return SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=self.positions))
+
     def forward(self, input_ids: Tensor, tasks: str, **batch: Tensor) -> Any:
         self.batches.append({"input_ids": input_ids, "tasks": tasks, **batch})
         return {"logits": self.table[input_ids]}
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         self.batches.append({"input_ids": input_ids, "attention_mask": attention_mask, **options})
+        assert self.positions is None or input_ids.shape[1] + max_new_tokens <= self.positions
         answer = torch.full((len(input_ids), max_new_tokens), options["eos_token_id"])
         answer[:, 0] = input_ids[:, -1]
         return torch.cat([input_ids, answer], 1)
@@ -103,6 +118,26 @@ def test_completions_are_compared_to_the_letter() -> None:
     ]
     assert prompts["attention_mask"].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
     assert prompts["tasks"] == "one"
+
+
+def test_no_more_is_generated_than_a_model_can_read() -> None:
+    words = tokenizer("CAUSAL_LM")
+    words.pad_token = words.eos_token
+    model = Echo(one_hot(torch.arange(len(IDS)), len(IDS)).float() * 3)
+    model.positions = 6
+    # Each fits; the second one's prompt and the first one's completion do not.
+    rows = dialogues([("<s> a", "a a b </s>"), ("<s> b c d e", "</s>"), ("<s> b", "b </s>")])
+    scores = completion_answers(model, words, rows, {"tasks": "one"}, batch_size=3, progress=str)
+    # The shortest row comes first.
+    assert (scores.right, scores.places) == ([True, False, False], [2, 0, 1])
+    sizes = [tuple(batch["input_ids"].shape) for batch in model.batches if "eos_token_id" in batch]
+    assert sizes == [(1, 2), (1, 2), (1, 5)]
+
+    prompts = [[4, IDS["a"]], [4, *map(IDS.__getitem__, "bcd")]]
+    assert generated(model, words, prompts, {"tasks": "one"}, [9, 9]) == ["a", "d"]
+    long = [4, *map(IDS.__getitem__, "abcdef")]
+    assert generated(model, words, [prompts[0], long], {"tasks": "one"}, [1, 1]) == ["a", "f"]
+    assert model.batches[-1]["input_ids"].tolist() == [long[-5:]]
 
 
 @pytest.mark.parametrize(

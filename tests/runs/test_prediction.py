@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from hyperadapt.runs import Run, evaluate, evaluate_predictions, load_run, predict, train
 from hyperadapt.runs.run import load_for_prediction
@@ -107,6 +108,14 @@ def test_long_prompts_lose_their_beginning(folders: dict[str, Path]) -> None:
     prompt = "a b c d e f g h " * 10
     short = predict(run, [" ".join(prompt.split()[-31:])], "mail", max_new_tokens=1)
     assert predict(run, [prompt], "mail", max_new_tokens=1)[0]["completion"] == short[0]["completion"]
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "CAUSAL_LM"])
+def test_what_has_no_token_is_refused_before_anything_is_answered(folders: dict[str, Path], task_type: str) -> None:
+    run = load_run(folders[task_type])
+    run.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    with pytest.raises(ValueError, match=r"^Row 2 has a (text|prompt) of which the tokenizer makes no token\."):
+        predict(run, ["a", " "], "mail")
 
 
 @pytest.mark.parametrize(

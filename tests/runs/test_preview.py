@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hyperadapt.recipes import load_recipe
-from hyperadapt.runs import train
+from hyperadapt.runs import predict, train
 from hyperadapt.runs.preview import preview
 from tests.support.tiny_runs import contents, recipe, training, write_recipe, write_rows
 
@@ -65,3 +65,21 @@ def test_what_is_wrong_is_told_as_in_training(tmp_path: Path) -> None:
     before = contents(tmp_path)
     assert preview(made, overwrite=True, report=None) == preview(made, resume=True, report=None)
     assert contents(tmp_path) == before
+
+
+def test_rows_that_the_model_has_no_positions_for_are_cut(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "SEQ_CLS", {"max_length": 600, **training(max_steps=1, eval_strategy="no")})
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / "data" / "mail" / f"{split}.jsonl", [{"text": "a " * 500, "label": "junk"}])
+    seen = preview(load_recipe(path), report=None)
+    assert (seen.max_length, seen.tasks["mail"].longest, seen.tasks["mail"].full) == (32, 32, 3)
+    run = train(load_recipe(path), report=None, figures=False)
+    assert predict(run, ["b " * 500], "mail")[0]["label"] == "junk"
+
+
+def test_rows_that_fill_no_batch_are_not_all_dropped(tmp_path: Path) -> None:
+    made = recipe(tmp_path, **training(dataloader_drop_last=True, per_device_train_batch_size=120))
+    assert preview(made, report=None).steps == 10
+    made = recipe(tmp_path, **training(dataloader_drop_last=True, per_device_train_batch_size=121))
+    with pytest.raises(ValueError, match=r"drops all of the 120 rows to train on, which fill no batch of 121\."):
+        preview(made, report=None)

@@ -178,6 +178,40 @@ def test_a_folder_that_is_no_run_is_named(copied: Callable[[str], Path]) -> None
         load_model(folder)
 
 
+def test_an_adapter_that_was_changed_without_its_run_is_named(copied: Callable[[str], Path]) -> None:
+    folder = copied("SEQ_CLS")
+    model = load_run(folder).model
+    model.rename_task("mail", "post")
+    model.save_pretrained(str(folder))
+    message = (
+        rf"{folder}/recipe.yaml names the tasks \['reviews', 'letters', 'mail'\], and the adapter beside it has "
+        r"\['reviews', 'letters', 'post'\], in this order.* Edit the file to match."
+    )
+    with pytest.raises(ValueError, match=message):
+        load_run(folder)
+    path = folder / "recipe.yaml"
+    path.write_text(path.read_text().replace("mail:", "post:"))
+    assert list(evaluate(load_run(folder))["tasks"]) == ["reviews", "letters", "post"]
+
+
+def test_answers_never_replace_rows(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    run = load_run(copied("SEQ_CLS"))
+    for split in ("train", "test"):
+        rows = Path(getattr(run.recipe.tasks["mail"], split))
+        before = rows.read_bytes()
+        with pytest.raises(ValueError, match=r"jsonl' holds rows of the run, which would be lost\. Name another file"):
+            evaluate(run, tasks=["mail"], predictions=os.path.relpath(rows))
+        assert rows.read_bytes() == before
+    with pytest.raises(ValueError, match=r"answers\.json' gets a JSON object in each line, but does not end in .jsonl"):
+        evaluate(run, tasks=["mail"], predictions=tmp_path / "answers.json")
+
+
+def test_a_task_that_is_named_twice_is_measured_once(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    run = load_run(copied("SEQ_CLS"))
+    results = evaluate(run, tasks=["mail", "mail"], predictions=tmp_path / "answers.jsonl")
+    assert results["tasks"]["mail"]["rows"] == 16 == len((tmp_path / "answers.jsonl").read_text().splitlines())
+
+
 LABELS = {
     "SEQ_CLS": {
         "reviews": {0: "negative", 1: "positive"},

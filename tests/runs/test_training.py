@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from hyperadapt.recipes import RecipeError, load_recipe
 from hyperadapt.runs import Record, load_run, train
-from hyperadapt.runs import run as run_module
 from hyperadapt.runs import training as runs_training
 from tests.support.tiny_runs import FILES, WEIGHTS, contents, recipe, silent, stopped, training, write_rows
+from tests.support.tolerances import FLOAT32_FORWARD
 
 ADAPTER_WITH_DROPOUT = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "r": 2, "lora_dropout": 0.1}
 
@@ -123,6 +123,44 @@ def test_a_training_that_cannot_start_may_be_tried_again(tmp_path: Path, monkeyp
     assert Record.load(silent(made)).training["steps"] == 1
 
 
+def test_an_evaluation_that_fails_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = replace(recipe(tmp_path), output_dir=str(tmp_path / "whole"))
+    silent(whole)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs_training, "evaluate_rows", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            silent(recipe(tmp_path))
+    folder = tmp_path / "run"
+    assert not Record.load(folder).results
+    assert (folder / "checkpoints" / "checkpoint-10").is_dir()
+    weights = (folder / WEIGHTS).read_bytes()
+    # With fewer rows at once, say.
+    silent(recipe(tmp_path, **training(max_steps=10, per_device_eval_batch_size=1)), resume=True)
+    assert sorted(os.listdir(folder)) == FILES
+    assert (folder / WEIGHTS).read_bytes() == weights == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    found, expected = (Record.load(one).results for one in (folder, tmp_path / "whole"))
+    assert found["split"] == "test"
+    for name, scores in expected["tasks"].items():
+        assert found["tasks"][name] == pytest.approx(scores, abs=FLOAT32_FORWARD)
+
+
+def test_what_only_the_evaluation_reads_may_change_before_a_run_goes_on(tmp_path: Path) -> None:
+    made = recipe(tmp_path)
+    stopped(made, "step 4 of 10: loss")
+    tasks = {name: replace(task, test=None) for name, task in made.tasks.items()}
+    options = {**made.training, "per_device_eval_batch_size": 3}
+    changed = replace(made, tasks=tasks, training=options, card={"title": "New"}, max_rows={"test": 3})
+    with pytest.raises(ValueError, match="was begun with another recipe: tasks changed"):
+        silent(replace(changed, tasks={"mail": tasks["mail"]}), resume=True)
+    folder = silent(changed, resume=True)
+    assert Record.load(folder).results["split"] == "validation"
+    assert "New" in (folder / "README.md").read_text()
+
+
 def test_a_training_that_diverged_keeps_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(tmp_path, **training(max_steps=2, eval_strategy="no"))
 
@@ -130,7 +168,7 @@ def test_a_training_that_diverged_keeps_its_checkpoints(tmp_path: Path, monkeypa
         raise ValueError("The update is not finite: training has diverged.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "measure", fail)
+        patch.setattr(runs_training, "measure", fail)
         with pytest.raises(ValueError, match="training has diverged"):
             silent(made)
     assert os.listdir(tmp_path / "run") == ["checkpoints"]
