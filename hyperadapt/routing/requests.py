@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from hyperadapt.config.checks import shown
 from hyperadapt.tasks.embedding import plain_size
+from hyperadapt.tasks.ids import can_read, resolve_task_ids
 
 Tasks = str | Sequence[str] | Tensor
 
@@ -45,6 +48,23 @@ class Request:
             return self.tasks.shape[0]
         return None if self.tasks is None or isinstance(self.tasks, str) else len(self.tasks)
 
+    def only_task(self, task_names: Sequence[str]) -> str:
+        """The task that ``use_tasks`` means for all rows; refused where it means no task or several."""
+        if self.tasks is None:
+            raise ValueError(
+                "use_tasks asks for task_embeddings, but one task must be in force, as for merging. Make a task of "
+                "an embedding with add_task(name, embedding=...), and open use_tasks with its name."
+            )
+        tasks = self.tasks.cpu() if isinstance(self.tasks, Tensor) else self.tasks
+        ids = resolve_task_ids(tasks, task_names).reshape(-1).tolist()
+        names: list[str] = list(dict.fromkeys(task_names[one] for one in ids))
+        if len(names) > 1:
+            raise ValueError(
+                f"use_tasks asks for the tasks {shown(names)}, but one must be in force for all rows, as for merging. "
+                "Open use_tasks with one name, or leave it and pin a task with set_task."
+            )
+        return names[0]
+
     def rows_told(self, position: str, size: int) -> Tensor | None:
         """The row of each of ``size`` elements that a module gets; None if nothing was told of it."""
         parts = [part for part in self.task_rows or {} if f".{part}." in f".{position}."]
@@ -75,3 +95,17 @@ class Request:
                 f"or ({task_embedding_dim},) for all rows."
             )
         return plain_size(given)
+
+
+def distinct_tasks(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, bool]:
+    """The tasks to generate for, which of them each row uses, and whether those are just its own, in order."""
+    is_known = can_read(task_ids)
+    if is_known:
+        distinct, rows = torch.unique(task_ids, return_inverse=True)
+        if len(distinct) < task_ids.numel():
+            return distinct, rows, False
+    # Otherwise the number of tasks cannot depend on the values: as many as there may be distinct ones. Nor may a graph
+    # for batches of any size depend on that of its example.
+    if is_known or task_ids.ndim == 0 or statically_known_true(task_ids.shape[0] < num_tasks):
+        return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device), True
+    return torch.arange(num_tasks, device=task_ids.device), task_ids, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.hooks import RemovableHandle
 
 from hyperadapt.hypernetwork.factors import Factors
@@ -22,9 +22,9 @@ from hyperadapt.routing.forward_pass import ForwardPass, Routed
 from hyperadapt.routing.kept_factors import KeptFactors, state_of
 from hyperadapt.routing.layouts import Call, Layouts
 from hyperadapt.routing.learning import learn, print_of
-from hyperadapt.routing.requests import Request
+from hyperadapt.routing.requests import Request, distinct_tasks
 from hyperadapt.routing.scopes import Scope, innermost, is_open_elsewhere, opened
-from hyperadapt.tasks.ids import can_read, resolve_task_ids
+from hyperadapt.tasks.ids import resolve_task_ids
 
 _GIVE_TASKS = (
     "Pass tasks= with the batch. Trainer drops such a column unless it is given remove_unused_columns=False, and other "
@@ -61,6 +61,7 @@ class Router:
         # Also for adapters that were not pinned themselves, such as the copy of a policy that TRL takes as reference.
         self.last_pin: str | None = None
         self.merged: dict[str, str] = {}
+        self._merged_layers: Counter[str] = Counter()
         self.layouts = Layouts()
         # The hooks that see the calls of the base model and of its parts; graphs cannot read them.
         self.observers: list[RemovableHandle] = []
@@ -103,7 +104,7 @@ class Router:
         routed = {}
         for name in adapter_names:
             if name in self.merged:
-                self._check_merged(name, request)
+                self.check_merged(name, request)
             else:
                 routed[name] = self._route(name, request)
         forward_pass = ForwardPass(routed, request, options)
@@ -218,10 +219,10 @@ class Router:
         )
 
     def task_in_force(self, adapter_name: str) -> str:
-        """Name of the task of calls that ask for none: the pinned one, else the default with one warning."""
-        pinned = self.pinned_task(adapter_name)
-        if pinned is not None:
-            return pinned
+        """Name of the task of calls that ask for none: what they were told, else the default with one warning."""
+        told = self.told_task(adapter_name)
+        if told is not None:
+            return told
         config = self.network(adapter_name).config
         if len(config.task_names) > 1 and is_open_elsewhere(id(self)):
             raise ValueError(
@@ -242,6 +243,14 @@ class Router:
                 stacklevel=2,
             )
         return config.fallback_task
+
+    def told_task(self, adapter_name: str) -> str | None:
+        """The task of calls that ask for none, if they were told: the merged one, ``use_tasks``'s or the pinned one."""
+        if adapter_name in self.merged:
+            return self.merged[adapter_name]
+        if self.asked is not None:
+            return self.asked.request.only_task(self.network(adapter_name).config.task_names)
+        return self.pinned_task(adapter_name)
 
     def factors_of_task(
         self,
@@ -292,9 +301,23 @@ class Router:
 
     def forget(self, adapter_name: str) -> None:
         """Drop what is kept about an adapter."""
-        for tasks in (self.pinned, self.merged):
-            tasks.pop(adapter_name, None)
+        pinned = self.pinned.pop(adapter_name, None)
+        if pinned == self.last_pin and pinned not in self.pinned.values():
+            self.last_pin = None
+        self.merged.pop(adapter_name, None)
+        del self._merged_layers[adapter_name]
         self.drop_factors(adapter_name)
+
+    def note_merged(self, adapter_name: str, task: str) -> None:
+        """One layer has a task merged into its base weight."""
+        self.merged[adapter_name] = task
+        self._merged_layers[adapter_name] += 1
+
+    def note_unmerged(self, adapter_name: str) -> None:
+        """One layer has it no more; other tasks can be used once none has."""
+        self._merged_layers[adapter_name] -= 1
+        if not self._merged_layers[adapter_name]:
+            del self.merged[adapter_name]
 
     def _route(self, adapter_name: str, request: Request, positions: Sequence[Position] | None = None) -> Routed:
         network = self.network(adapter_name)
@@ -316,7 +339,7 @@ class Router:
             self._check_training(adapter_name)
             tasks = self.task_in_force(adapter_name)
         task_ids = resolve_task_ids(tasks, network.config.task_names)
-        distinct, rows, is_one_to_one = _distinct(task_ids, len(network.config.task_names))
+        distinct, rows, is_one_to_one = distinct_tasks(task_ids, len(network.config.task_names))
         # All layers on this device then take them as they are.
         rows = rows.to(network.hypernetwork.layer_embedding.device, non_blocking=True)
         # Where rows share a task, its gradient is a sum over them, which half precision would round.
@@ -344,7 +367,14 @@ class Router:
         self._kept.keep(adapter_name, task, state, factors)
         return factors
 
-    def _check_merged(self, adapter_name: str, request: Request) -> None:
+    def check_merged_part(self, adapter_names: Iterable[str]) -> None:
+        """Refuse a call of a part by itself inside of a ``use_tasks`` for other tasks than the merged ones."""
+        if self.current is None and self.asked is not None:
+            for name in adapter_names:
+                self.check_merged(name, self.asked.request)
+
+    def check_merged(self, adapter_name: str, request: Request) -> None:
+        """Refuse a request for other tasks than the merged one."""
         merged, names = self.merged[adapter_name], self.network(adapter_name).config.task_names
         if request.is_empty:
             return
@@ -355,20 +385,6 @@ class Router:
                 f"Task {merged!r} of adapter {adapter_name!r} is merged into the base weights, so no other task can be "
                 "used. Call unmerge_adapter() first."
             )
-
-
-def _distinct(task_ids: Tensor, num_tasks: int) -> tuple[Tensor, Tensor, bool]:
-    """The tasks to generate for, which of them each row uses, and whether those are just its own, in order."""
-    is_known = can_read(task_ids)
-    if is_known:
-        distinct, rows = torch.unique(task_ids, return_inverse=True)
-        if len(distinct) < task_ids.numel():
-            return distinct, rows, False
-    # Otherwise the number of tasks cannot depend on the values: as many as there may be distinct ones. Nor may a graph
-    # for batches of any size depend on that of its example.
-    if is_known or task_ids.ndim == 0 or statically_known_true(task_ids.shape[0] < num_tasks):
-        return task_ids.reshape(-1), torch.arange(task_ids.numel(), device=task_ids.device), True
-    return torch.arange(num_tasks, device=task_ids.device), task_ids, False
 
 
 def _autocast_dtype(network: HyperAdapterNetwork) -> torch.dtype | None:

@@ -45,6 +45,8 @@ def base_norm(layer: HyperAdapterLayer, position: Position) -> Tensor:
             weight = None if layer.is_packed else layer.get_base_weight()
         except (TypeError, NotImplementedError):
             weight = None
+        if layer.merged:
+            weight = layer.unmerged_weight()
         # A float8 weight may come with scales.
         if weight is None or weight.itemsize == 1:
             norm = _norm_by_columns(base_layer, position, tensors)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import align_module_device, named_module_tensors
 from torch import Tensor, nn
 
 from hyperadapt.hypernetwork.factors import Factors
@@ -70,8 +71,13 @@ class HyperAdapterExperts(HyperAdapterLayer):
         return self.weight.data
 
     def set_base_weight(self, weight_data: Tensor) -> None:
-        """Replace the parameter's data."""
+        """Replace the parameter's data, also where Accelerate keeps it while it is not in use."""
         self.weight.data = weight_data
+        # PEFT's onload_layer puts it there for the innermost layer alone.
+        module = self.get_base_layer()
+        hook = getattr(module, "_hf_hook", None)
+        if isinstance(hook, AlignDevicesHook) and hook.offload:
+            hook.weights_map = {name: tensor.to("cpu") for name, tensor in named_module_tensors(module)}
 
     def layers(self) -> Iterator[HyperAdapterExperts]:
         """This layer and those inside of it."""
@@ -146,6 +152,7 @@ class HyperAdapterExperts(HyperAdapterLayer):
             if self.merged:
                 self.unmerge()
             return
+        self._check_merged_part()
         for name in self.active_adapters:
             if name not in self.hyperadapter_position or name in self.merged_adapters:
                 continue

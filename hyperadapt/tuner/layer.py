@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
@@ -95,6 +96,7 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
+        self._check_merged_part()
         active = [
             name
             for name in self.active_adapters
@@ -112,8 +114,11 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Dense update of the task in force, in the shape of the base weight."""
-        return self._dense(self._factors_in_force(adapter_name))
+        return self._dense(self._factors(adapter_name, self.router.task_in_force(adapter_name)))
 
+    # Weights made in inference mode could not be trained; leaving that mode switches gradients on.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update of the task in force to the base weight; ``safe_merge`` refuses what is not finite."""
         self.check_mergeable()
@@ -122,12 +127,14 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.hyperadapter_position:
                 continue
-            factors = self._factors_in_force(name)
-            weight = self.get_base_weight()
-            self.set_base_weight(weight + self._dense(factors).to(weight))
+            task = self.router.task_in_force(name)
+            factors = self._factors(name, task)
+            with self._brought_in():
+                weight = self.get_base_weight()
+                self.set_base_weight(weight + self._dense(factors).to(weight))
             self._merged_factors[name] = factors
             self.merged_adapters.append(name)
-            self.router.merged[name] = self.router.task_in_force(name)
+            self.router.note_merged(name, task)
 
     def check_mergeable(self) -> None:
         """Refuse a base weight that is quantised in a way that PEFT cannot write to."""
@@ -152,24 +159,39 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         merged = self.get_base_weight()
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.hyperadapter_position and name not in self.merged_adapters:
-                merged = merged + self._dense(self._factors_in_force(name)).to(merged)
+                merged = merged + self.get_delta_weight(name).to(merged)
                 if not torch.isfinite(merged).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken at module "
                         f"{self.hyperadapter_position[name].name!r}; nothing was merged."
                     )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Subtract what was merged, whatever has been pinned or trained since."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._check_readable()
+        with self._brought_in():
+            self.set_base_weight(self.unmerged_weight())
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            self.set_base_weight(weight - self._dense(self._merged_factors.pop(name)).to(weight))
-            self.router.merged.pop(name, None)
+            del self._merged_factors[name]
+            self.router.note_unmerged(name)
+
+    def unmerged_weight(self) -> Tensor:
+        """The base weight without what is merged into it."""
+        if self.merged:
+            self._check_readable()
+        weight = self.get_base_weight()
+        for name in reversed(self.merged_adapters):
+            weight = weight - self._dense(self._merged_factors[name]).to(weight)
+        return weight
+
+    def _brought_in(self) -> AbstractContextManager[None]:
+        """What holds an offloaded base weight in memory, and puts it away as it is then; PEFT does not always do so."""
+        return onload_layer(self) if self.weight.is_meta else nullcontext()
 
     @property
     def is_packed(self) -> bool:
@@ -189,9 +211,12 @@ class HyperAdapterLayer(nn.Module, BaseTunerLayer):
         """Whether PEFT's ``convert_to_lora`` can read the update; it takes linear layers."""
         return False
 
-    def _factors_in_force(self, adapter_name: str) -> Factors:
+    def _check_merged_part(self) -> None:
+        if self.merged:
+            self.router.check_merged_part(name for name in self.merged_adapters if name in self.active_adapters)
+
+    def _factors(self, adapter_name: str, task: str) -> Factors:
         position = self.hyperadapter_position[adapter_name]
-        task = self.router.task_in_force(adapter_name)
         with torch.no_grad():
             return self.router.factors_of_task(adapter_name, task, [position])[position.name]
 

@@ -22,7 +22,7 @@ from hyperadapt.tuner.layer import HyperAdapterLayer, layers_in, names_in
 from hyperadapt.tuner.layer_types import choose_all_linear, wrapped
 from hyperadapt.tuner.loading import weights_follow
 from hyperadapt.tuner.lora_only import LORA_ONLY
-from hyperadapt.tuner.merging import check_merge, check_pin, check_removal
+from hyperadapt.tuner.merging import MergingTuner, check_pin, check_removal
 from hyperadapt.tuner.model_state import unchanged_on_error
 from hyperadapt.tuner.new_tasks import ExampleReader, NewTask
 from hyperadapt.tuner.saved_tuner import SavedTuner
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hyperadapt.tasks.fitting import Examples
 
 
-class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, TaskTuner):
+class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, MergingTuner, TaskTuner):
     """PEFT tuner for hyperadapters; made by ``get_peft_model`` with a ``HyperAdapterConfig``.
 
     What it offers on tasks is for the active adapter. An optimizer has to be made anew after tasks have changed.
@@ -90,28 +90,6 @@ class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, TaskTuner):
         super().delete_adapter(adapter_name)
         self.router.forget(adapter_name)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the task in force to the base weights, of the active adapters if none are named.
-
-        With ``safe_merge``, weights that are not finite are refused before any weight has changed.
-        """
-        check_in_use(self.model, self.router)
-        check_merge(self.model, self.active_adapters, adapter_names, safe_merge)
-        super().merge_adapter(adapter_names)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        check_in_use(self.model, self.router)
-        if merge:
-            check_merge(self.model, self.active_adapters, adapter_names, safe_merge)
-        self.router.stop_observing()
-        return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
-
     @property
     def tasks(self) -> list[str]:
         """The names of the active adapter's tasks, in the order of their ids."""
@@ -119,9 +97,9 @@ class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, TaskTuner):
 
     @property
     def active_task(self) -> str:
-        """The task of calls that name none: the pinned one, or else the default task."""
+        """The task of calls that name none: the merged one, that of ``use_tasks``, the pinned or the default task."""
         name, network = self.router.only(self.active_adapters)
-        return self.router.pinned_task(name) or network.config.fallback_task
+        return self.router.told_task(name) or network.config.fallback_task
 
     def extra_repr(self) -> str:
         """The tasks of each adapter, and which one is pinned."""

@@ -11,8 +11,6 @@ from transformers import TextClassificationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hyperadapt.config.checks import shown
-from hyperadapt.hypernetwork.network import HyperAdapterNetwork
-from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.layer import HyperAdapterLayer
 from hyperadapt.tuner.model import HyperAdapterModel
 
@@ -84,15 +82,8 @@ def _labels_in_force(model: nn.Module, tasks: str | None) -> dict[int, str]:
     if next(module.disable_adapters for module in tuner.modules() if isinstance(module, HyperAdapterLayer)):
         # The base model answers, with its own classifier.
         return {}
-    return network.config.labels_of(tasks or _task_in_force(tuner, name, network))
-
-
-def _task_in_force(tuner: HyperAdapterModel, name: str, network: HyperAdapterNetwork) -> str:
     scope = tuner.router.asked
-    if scope is None:
-        return tuner.router.task_in_force(name)
-    if scope.request.tasks is None:
-        # An embedding is no task, and has no name.
-        return ""
-    names = network.config.task_names
-    return names[int(resolve_task_ids(scope.request.tasks, names).reshape(-1)[0])]
+    if tasks is None and scope is not None and scope.request.tasks is None:
+        # An embedding is no task, and has no labels.
+        return {}
+    return network.config.labels_of(tasks or tuner.router.task_in_force(name))

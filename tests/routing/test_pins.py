@@ -125,6 +125,23 @@ def test_an_adapter_that_does_not_know_the_pinned_task_is_refused() -> None:
     assert torch.equal(with_adapter(model, "single"), with_adapter(model, "single", tasks="one"))
 
 
+def test_a_pin_goes_with_the_adapter_that_was_pinned() -> None:
+    model = policy(target_modules=["q_proj"])
+    model.add_adapter("other", adapter_config(tasks=["one", "two"], target_modules=["q_proj"]))
+    model.add_adapter("third", model.peft_config["default"])
+    make_active(model)
+    model.set_task("beta")
+    model.set_adapter("third")
+    model.set_task("beta")
+    model.set_adapter("other")
+    model.delete_adapter("third")
+    with pytest.raises(ValueError, match=r"^Task 'beta' is pinned, but adapter 'other' does not know it"):
+        logits(model, BATCH)
+    model.delete_adapter("default")
+    with pytest.warns(UserWarning, match="default task 'one' of 2"):
+        assert torch.equal(logits(model, BATCH), logits(model, BATCH, tasks="one"))
+
+
 def test_a_followed_pin_follows_the_name_and_guards_its_task() -> None:
     model = policy()
     expected = logits(model, BATCH, tasks="beta")

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from hyperadapt import use_tasks
 from hyperadapt.routing import kept_factors
-from hyperadapt.routing import router as router_module
+from hyperadapt.routing import requests as requests_module
 from hyperadapt.tasks import ids as ids_module
 from tests.support.helpers import (
     ARCHITECTURES,
@@ -161,7 +161,7 @@ def test_mixed_batch_equals_its_rows(name: str, tasks: list[str]) -> None:
 def test_ids_on_a_device_give_the_same_unread(shared: PeftModel, monkeypatch: Any, tasks: list[int]) -> None:
     batch, ids = {name: values[: len(tasks)] for name, values in BATCH.items()}, torch.tensor(tasks)
     expected = logits(shared, batch, tasks=ids)
-    for module in (ids_module, router_module):
+    for module in (ids_module, requests_module):
         monkeypatch.setattr(module, "can_read", lambda ids: False)
     assert_close(logits(shared, batch, tasks=ids), expected, rtol=FLOAT32_FORWARD, atol=FLOAT32_FORWARD)
     for wrong in (-1, 3):

@@ -220,6 +220,16 @@ def test_the_norms_reach_the_network() -> None:
         assert_close(norm, torch.linalg.matrix_norm(weight), rtol=NORM_FLOAT32, atol=0)
 
 
+def test_the_norms_of_a_further_adapter_are_those_without_a_merged_task() -> None:
+    model = adapted_model("llama").double()
+    expected = network(model).base_norms.clone()
+    model.set_task("beta")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("second", adapter_config(target_modules="all-linear"))
+    assert_close(model.base_model.router.network("second").base_norms, expected.float(), rtol=NORM_FLOAT32, atol=0)
+
+
 def test_whether_parameters_are_made_empty_is_found_without_random_numbers() -> None:
     state = torch.get_rng_state()
     assert not is_made_empty()

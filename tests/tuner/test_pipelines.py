@@ -100,6 +100,11 @@ def test_merged_and_disabled_adapters(base: Path, tokenizer: PreTrainedTokenizer
     model.merge_adapter()
     assert answers([pipe(TEXTS[0], top_k=None)]) == [pytest.approx(wanted, rel=1e-4)]
     model.unmerge_adapter()
+    model.set_task("topic")
+    with use_tasks(model, "spam"):
+        model.merge_adapter()
+    assert answers([pipe(TEXTS[0], top_k=None)]) == [pytest.approx(wanted, rel=1e-4)]
+    model.unmerge_adapter()
     with model.disable_adapter():
         assert {one["label"] for one in pipe(TEXTS[0], top_k=None)} == {f"LABEL_{output}" for output in range(5)}
 
