@@ -20,6 +20,7 @@ The upper layers of MiniLM are adapted; the lower ones are frozen, and computed 
 - hyperadapter in bi-encoder, bilinear in bi-encoder: the text's side has the description's adapter, the description's
   side is frozen; asked also with the true description in the head and another one for the adapter.
 - separate loras: one for each of some trained concepts, with a tenth of the steps each.
+- poly: PEFT's Poly mixes eight LoRAs for each trained task; it knows no others.
 
 ``--stage tune`` runs the learning rates on the validation concepts, ``ablate`` some changes of the hyperadapter there,
 ``test`` the arms on the test concepts, ``curve`` the hyperadapter with fewer trained concepts; ``report`` prints the

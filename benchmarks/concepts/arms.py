@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PolyConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, normalize
 from transformers import BertModel, BertPreTrainedModel
@@ -19,6 +19,8 @@ from benchmarks.concepts.tasks import LAST, Task
 from hyperadapt import HyperAdapterConfig
 
 RANK = 8
+SKILLS = 8
+"""LoRAs that Poly mixes."""
 TARGETS = ["query", "key", "value", "dense"]
 SCALE = 20.0
 SHIFT = 0.2
@@ -30,6 +32,8 @@ class Arm:
 
     Attributes:
         is_hyperadapter: Whether a hypernetwork makes the adapter of each row's description; else one LoRA serves all.
+        is_poly: Whether PEFT's Poly mixes some LoRAs for each trained task, which is told by its number; there is no
+            answer to others.
         head: ``"logits"``: two, the same for all tasks; ``"match"``: by the cosine of text and description.
         reads: Whether the description stands behind the text, in the input.
         fields: Of the hyperadapter's configuration.
@@ -40,6 +44,7 @@ class Arm:
     """
 
     is_hyperadapter: bool = False
+    is_poly: bool = False
     head: str = "logits"
     reads: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +80,7 @@ ARMS: dict[str, Arm] = {
     "hyperadapter in bi-encoder": replace(HYPER, head="match"),
     "bilinear in bi-encoder": replace(BILINEAR, head="match"),
     "cross-encoder": Arm(reads=True),
+    "poly": Arm(is_poly=True),
 }
 VARIANTS: dict[str, Arm] = {
     "width 64": replace(BILINEAR, fields=BILINEAR.fields | WIDTH),
@@ -157,7 +163,10 @@ def build(arm: Arm, data: ConceptData, tasks: Sequence[Task], seed: int) -> Peft
     """A copy of the base model with an arm's adapter for these tasks, whose weights a seed draws."""
     torch.manual_seed(seed)
     model = ConceptReader(copy.deepcopy(data.encoder.upper), arm.head)
-    shared: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS, "modules_to_save": ["head"]}
+    shared: dict[str, Any] = {"r": RANK, "target_modules": TARGETS, "modules_to_save": ["head"]}
+    if arm.is_poly:
+        return get_peft_model(model, PolyConfig(n_tasks=len(tasks), n_skills=SKILLS, **shared))
+    shared["lora_alpha"] = RANK
     if not arm.is_hyperadapter:
         return get_peft_model(model, LoraConfig(**shared))
     config = HyperAdapterConfig(

@@ -15,7 +15,7 @@ from benchmarks.concepts.data import Size
 from benchmarks.concepts.evaluation import TRUE, Amount, mean_scores
 
 COSINE = "frozen cosine"
-SEPARATE = "separate loras"
+SEPARATE, POLY = "separate loras", "poly"
 OURS = "hyperadapter, bilinear"
 GATED = "hyperadapter"
 WHITENED = "hyperadapter, whitened"
@@ -63,6 +63,7 @@ class Settings:
             "bi-encoder": (2e-3, 5e-3),
             "cross-encoder": (2e-3, 5e-3),
             SEPARATE: (5e-3,),
+            POLY: (5e-3,),
         }
     )
     variants: tuple[str, ...] = tuple(VARIANTS)

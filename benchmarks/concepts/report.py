@@ -13,7 +13,7 @@ from benchmarks.common.intervals import cell_of, difference, estimate
 from benchmarks.common.plots import save_plot
 from benchmarks.common.rows import Row, write_rows
 from benchmarks.concepts.evaluation import NEW_WORDING, SHUFFLED_ADAPTER, TRAINED, TRUE
-from benchmarks.concepts.plan import ALL, CHOOSING_SEED, COSINE, GATED, OURS, SEPARATE, WHITENED, Study, area
+from benchmarks.concepts.plan import ALL, CHOOSING_SEED, COSINE, GATED, OURS, POLY, SEPARATE, WHITENED, Study, area
 from benchmarks.concepts.tasks import FAMILIES
 
 ACCURACY, AREA = 0, 1
@@ -96,7 +96,7 @@ def _print_differences(arms: dict[str, list[Row]]) -> None:
         pairs += [((inside, TRUE), (inside, SHUFFLED_ADAPTER)), ((inside, TRUE), (BI_ENCODER, TRUE))]
         pairs += [((inside, TRUE), (COSINE, TRUE))]
     pairs += [((BI_ENCODER, TRUE), (COSINE, TRUE))]
-    pairs += [((OURS, TRAINED), (arm, TRAINED)) for arm in (GATED, SEPARATE, "lora", BI_ENCODER, CROSS, COSINE)]
+    pairs += [((OURS, TRAINED), (arm, TRAINED)) for arm in (GATED, SEPARATE, POLY, "lora", BI_ENCODER, CROSS, COSINE)]
     pairs += [((GATED, TRAINED), (arm, TRAINED)) for arm in (WHITENED, SEPARATE, "lora")]
     pairs += [((OURS, TRAINED), (OURS, NEW_WORDING))]
     print("\ndifferences, paired by task and seed: accuracy of concepts alone, and areas by family")

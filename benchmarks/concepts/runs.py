@@ -66,7 +66,8 @@ def run_once(
     model, losses = trained_model(arm, data, tasks, rate, seed, amount)
     seconds = time.process_time() - started
     margins, evaluation = margins_of(model, arm, data, tasks), Evaluation(data, arm, tasks, amount, seed)
-    scores = evaluation.held_out(margins, role) | (evaluation.trained(margins) if role == "test" else {})
+    scores = {} if arm.is_poly else evaluation.held_out(margins, role)
+    scores |= evaluation.trained(margins) if role == "test" else {}
     return {
         "parameters": model.get_nb_trainable_parameters()[0],
         "loss": round(fmean(losses[-50:]), 4),
@@ -150,9 +151,10 @@ def optimised(
     losses = []
     for drawn in draws(data, tasks, amount, seed, arm.alone):
         inputs = inputs_of(arm, data, drawn.places, 2 * drawn.wordings)
-        if arm.is_hyperadapter:
-            inputs["tasks"] = torch.tensor([ids[task.name] for task in drawn.tasks]).repeat(2)
-        loss = model(**inputs, labels=drawn.labels, smoothing=arm.smoothing).loss
+        if arm.is_hyperadapter or arm.is_poly:
+            told = torch.tensor([ids[task.name] for task in drawn.tasks]).repeat(2)
+            inputs["task_ids" if arm.is_poly else "tasks"] = told
+        loss = callee(model, arm)(**inputs, labels=drawn.labels, smoothing=arm.smoothing).loss
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
@@ -160,6 +162,11 @@ def optimised(
         optimizer.zero_grad()
     model.eval()
     return losses
+
+
+def callee(model: PeftModel, arm: Arm) -> Any:
+    """What is called with a batch: PeftModel without a task type passes by Poly's own forward, which takes task ids."""
+    return model.base_model if arm.is_poly else model
 
 
 def share_of_rate(done: float) -> float:
@@ -186,13 +193,16 @@ def inputs_of(arm: Arm, data: ConceptData, places: Sequence[int], descriptions: 
 def margins_of(model: PeftModel, arm: Arm, data: ConceptData, tasks: Sequence[Task]) -> Margins:
     """What asks a trained model."""
     encode = text_encoder(arm, data, tasks)
+    ids = {wording: place for place, task in enumerate(tasks) for wording in task.wordings}
 
     @torch.no_grad()
     def margins(places: Sequence[int], adapter: str, head: str) -> Tensor:
         inputs = inputs_of(arm, data, places, [head] * len(places))
         if arm.is_hyperadapter:
             inputs["task_embeddings"] = model.embed_description(adapter, text_encoder=encode)
-        logits = model(**inputs).logits
+        if arm.is_poly:
+            inputs["task_ids"] = torch.full((len(places),), ids[adapter])
+        logits = callee(model, arm)(**inputs).logits
         return logits[:, 1] - logits[:, 0]
 
     return margins

@@ -14,7 +14,7 @@ from benchmarks.concepts.arms import ARMS, SCALE, SHIFT, build, centring, traine
 from benchmarks.concepts.bank import CLASSES
 from benchmarks.concepts.data import ConceptData, load_data
 from benchmarks.concepts.evaluation import SHUFFLED_ADAPTER, Evaluation
-from benchmarks.concepts.plan import COSINE, GATED, OURS, SEPARATE, WHITENED, Run, Study
+from benchmarks.concepts.plan import COSINE, GATED, OURS, POLY, SEPARATE, WHITENED, Run, Study
 from benchmarks.concepts.predicates import PREDICATES
 from benchmarks.concepts.runs import best_threshold, draws, margins_of, share_of_rate
 from benchmarks.concepts.tasks import CORPORA, FAMILIES, HELD_OUT, Concept, Task, concepts, subset, tasks_of
@@ -223,6 +223,7 @@ def test_study_runs_and_goes_on_where_it_was(
         Run("test", COSINE, 0.0, 0, 1),
         *(Run("test", arm, 2e-3, 0, 1) for arm in trained),
         Run("test", SEPARATE, 5e-3, 0, 1),
+        Run("test", POLY, 5e-3, 0, 1),
         Run("curve", OURS, rate, 4, 1),
     }
     for row in rows:
