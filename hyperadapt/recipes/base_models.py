@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,12 +28,16 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, which cuts texts to the positions that the model has, if it counts them."""
     options = {**SAFELY, "revision": recipe.revision or "main"}
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(recipe.base_model, **options)
-    config = AutoConfig.from_pretrained(recipe.base_model, **options).get_text_config()
-    # XLNet has -1 for no limit.
-    positions = getattr(config, "max_position_embeddings", None) or -1
-    if 0 < positions < tokenizer.model_max_length:
+    positions = positions_of(AutoConfig.from_pretrained(recipe.base_model, **options))
+    if positions is not None and positions < tokenizer.model_max_length:
         tokenizer.model_max_length = positions
     return tokenizer
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model can read; None if it has no limit, for which XLNet has -1."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or -1
+    return positions if positions > 0 else None
 
 
 def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from hyperadapt.config.checks import check_choice, check_integer, shown
 from hyperadapt.listening import compare, has_text, neutral_conditions
+from hyperadapt.recipes.base_models import positions_of
 from hyperadapt.recipes.recipe import Recipe
 from hyperadapt.recipes.rows import TaskRows, read_rows, sampled
 from hyperadapt.recipes.schema import SPLITS
@@ -295,7 +296,7 @@ def generated(
     lengths: Sequence[int],
 ) -> list[str]:
     """What a language model writes after prompts, the likeliest token each time, as far as it can read."""
-    length, positions = max(lengths), positions_of(model)
+    length, positions = max(lengths), positions_of(model.config)
     if positions is not None and max(map(len, prompts)) + length > positions:
         if len(prompts) > 1:
             # A row may fit where the one's prompt and the other's completion do not.
@@ -321,13 +322,6 @@ def generated(
     )
     texts = tokenizer.batch_decode(output[:, padded[0].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def positions_of(model: Any) -> int | None:
-    """How many tokens a model can read; None if it has no limit."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # XLNet has -1.
-    return positions if positions is not None and positions > 0 else None
 
 
 def split_dialogue(row: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:

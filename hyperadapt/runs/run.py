@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hyperadapt.config.checks import shown
 from hyperadapt.diagnosis import measure
 from hyperadapt.files import whole_folder
-from hyperadapt.recipes.base_models import SAFELY, load_base, quiet_loading
+from hyperadapt.recipes.base_models import SAFELY, load_base, positions_of, quiet_loading
 from hyperadapt.recipes.recipe import Recipe, TaskRecipe, load_recipe
 from hyperadapt.runs.folder import RECIPE, find_folder
 from hyperadapt.runs.record import RECORD, Record
@@ -152,7 +152,7 @@ def load_for_prediction(source: str | os.PathLike[str], *, revision: str | None 
         output_dir=str(folder),
         adapter={"task_type": task_type},
         tasks={name: TaskRecipe(labels=tuple(config.labels_of(name).values()) or None) for name in config.task_names},
-        max_length=getattr(model.config, "max_position_embeddings", None) or _LENGTH,
+        max_length=positions_of(model.config) or _LENGTH,
     )
     return Run(_on_device(model), tokenizer, recipe, Record({}, {}, []), folder)
 
