@@ -18,7 +18,6 @@ from hyperadapt.cards.sections import (
     diagnosis_table,
     facts_list,
     normalization_text,
-    plain,
     saturation_text,
     task_table,
 )
@@ -212,8 +211,8 @@ def _card_data(model: PeftModel | HyperAdapterNetwork, facts: CardFacts, title: 
     results = [
         EvalResult(
             task_type=pipeline or "other",
-            dataset_type=plain(task),
-            dataset_name=plain(task),
+            dataset_type=task,
+            dataset_name=task,
             dataset_split=facts.split,
             metric_type=metric,
             metric_name=metric,
@@ -247,5 +246,5 @@ def _widget(prompts: Mapping[str, Prompt]) -> dict[str, Any]:
         else:
             texts = [prompt] if isinstance(prompt, str) else prompt
             entry = dict(zip(("text", "text_pair"), texts, strict=False))
-        entries.append({**entry, "example_title": plain(task)})
+        entries.append({**entry, "example_title": task})
     return {"widget": entries} if entries else {}

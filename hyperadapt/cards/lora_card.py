@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Template
 
 from hyperadapt.cards.card import MARKER, PIPELINES, template
-from hyperadapt.cards.sections import label_list, plain
+from hyperadapt.cards.sections import code, label_list, plain
 from hyperadapt.cards.snippets import base_model_of, lora_usage
 from hyperadapt.config.config import HyperAdapterConfig
 
@@ -36,7 +36,7 @@ def lora_card(
         summary=" ".join([f"A LoRA adapter for {base.link}.", *(plain(text) for text in descriptions), *labels]),
         usage=lora_usage(config, base, address, format),
         origin=(
-            f"Exported from {'task `' + plain(task) + '` of ' if task else ''}a hyperadapter, a hypernetwork that "
+            f"Exported from {f'task {code(task)} of ' if task else ''}a hyperadapter, a hypernetwork that "
             f"generates LoRA adapters, with hyperadapt {_version()}. The export is exact, and needs no package beside "
             "the usual ones."
         ),

@@ -28,7 +28,7 @@ def task_table(
         text = description if isinstance(description, str) else description[0]
         values = results.get(task, {})
         names = [label_list(labels.get(task, ()))] if labels else []
-        rows.append([f"`{plain(task)}`", plain(text), *names, *(_number(values.get(metric)) for metric in metrics)])
+        rows.append([code(task), plain(text), *names, *(_number(values.get(metric)) for metric in metrics)])
     rest = len(config.tasks) - _SHOWN_TASKS
     return f"{_table(rows)}\n\nand {rest} more tasks." if rest > 0 else _table(rows)
 
@@ -36,7 +36,7 @@ def task_table(
 def label_list(labels: Sequence[str]) -> str:
     """The labels of a task, at most 10 of them."""
     rest = [f"and {len(labels) - _SHOWN_LABELS} more"] * (len(labels) > _SHOWN_LABELS)
-    return ", ".join([*(f"`{plain(label)}`" for label in labels[:_SHOWN_LABELS]), *rest])
+    return ", ".join([*(code(label) for label in labels[:_SHOWN_LABELS]), *rest])
 
 
 def normalization_text(config: HyperAdapterConfig) -> str:
@@ -57,7 +57,7 @@ def diagnosis_table(diagnosis: Diagnosis) -> str:
     rows = [["task", "‖ΔW‖ / ‖W₀‖", "nearest task (cosine)"]]
     for index, task in enumerate(diagnosis.tasks[:_SHOWN_TASKS]):
         norm = f"{float(diagnosis.task_norms[index]):.3g}"
-        rows.append([f"`{plain(task)}`", norm, plain(diagnosis.nearest(index))])
+        rows.append([code(task), norm, plain(diagnosis.nearest(index))])
     share = "all updates are zero" if diagnosis.is_zero else f"{diagnosis.share:.1%} of the squared updates"
     return f"Share that depends on the task: {share}.\n\n{_table(rows)}"
 
@@ -74,8 +74,17 @@ def facts_list(facts: Mapping[str, Any]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in one line that cannot break out of a table or code, nor be taken for Markdown or HTML."""
-    return re.sub(r"\s+", " ", text).replace("|", r"\|").replace("`", "'").replace("<", "&lt;").strip()
+    """Text in one line that cannot break out of a table, nor be taken for Markdown or HTML."""
+    return re.sub(r"([*\[])", r"\\\1", _cell(text)).replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    """Text as code in one line that cannot break out of a table."""
+    return f"`{_cell(text)}`"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", r"\|").replace("`", "'").strip()
 
 
 def _value(value: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from hyperadapt.cards.card import CARD, card_text, may_be_written_anew
-from hyperadapt.cards.sections import plain
+from hyperadapt.cards.sections import code
 from hyperadapt.cards.snippets import is_on_the_hub
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.files import whole_folder
@@ -72,7 +72,7 @@ def _report(
         if task in diagnosis.tasks
     }
     weak = [name for name in record.results.get("no_better_than_majority", ()) if name in results]
-    limits = [f"Task `{plain(name)}` is no better than always giving its most frequent answer." for name in weak]
+    limits = [f"Task {code(name)} is no better than always giving its most frequent answer." for name in weak]
     card = {name: value for name, value in recipe.card.items() if name != "show_inputs"}
     return card_text(
         model,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.utils.data import Sampler
 
 from hyperadapt.config.checks import check_integer, check_number, shown
@@ -29,8 +29,8 @@ def concatenate_tasks(datasets: Mapping[str, Dataset], tasks: Sequence[str]) -> 
 
     Raises:
         TypeError: If one is not a `datasets.Dataset`.
-        ValueError: If there is no data set, a task is unknown, a data set is empty or already has a column ``tasks``,
-            or two tasks disagree on the type of a column.
+        ValueError: If there is no data set, a task is unknown, a data set is empty, has a transform or already has a
+            column ``tasks``, or two tasks disagree on the type of a column.
     """
     check_datasets(datasets, tasks)
     types: dict[str, tuple[str, Any]] = {}
@@ -207,6 +207,11 @@ def check_datasets(datasets: Mapping[str, Dataset], tasks: Sequence[str]) -> Non
     """Refuse what is no data of tasks that are known."""
     if not datasets:
         raise ValueError(f"datasets={datasets!r} has no task. Give the data of at least one of {shown(list(tasks))}.")
+    if isinstance(datasets, DatasetDict) and not any(name in tasks for name in datasets):
+        raise ValueError(
+            f"The data is a DatasetDict with the splits {shown(list(datasets))}, none of which is a task. Choose one "
+            f"split for each task, as in {{task: dataset[{next(iter(datasets))!r}]}}."
+        )
     for name, dataset in datasets.items():
         _check_dataset(name, dataset, tasks)
 
@@ -223,6 +228,12 @@ def _check_dataset(name: str, dataset: object, tasks: Sequence[str]) -> None:
         )
     if not len(dataset):
         raise ValueError(f"The data of task {name!r} has no rows. Leave the task out, or give it rows.")
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The data of task {name!r} has a transform, which would be lost when tasks are put together. Make its "
+            "columns with map; or put the data together with concatenate_tasks first, and then use with_transform, "
+            f"with a function that keeps the column {TASK_COLUMN!r}, and remove_unused_columns=False."
+        )
     if TASK_COLUMN in dataset.column_names:
         raise ValueError(
             f"The data of task {name!r} already has a column {TASK_COLUMN!r}, where the task ids go. Rename it with "

@@ -158,13 +158,14 @@ def test_several_processes_may_write_one_card(tmp_path: Path, monkeypatch: pytes
 
 
 def test_text_cannot_break_out_of_its_place(tmp_path: Path) -> None:
-    tasks = {"a|b`c": "x | y\n\n# no heading <script>"}
+    tasks = {"a|b`c<d": "x | y\n\n# no heading <script> ![picture](x.png) *loud*"}
     base = base_model("llama")
     config = HyperAdapterConfig(target_modules="all-linear", tasks=tasks, task_type="CAUSAL_LM")
-    write_card(get_peft_model(base, config), tmp_path)
+    write_card(get_peft_model(base, config), tmp_path, results={"a|b`c<d": {"accuracy": 0.5}})
     text = (tmp_path / "README.md").read_text()
-    assert "| `a\\|b'c` | x \\| y # no heading &lt;script> |" in text
+    assert "| `a\\|b'c<d` | x \\| y # no heading &lt;script> !\\[picture](x.png) \\*loud\\* |" in text
     assert "\n# no heading" not in text
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results[0].dataset_name == "a|b`c<d"
 
 
 def test_many_tasks_are_abbreviated(tmp_path: Path) -> None:

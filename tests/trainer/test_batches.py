@@ -48,6 +48,8 @@ def test_columns_may_differ_and_reach_only_one_task_batches() -> None:
         ({"beta": rows(0)}, ValueError, "The data of task 'beta' has no rows"),
         ({"beta": rows(1, tasks=[0])}, ValueError, "The data of task 'beta' already has a column 'tasks'"),
         ({"beta": DatasetDict(train=rows(1))}, TypeError, "is a DatasetDict, but must be a datasets.Dataset"),
+        (DatasetDict(train=rows(1)), ValueError, "a DatasetDict with the splits ['train'], none of which is a task"),
+        ({"beta": rows(1).with_transform(dict)}, ValueError, "The data of task 'beta' has a transform, which would be"),
         ({"beta": IterableDataset.from_generator(list)}, TypeError, "is a IterableDataset, but must be a datasets.D"),
         ({"beta": [{"x": 1}]}, TypeError, "The data of task 'beta' is a list"),
         (
