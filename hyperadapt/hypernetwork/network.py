@@ -55,9 +55,11 @@ class HyperAdapterNetwork(nn.Module):
         )
         self.own_factors = OwnFactors(self.positions, config.own_task_ids)
         self.register_buffer("base_norms", base_norms)
-        # A random start has its whole size at once.
-        warmup = config.normalization_options.get("warmup", 1) if config.has_zero_heads else 1
+        warmup = 1 if config.has_gain else config.normalization_options.get("warmup", 1)
         self.warmup = BoundWarmup(warmup) if warmup > 1 else None
+        if self.warmup is not None and not config.init_weights:
+            # A random start has its whole size at once. It counts, too, for a network of zeros to take its state.
+            self.warmup.finish()
         if config.has_gain:
             start = torch.zeros if config.init_weights else torch.ones
             self.gain = nn.Parameter(start(len(self.positions)))

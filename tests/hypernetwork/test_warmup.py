@@ -136,7 +136,6 @@ def test_passes_of_replicas_count_for_the_network() -> None:
     "changes",
     [
         {"normalization_warmup": 1},
-        {"init_weights": False},
         {"normalization": "none", "normalization_bound": None, "normalization_warmup": None},
         {"normalization": "spectral", "normalization_warmup": None},
     ],
@@ -146,6 +145,14 @@ def test_where_nothing_grows_nothing_is_counted(changes: dict[str, Any]) -> None
     network = warmed(**changes)
     assert network.warmup is None
     assert not any("warmup" in name for name in network.state_dict())
+
+
+def test_a_random_start_has_the_whole_bound_and_gives_it_to_what_takes_its_state() -> None:
+    started = warmed(init_weights=False)
+    assert warmup_of(started)(torch.float64) == 1
+    network = warmed()
+    network.load_state_dict(started.state_dict())
+    torch.testing.assert_close(shares(network), shares(started), rtol=0, atol=0)
 
 
 def test_a_gain_takes_no_warmup() -> None:
