@@ -21,13 +21,15 @@ def base_facts(
     """The facts of a base model that is adapted at these positions."""
     kind = type(base_model)
     config, dtype = getattr(base_model, "config", None), getattr(base_model, "dtype", None)
+    # A backbone may have 0, and somebody's own model anything.
+    num_labels = getattr(config, "num_labels", None)
     return AdaptedModel(
         kind=kind.__name__,
         library=_library(kind),
         config=_config_file(base_model) if isinstance(base_model, PreTrainedModel) else None,
         dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None,
         has_text=hasattr(config, "vocab_size"),
-        num_labels=getattr(config, "num_labels", None),
+        num_labels=num_labels if isinstance(num_labels, int) and num_labels > 0 else None,
         decoder_layers=_decoder_layers(base_model),
         has_own_endings=_has_own_endings(base_model, {one.name for one in positions if not one.experts}),
         trained_modules=_trained_modules(base_model, modules_to_save),

@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from tests.support.helpers import (
     MIXED,
@@ -89,3 +91,11 @@ def test_a_reference_made_as_trl_makes_it_computes_what_the_trained_adapter_does
     # Another adapter begins at its own start.
     model.add_adapter("second", adapter_config(normalization_bound=0.5, normalization_warmup=30))
     assert model.base_model.hyperadapter_networks["second"].warmup.trained_steps == 0
+
+
+@pytest.mark.parametrize("num_labels", [0, "three"])
+def test_a_base_model_may_have_no_number_of_labels(num_labels: object) -> None:
+    base = nn.Sequential(nn.Linear(4, 4))
+    base.config = SimpleNamespace(num_labels=num_labels, to_dict=dict)
+    model = get_peft_model(base, adapter_config(target_modules=["0"]))
+    assert model.peft_config["default"].base_facts.num_labels is None
