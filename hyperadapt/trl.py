@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hyperadapt.config.checks import shown
+from hyperadapt.trainer.batches import TASK_COLUMN
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
 from hyperadapt.trainer.datasets import has_texts_and_chats
 from hyperadapt.trainer.rewards import reward_functions
@@ -172,13 +173,18 @@ class MultiTaskGRPOTrainer(_MultiTaskTrainer, trl.GRPOTrainer):
         by_task = train_dataset if isinstance(train_dataset, Mapping) else {}
         if isinstance(reward_funcs, Mapping):
             names = task_names_of(model, kwargs.get("peft_config"))
-            reward_funcs = reward_functions(reward_funcs, names, list(by_task))
+            reward_funcs = reward_functions(reward_funcs, names, _trained(train_dataset, names))
         elif has_texts_and_chats(by_task):
             _check_reads_both(reward_funcs)
         if has_texts_and_chats(by_task) and (kwargs.get("tools") or kwargs.get("environment_factory")):
             raise ValueError(
                 "tools and environments need chats, but some of the tasks have texts as prompts. Write these as "
                 "[{'role': 'user', 'content': text}]."
+            )
+        if has_texts_and_chats(by_task) and getattr(args, "log_completions", False):
+            raise ValueError(
+                "log_completions=True makes one table of all prompts, but some of the tasks have texts as prompts and "
+                "others chats. Leave it out, or give all tasks prompts of one form."
             )
         super().__init__(model, args, None, train_dataset, eval_dataset, reward_funcs=reward_funcs, **kwargs)
 
@@ -225,6 +231,14 @@ class MultiTaskGRPOTrainer(_MultiTaskTrainer, trl.GRPOTrainer):
 
     def _generation_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"generation_{self.args.process_index}.pth")
+
+
+def _trained(dataset: Any, tasks: Sequence[str]) -> list[str]:
+    """The tasks that training data has rows of."""
+    if isinstance(dataset, Mapping):
+        return list(dataset)
+    ids = set(dataset.with_format(None)[TASK_COLUMN]) if TASK_COLUMN in getattr(dataset, "column_names", ()) else set()
+    return [task for index, task in enumerate(tasks) if index in ids]
 
 
 def _are_mixed(prompts: Sequence[Any]) -> bool:

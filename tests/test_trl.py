@@ -192,6 +192,17 @@ def test_the_reference_is_the_start_without_another_base(tmp_path: Path) -> None
     assert torch.equal(saved[name.replace(".default", "")], value)
 
 
+def test_a_task_trains_alone_beside_its_reference(tmp_path: Path) -> None:
+    model = model_for("DPO")
+    model.add_own_factors("beta")
+    model.set_trained_task("beta")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = train("DPO", tmp_path, {"beta": text_rows("DPO", "beta")}, model, precompute_ref_log_probs=True).model
+    changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before.get(name, value))}
+    assert changed
+    assert all(".own_factors." in name for name in changed)
+
+
 @pytest.mark.parametrize("kind", ["Reward", "DPO", "GRPO"])
 def test_evaluation_tells_metrics_of_each_task(kind: str, tmp_path: Path) -> None:
     data = all_rows(kind)
@@ -291,6 +302,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         {"reward_funcs": ["me/reward"]},
         ValueError,
         "The reward model 'me/reward' cannot score a batch of texts and chats",
+    ),
+    "a task without rewards in one data set": (
+        "GRPO",
+        {
+            "reward_funcs": {"alpha": closeness},
+            "train_dataset": concatenate_tasks({"beta": text_rows("GRPO", "x")}, TASKS),
+        },
+        ValueError,
+        r"reward_funcs has no function for \['beta'\], of which there are rows",
     ),
     "tools for texts": ("GRPO", {"tools": [print]}, ValueError, "tools and environments need chats"),
 }

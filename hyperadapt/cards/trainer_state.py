@@ -23,8 +23,14 @@ def trainer_state(directory: Path) -> Mapping[str, Any]:
             continue
         if isinstance(state, dict) and isinstance(state.get("global_step"), int):
             history = state.get("log_history")
-            entries = history if isinstance(history, list) else []
-            return {**state, "log_history": [entry for entry in entries if isinstance(entry, dict)]}
+            entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+            if not directory.name.startswith("checkpoint-") and state.get("best_global_step") not in (
+                None,
+                state["global_step"],
+            ):
+                # Nothing tells whether the weights beside it are the last ones or the best ones.
+                entries = [entry for entry in entries if not any(name.startswith("eval_") for name in entry)]
+            return {**state, "log_history": entries}
     return {}
 
 

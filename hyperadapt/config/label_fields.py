@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from hyperadapt.config.adapted_fields import AdaptedModel
@@ -72,14 +73,15 @@ def _output(task: str, key: Any) -> int:
     """The number of an output, which JSON can only hold as a text."""
     if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key):
         return int(key)
-    if isinstance(key, bool) or not isinstance(key, int):
+    # NumPy has integers of its own.
+    if isinstance(key, bool) or not isinstance(key, Integral):
         raise TypeError(
             f"Task {task!r} has a label for output {shown(key)} ({type(key).__name__}), but outputs are integers, from "
             "0, the classes of the training data."
         )
     if key < 0:
         raise ValueError(f"Task {task!r} has a label for output {key}, but outputs count from 0.")
-    return key
+    return int(key)
 
 
 def of_outputs(task_labels: Mapping[str, Labels], base: AdaptedModel) -> dict[str, Labels]:

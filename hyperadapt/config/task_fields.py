@@ -42,7 +42,8 @@ def checked_tasks(tasks: Any, descriptions: Any, default: Any) -> tuple[list[str
         raise ValueError(f"tasks={shown(names)} names {shown(duplicates)} more than once; task names must be unique.")
     if descriptions is not None:
         _check_task_descriptions(descriptions, names)
-        descriptions = dict(descriptions)
+        # The caller may change its lists.
+        descriptions = {name: one if isinstance(one, str) else list(one) for name, one in descriptions.items()}
     if default is not None and default not in names:
         raise ValueError(f"default_task={shown(default)} is not among the tasks {shown(names)}. Name one of them.")
     return names, descriptions

@@ -11,6 +11,7 @@ from hyperadapt.hypernetwork.hypernetwork import Generated, shape_name
 from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.tables import Tables
 from hyperadapt.tasks.ids import can_read
+from hyperadapt.tasks.table import TaskFactors
 
 
 class OwnFactors(nn.ModuleList):
@@ -20,7 +21,7 @@ class OwnFactors(nn.ModuleList):
     """
 
     def __init__(
-        self, positions: Sequence[Position], task_ids: Sequence[int], factors: Iterable[nn.ParameterDict] | None = None
+        self, positions: Sequence[Position], task_ids: Sequence[int], factors: Iterable[TaskFactors] | None = None
     ) -> None:
         super().__init__((zero_factors(positions) for _ in task_ids) if factors is None else factors)
         self.task_ids = tuple(task_ids)
@@ -53,10 +54,10 @@ class OwnFactors(nn.ModuleList):
                 groups[index] = group._replace(lora_A=lora_A, lora_B=rows_B.mT)
         return groups
 
-    def of(self, place: int) -> nn.ParameterDict:
+    def of(self, place: int) -> TaskFactors:
         """Those of the task with this place among the ids."""
         one = self[place]
-        assert isinstance(one, nn.ParameterDict)
+        assert isinstance(one, TaskFactors)
         return one
 
     def _of(self, place: int, group: Generated) -> list[Tensor]:
@@ -70,7 +71,7 @@ class OwnFactors(nn.ModuleList):
         return found
 
 
-def zero_factors(positions: Sequence[Position]) -> nn.ParameterDict:
+def zero_factors(positions: Sequence[Position]) -> TaskFactors:
     """The own factors of one task before it is trained: it is what is generated for it."""
     counts: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] = {}
@@ -79,7 +80,7 @@ def zero_factors(positions: Sequence[Position]) -> nn.ParameterDict:
             key = f"{factor}_{shape_name(position)}"
             counts[key] = counts.get(key, 0) + position.weights
             sizes[key] = position.r, size
-    return nn.ParameterDict({key: nn.Parameter(torch.zeros(counts[key], *sizes[key])) for key in counts})
+    return TaskFactors({key: nn.Parameter(torch.zeros(counts[key], *sizes[key])) for key in counts})
 
 
 def _places(positions: Sequence[Position]) -> dict[str, range]:

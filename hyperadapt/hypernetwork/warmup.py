@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +56,20 @@ class BoundWarmup(nn.Module):
         if self._expected:
             self._expected.clear()
             self.trained_steps += 1
+
+
+@contextmanager
+def counting_paused(module: nn.Module) -> Iterator[None]:
+    """Have optimizer steps count for no network in a module: what they train is something else."""
+    warmups = [one for one in module.modules() if isinstance(one, BoundWarmup)]
+    expected = [set(one._expected) for one in warmups]
+    for one in warmups:
+        one._expected.clear()
+    try:
+        yield
+    finally:
+        for one, before in zip(warmups, expected, strict=True):
+            one._expected.update(before)
 
 
 def _watch(warmup: BoundWarmup) -> None:

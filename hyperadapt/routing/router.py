@@ -290,7 +290,8 @@ class Router:
         """Keep a task of an adapter pinned and merged under its new name."""
         if self.pinned_task(adapter_name) == task:
             self.pinned[adapter_name] = new_name
-        if self.last_pin == task:
+        others = [name for name in self.networks if name != adapter_name and self.pinned_task(name) == task]
+        if self.last_pin == task and not others:
             self.last_pin = new_name
         if self.merged.get(adapter_name) == task:
             self.merged[adapter_name] = new_name

@@ -126,7 +126,9 @@ def trainable(model: PeftModel, task: str | None = None) -> Iterator[None]:
     """Let the active adapter be trained, or a task's own factors; on an error its numbers are what they were."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     _, network = active_network(model)
-    find_tuner(model).set_trained_task(task)
+    tuner = find_tuner(model)
+    trained_task = tuner.trained_task
+    tuner.set_trained_task(task)
     state = [*(one for one in model.parameters() if one.requires_grad), *network.buffers()]
     copies = [tensor.detach().clone() for tensor in state]
     try:
@@ -138,6 +140,7 @@ def trainable(model: PeftModel, task: str | None = None) -> Iterator[None]:
         raise
     finally:
         model.eval()
+        tuner.set_trained_task(trained_task)
         for parameter, requires_grad in before.items():
             parameter.requires_grad_(requires_grad)
 

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from hyperadapt.config.checks import shown
@@ -51,7 +52,7 @@ def fit_task_embedding(
         logging.tqdm(total=len(starts), desc="fitting the new task") as bar,
     ):
         fitted = _FittedTask(_best_start(call, starts, rows, collate, bar.update), call)
-        arguments = copy.copy(training_arguments or default_arguments(folder, len(rows), device))
+        arguments = _for_an_embedding(training_arguments or default_arguments(folder, len(rows), device), folder)
         # Trainer finds out from a signature which columns a model reads, and this one's names none.
         arguments.remove_unused_columns, arguments.label_names = False, ["labels"]
         trainer = Trainer(
@@ -92,6 +93,26 @@ def default_arguments(folder: str, num_examples: int, device: torch.device) -> T
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def _for_an_embedding(given: TrainingArguments, folder: str) -> TrainingArguments:
+    """A copy of arguments that may be those of a whole training: it saves nothing, and touches no checkpoint."""
+    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+        if getattr(given, name):
+            raise ValueError(
+                f"training_arguments has {name}={getattr(given, name)}, which needs a whole model, but only a task "
+                "embedding is fitted. Leave it out."
+            )
+    arguments = copy.copy(given)
+    arguments.output_dir, arguments.save_strategy, arguments.eval_strategy = (
+        folder,
+        SaveStrategy.NO,
+        IntervalStrategy.NO,
+    )
+    arguments.load_best_model_at_end = arguments.push_to_hub = False
+    # The model's own switch, which stays as it is; transformers is changing its name.
+    arguments.gradient_checkpointing = arguments.activation_checkpointing = False
+    return arguments
 
 
 class _FittedTask(nn.Module):

@@ -28,6 +28,12 @@ Description = str | Sequence[str]
 Encoder = str | Callable[[list[str]], Tensor] | None
 
 
+class TaskFactors(nn.ParameterDict):
+    """Factors of a task's own; ``trains_alone`` if nothing else of the adapter is to train."""
+
+    trains_alone: bool = False
+
+
 @dataclass(frozen=True)
 class TaskRow:
     """One task: its learned vector, the vectors of its descriptions, its examples, or two of these."""
@@ -40,7 +46,7 @@ class TaskRow:
     # See ``ExampleRows.parts``.
     examples: tuple[Tensor, Tensor] | None = None
     labels: Labels | None = None
-    own_factors: nn.ParameterDict | None = None
+    own_factors: TaskFactors | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class TaskTable:
 
     config: HyperAdapterConfig
     embedding: TaskEmbedding
-    own_factors: Mapping[str, nn.ParameterDict]
+    own_factors: Mapping[str, TaskFactors]
 
     def appended(self, row: TaskRow) -> TaskTable:
         """With one more task."""
@@ -85,7 +91,7 @@ class TaskTable:
         rows[task_id] = replace(rows[task_id], name=new_name)
         return self._of(rows, default_task=new_name if self.config.default_task == name else self.config.default_task)
 
-    def with_own_factors(self, name: str, factors: nn.ParameterDict) -> TaskTable:
+    def with_own_factors(self, name: str, factors: TaskFactors) -> TaskTable:
         """With factors of its own for a task, which may not have any."""
         rows, task_id = self._rows(), self._id(name)
         if name in self.own_factors:

@@ -154,12 +154,16 @@ class TaskCollator:
         collator: Makes a batch, a dict, of rows without the column ``tasks``; or leaves the rows as they are.
         blocks: How many blocks of all rows, one after another, the collator's batch consists of: 2 for TRL's preference
             data, [all chosen; all rejected].
+        keeps_rows: Whether the collator leaves the rows as they are, so that some may have None where others do not.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], *, blocks: int = 1) -> None:
+    def __init__(
+        self, collator: Callable[[list[dict[str, Any]]], Any], *, blocks: int = 1, keeps_rows: bool = False
+    ) -> None:
         check_integer("blocks", blocks)
         self.collator = collator
         self.blocks = blocks
+        self.keeps_rows = keeps_rows
 
     def __getattr__(self, name: str) -> Any:
         """What trainers look up on their own collators."""
@@ -189,12 +193,13 @@ class TaskCollator:
                 "remove_unused_columns=False or use HyperAdapterTrainer, and do not pack rows into one."
             )
         columns = {name for row in rows for name, value in row.items() if value is not None} - {TASK_COLUMN}
-        for name in sorted(columns):
+        for name in [] if self.keeps_rows else sorted(columns):
             lacking = sorted({int(row[TASK_COLUMN]) for row in rows if row.get(name) is None})
             if lacking:
                 raise ValueError(
                     f"Column {name!r} is missing in rows of the tasks with ids {lacking}, but not in other rows of the "
-                    "batch. Give all tasks the same columns, or make one-task batches with max_tasks_per_batch=1."
+                    "batch, or None in them. Give all rows of a task the same columns, and all tasks, or make one-task "
+                    "batches with max_tasks_per_batch=1."
                 )
         batch = self.collator([{name: value for name, value in row.items() if name in columns} for row in rows])
         tasks = [int(row[TASK_COLUMN]) for row in rows]

@@ -20,8 +20,13 @@ def split_chats(dataset: Dataset, column: str = "messages") -> Dataset:
         The rows with the columns ``prompt`` and ``completion`` in its place, both lists of messages.
 
     Raises:
+        TypeError: If it is no `datasets.Dataset`.
         ValueError: If the column is missing, or a row is no such chat.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}, but must be a datasets.Dataset. Split each split of a DatasetDict."
+        )
     if column not in dataset.column_names:
         raise ValueError(
             f"The data set has no column {column!r}, only {dataset.column_names}. Name the one with chats."

@@ -47,9 +47,10 @@ class WholeCheckpointsMixin(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == unfinished:
-            self.state.best_model_checkpoint = str(checkpoint)
+        # Trainer looks for it where it writes; and a run that is resumed may have been moved.
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if best == checkpoint or best.exists():
+            self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             written = unfinished / checkpoint.name
@@ -72,7 +73,11 @@ class WholeCheckpointsMixin(Trainer):
         best = self.state.best_model_checkpoint
         kept = {new} if best is None else {new, Path(best)}
         others = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path not in kept]
-        others.sort(key=lambda path: path.stat().st_mtime)
+        others.sort(key=lambda path: int(path.name[11:]))
+        times = [path.stat().st_mtime for path in others]
+        # As in transformers: copies and some file systems have all made at once.
+        if times and max(times) - min(times) >= 1:
+            others.sort(key=lambda path: path.stat().st_mtime)
         return others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]
 
 

@@ -87,7 +87,15 @@ class TaskDatasetsMixin(Trainer):
     def _with_tasks(self, name: str, dataset: Any) -> Any:
         if isinstance(dataset, Mapping):
             return concatenate_tasks(dataset, self.task_names)
-        if dataset is None or (isinstance(dataset, Dataset) and TASK_COLUMN in dataset.column_names):
+        if dataset is None:
+            return None
+        if isinstance(dataset, Dataset) and TASK_COLUMN in dataset.column_names:
+            kind = getattr(dataset.features[TASK_COLUMN], "dtype", "")
+            if not kind.startswith(("int", "uint")):
+                raise ValueError(
+                    f"The column {TASK_COLUMN!r} of {name} is of type {kind}, but must hold the ids of tasks, integers "
+                    "from 0. Pass a dict, task name -> data set, or make the column with concatenate_tasks."
+                )
             return dataset
         if isinstance(dataset, Dataset):
             raise ValueError(
@@ -107,7 +115,7 @@ class TaskDatasetsMixin(Trainer):
                 "eval_dataset has a task 'mean', whose metrics would be taken for the mean over tasks. Rename the task."
             )
         return {
-            name: rows
+            name: self._with_tasks("eval_dataset", rows)
             if TASK_COLUMN in getattr(rows, "column_names", ())
             else concatenate_tasks({name: rows}, self.task_names)
             for name, rows in dataset.items()
@@ -206,7 +214,7 @@ def _paired_within_tasks(dataset: Dataset, batch_size: int) -> Dataset:
 def majority_of(rows: Any) -> float | None:
     """What always giving the most frequent label of rows would reach; None where they have no class each."""
     column = next((name for name in ("labels", "label") if name in getattr(rows, "column_names", ())), None)
-    labels = [] if column is None else list(rows[column])
+    labels = [] if column is None else list(rows.with_format(None)[column])
     if not labels or not all(isinstance(label, int | str) for label in labels):
         return None
     [(_, count)] = Counter(labels).most_common(1)

@@ -39,7 +39,7 @@ def give_examples(
     ids = np.asarray(dataset[TASK_COLUMN])
     sources = zip(network.config.tasks, network.config.task_sources, strict=True)
     chosen = {
-        name: dataset.select(_chosen(dataset, np.flatnonzero(ids == task), seed)).to_list()
+        name: _rows(dataset.select(_chosen(dataset, np.flatnonzero(ids == task), seed)))
         for task, (name, source) in enumerate(sources)
         if source in EXAMPLES and (ids == task).any()
     }
@@ -50,11 +50,17 @@ def give_examples(
     tuner.set_examples(chosen, data_collator=collate)
 
 
+def _rows(dataset: Dataset) -> list[Any]:
+    """Its rows as they are trained on, as far as a transform makes them; else as plain lists and numbers."""
+    return list(dataset) if dataset.format["type"] == "custom" else dataset.to_list()
+
+
 def _chosen(rows: Dataset, places: Any, seed: int) -> list[int]:
     """Some of the places of a task's rows, at random, of each class equally many where the rows say theirs."""
     places = np.random.default_rng(seed).permutation(places)
     label = next((name for name in ("labels", "label") if name in rows.column_names), None)
-    classes = None if label is None else rows.select(places)[label]
+    # In the format of torch or numpy, a class is no int.
+    classes = None if label is None else rows.with_format(None).select(places)[label]
     if classes and isinstance(classes[0], int):
         order = np.argsort(classes, kind="stable")
         _, starts, counts = np.unique(np.asarray(classes)[order], return_index=True, return_counts=True)

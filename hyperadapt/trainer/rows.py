@@ -103,7 +103,8 @@ class RowTasksMixin(Trainer):
 
     def _carry_tasks(self) -> None:
         if not isinstance(self.data_collator, TaskCollator):
-            self.data_collator = TaskCollator(self.data_collator, blocks=_blocks_of(self))
+            keeps_rows = hasattr(super(), "_generate_and_score_completions")
+            self.data_collator = TaskCollator(self.data_collator, blocks=_blocks_of(self), keeps_rows=keeps_rows)
 
     def _asked(self, tasks: Tensor, model: nn.Module) -> Tensor | str:
         """What the model is asked for: the name if the batch has one task, which any arrangement of rows keeps.
@@ -152,12 +153,17 @@ def is_sequential(trainer: Trainer, args: Any) -> bool:
     return _strategy(args) == "sequential" and is_trl(trainer, "KTOTrainer")
 
 
-def check_arguments(trainer: Trainer, args: Any) -> None:
+def check_arguments(trainer: RowTasksMixin, args: Any) -> None:
     """Refuse arguments under which batches would not be drawn by task, or rows lose theirs."""
     if _strategy(args) != "random" and not is_sequential(trainer, args):
         raise ValueError(
             f"train_sampling_strategy={_strategy(args)!r} cannot be followed: batches are drawn by task. Leave it at "
             "'random'."
+        )
+    if getattr(args, "auto_find_batch_size", False) and (trainer.max_tasks_per_batch or 1) > 1:
+        raise ValueError(
+            f"auto_find_batch_size=True may find a batch size that max_tasks_per_batch={trainer.max_tasks_per_batch} "
+            "does not divide. Leave one of the two out, or set max_tasks_per_batch=1."
         )
     for name, reason in _WITHOUT_TASKS.items():
         if getattr(args, name, False):

@@ -13,13 +13,13 @@ from torch.utils.data import RandomSampler
 from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from hyperadapt.cards.card import may_be_written_anew, write_card
-from hyperadapt.cards.trainer_state import last_results, training_facts
+from hyperadapt.config.checks import shown
 from hyperadapt.config.config import HyperAdapterConfig
-from hyperadapt.hypernetwork.saturation import REMEDY, Saturation
+from hyperadapt.hypernetwork.saturation import REMEDY
 from hyperadapt.trainer.batches import TASK_COLUMN, RepeatedSampler, TaskSampler
+from hyperadapt.trainer.cards import TrainerCardMixin
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
-from hyperadapt.trainer.datasets import TaskDatasetsMixin, majority_of
+from hyperadapt.trainer.datasets import TaskDatasetsMixin
 from hyperadapt.trainer.examples import give_examples
 from hyperadapt.trainer.labels import give_labels
 from hyperadapt.trainer.losses import BatchLoss, TaskLosses
@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 _NO_MEASURES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
-class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
+class TaskTrainerMixin(TrainerCardMixin, TaskDatasetsMixin, RowTasksMixin):
     """What a multi-task run adds to ``Trainer`` or to a subclass of it, such as TRL's ``SFTTrainer``.
 
     Used as ``class MyTrainer(TaskTrainerMixin, SFTTrainer)``; ``HyperAdapterTrainer`` is the one for ``Trainer``.
@@ -106,9 +106,30 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
             give_examples(self._model, rows, self.data_collator, self.args.seed, is_packed)
             give_labels(self._model, rows)
         # Found through the model as the other trainer left it.
-        self._monitor = PositionMonitor(active_network(self._model)[1]) if log_positions else None
-        self._saturation: Saturation | None = None
+        network = active_network(self._model)[1]
+        self._monitor = PositionMonitor(network) if log_positions else None
+        self._own_factors = network.config.own_factors
         self._told_saturation = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the other trainer does; the model's tasks must be those that the trainer was made with."""
+        self._check_tasks()
+        return super().train(*args, **kwargs)
+
+    def _check_tasks(self) -> None:
+        """Refuse a model whose tasks have changed: the ids of rows would mean others, and the optimizer train none."""
+        config = active_network(self._model)[1].config
+        if config.task_names != list(self.task_names):
+            raise ValueError(
+                f"The tasks of the model are {shown(config.task_names)} now, but were {shown(list(self.task_names))} "
+                "when this trainer was made. Make a new one."
+            )
+        if config.own_factors != self._own_factors:
+            raise ValueError(
+                f"The tasks with factors of their own are {shown(config.own_factors)} now, but were "
+                f"{shown(self._own_factors)} when this trainer was made, whose optimizer trains nothing else. Make a "
+                "new one."
+            )
 
     def evaluate(
         self,
@@ -129,6 +150,7 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
             The metrics; with a dict also ``<prefix>_mean_<metric>``, the unweighted mean over tasks of each number
             that all of them have (speeds aside).
         """
+        self._check_tasks()
         if not isinstance(eval_dataset, str):
             eval_dataset = self._each_with_tasks(eval_dataset)
         data = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -171,6 +193,7 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
             transformers' ``PredictionOutput`` of all rows in order. Its metrics are over all of them; ``evaluate`` has
             those of each task.
         """
+        self._check_tasks()
         if isinstance(test_dataset, Mapping | Dataset):
             test_dataset = self._with_tasks("test_dataset", test_dataset)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix, **kwargs)
@@ -236,47 +259,6 @@ class TaskTrainerMixin(TaskDatasetsMixin, RowTasksMixin):
             if self._monitor is not None:
                 logs |= self._position_logs(self._monitor)
         super().log(logs, *args, **kwargs)
-
-    def create_model_card(  # type: ignore[override]
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | Sequence[str] | None = None,
-        model_name: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the adapter's card into the output folder, with what the last evaluation of each task gave."""
-        if not self.is_world_process_zero():
-            return
-        folder = str(self.args.output_dir)
-        write_card(
-            self.accelerator.unwrap_model(self._model),
-            folder,
-            overwrite=may_be_written_anew(folder),
-            title=model_name,
-            language=language,
-            license=license,
-            tags=[tags] if isinstance(tags, str) else list(tags or ()),
-            results=self._results(),
-            split="validation",
-            saturation=self._saturation,
-            training={
-                **training_facts(vars(self.state)),
-                "batch_size": self.args.train_batch_size * self.args.world_size,
-                "learning_rate": self.args.learning_rate,
-                "seed": self.args.seed,
-            },
-        )
-
-    def _results(self) -> dict[str, dict[str, float]]:
-        """Of each task what was last measured, with what its most frequent label would reach beside an accuracy."""
-        results = last_results(self.state.log_history, self.task_names)
-        data = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
-        for task, values in results.items():
-            share = majority_of(data[task]) if task in data and "accuracy" in values else None
-            if share is not None:
-                values["majority"] = share
-        return results
 
     def _position_logs(self, monitor: PositionMonitor) -> dict[str, float]:
         updates, gradients, self._saturation = monitor.collect()

@@ -203,6 +203,14 @@ def _check_tasks(model: PeftModel, model_id: Any, adapter_name: str, options: Ma
                 "takes its weights, so that tasks would be taken for each other. Give the configuration the file's "
                 "tasks in the file's order, or load the file with PeftModel.from_pretrained without config=."
             )
+    pairs = zip(own.task_names, saved.embedded_descriptions, own.embedded_descriptions, strict=True)
+    for task, theirs, ours in pairs:
+        if theirs != ours:
+            raise ValueError(
+                f"The description of task {task!r} is {shown(theirs)} in the file of adapter {adapter_name!r}, but "
+                f"{shown(ours)} in the adapter that takes its weights, among them the vectors of the file's texts. "
+                "Give the configuration the file's descriptions."
+            )
 
 
 def other_names(model: nn.Module, adapter_name: str) -> set[str]:

@@ -178,9 +178,8 @@ class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, MergingTuner,
             ValueError: If it is unknown, the only one, the default task, pinned or merged.
         """
         adapter_name, _ = self.router.only(self.active_adapters)
-        table = self._table().without(name)
         check_removal(self.router, adapter_name, name)
-        self._set_table(table)
+        self._set_table(self._table().without(name))
 
     def rename_task(self, name: str, new_name: str) -> None:  # noqa: DOC502
         """Rename a task; its id stays.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hyperadapt.config.task_fields import check_description
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
 from hyperadapt.hypernetwork.sharding import whole_network
+from hyperadapt.hypernetwork.warmup import counting_paused
 from hyperadapt.routing.router import Router
 from hyperadapt.tasks.table import Description, Encoder, TaskRow, TaskTable
 from hyperadapt.tuner.example_features import check_classes, raw_vectors
@@ -128,11 +129,12 @@ class NewTask:
             return reader.embed(self.examples, self.description, self.text_encoder, place)
         from hyperadapt.tasks.fitting import fit_task_embedding
 
-        return fit_task_embedding(
-            module,
-            call,
-            starts,
-            self.examples,
-            data_collator=reader.data_collator,
-            training_arguments=self.training_arguments,
-        )
+        with counting_paused(module):
+            return fit_task_embedding(
+                module,
+                call,
+                starts,
+                self.examples,
+                data_collator=reader.data_collator,
+                training_arguments=self.training_arguments,
+            )

@@ -39,8 +39,8 @@ class TaskTuner(BaseTuner):
     def set_trained_task(self, task: str | None) -> None:  # noqa: DOC503
         """Let only the own factors of a task train from now on; make the optimizer after this.
 
-        All that tasks share is frozen, modules of ``modules_to_save`` too, so every other task keeps every bit.
-        ``set_adapter`` and ``set_requires_grad`` let all of the adapter train again, as None does here.
+        All that tasks share is frozen, modules of ``modules_to_save`` too, so every other task keeps every bit. That
+        holds until None lets all of the adapter train again; ``set_requires_grad`` does as it is told.
 
         Args:
             task: Name of the task, or None.
@@ -57,10 +57,38 @@ class TaskTuner(BaseTuner):
                     f"Task {task!r} has no factors of its own that could train alone. Give it some with "
                     f"add_own_factors({task!r})."
                 )
-        self.set_requires_grad(name, requires_grad=task is None)
-        network.requires_grad_(task is None)
-        if task is not None:
-            own[task].requires_grad_(True)
+        for one, factors in own.items():
+            factors.trains_alone = one == task
+        self.set_requires_grad(name)
+        network.requires_grad_(True)
+        self._freeze_what_is_shared()
+
+    @property
+    def trained_task(self) -> str | None:
+        """The task that trains alone, by ``set_trained_task``; None if there is none."""
+        own = self.router.only(self.active_adapters)[1].table.own_factors
+        return next((task for task, factors in own.items() if factors.trains_alone), None)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, as PEFT does; a task that trains alone still does."""
+        super().set_adapter(adapter_name, inference_mode)
+        if not inference_mode:
+            self._freeze_what_is_shared()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        if enabled:
+            # PEFT lets all of the adapter train, also where it was only disabled for a while.
+            self._freeze_what_is_shared()
+
+    def _freeze_what_is_shared(self) -> None:
+        for name in self.active_adapters:
+            if name not in self.router.networks:
+                continue
+            for factors in self.router.network(name).table.own_factors.values():
+                if factors.trains_alone:
+                    self.set_requires_grad(name, requires_grad=False)
+                    factors.requires_grad_(True)
 
     def _table(self) -> TaskTable:
         return table_of(self.router.only(self.active_adapters)[1])

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from peft import PeftConfig, PeftModel, get_peft_model
 
@@ -31,6 +32,7 @@ def labels_of(made: PeftModel) -> Any:
     [
         ({"beta": ["x", "y", "z"]}, {"beta": {0: "x", 1: "y", 2: "z"}}),
         ({"beta": {2: "x", 0: "y"}, "alpha": {"1": "x"}}, {"beta": {0: "y", 2: "x"}, "alpha": {1: "x"}}),
+        ({"beta": dict(zip(np.arange(3), "xyz", strict=True))}, {"beta": {0: "x", 1: "y", 2: "z"}}),
         ({}, None),
         (None, None),
     ],

@@ -133,6 +133,13 @@ def test_bad_conditions_are_refused(arguments: dict[str, Any], error: type[Excep
         HyperAdapterConfig(**arguments)
 
 
+def test_lists_of_descriptions_are_copies() -> None:
+    descriptions = ["one"]
+    config = HyperAdapterConfig(target_modules="all-linear", tasks={"alpha": descriptions})
+    descriptions.append("two")
+    assert config.task_descriptions == {"alpha": ["one"]}
+
+
 def test_attributes_make_an_equal_configuration() -> None:
     config = HyperAdapterConfig(tasks=TASKS, task_embedding="text", text_encoder="encoder")
     assert HyperAdapterConfig(**vars(config)) == config

@@ -159,6 +159,17 @@ def test_a_followed_pin_follows_the_name_and_guards_its_task() -> None:
     assert torch.equal(with_adapter(model, "ref"), expected)
 
 
+def test_a_name_of_one_adapter_leaves_others_their_pin() -> None:
+    model = policy()
+    model.set_task("alpha")
+    model.add_adapter("second", adapter_config(target_modules="all-linear", default_task="beta"))
+    expected = with_adapter(model, "second", tasks="alpha")
+    model.set_adapter("default")
+    model.rename_task("alpha", "first")
+    assert torch.equal(logits(model, BATCH), logits(model, BATCH, tasks="first"))
+    assert torch.equal(with_adapter(model, "second"), expected)
+
+
 def test_a_reloaded_policy_has_no_pin(tmp_path: Path) -> None:
     model = policy()
     model.set_task("beta")

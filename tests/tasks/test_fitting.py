@@ -22,6 +22,7 @@ from tests.support.helpers import (
     adapted_model,
     adapter_config,
     base_model,
+    checkpointing_arguments,
     example_batch,
     letters,
     logits,
@@ -188,3 +189,32 @@ def test_many_tasks_give_few_starts() -> None:
     config = adapter_config(tasks=[str(index) for index in range(150)], target_modules="all-linear")
     model = make_active(get_peft_model(base_model("bert"), config))
     assert len(model._table().starts(None, None)) == 51
+
+
+def test_arguments_of_a_training_leave_its_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    model = adapted_model("bert")
+    examples = examples_of(model, torch.linspace(-1, 1, 8))
+    options: dict[str, Any] = {"max_steps": 2, "use_cpu": True, "report_to": "none", "dataloader_pin_memory": False}
+    options |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    options |= checkpointing_arguments()
+    model.add_task("new", examples=examples, training_arguments=TrainingArguments(str(tmp_path), **options))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    smoothed = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **options)
+    with pytest.raises(
+        ValueError, match=r"has label_smoothing_factor=0\.1, which needs a whole model, but only a task"
+    ):
+        model.add_task("newer", examples=examples, training_arguments=smoothed)
+
+
+def test_the_steps_of_a_fit_are_no_steps_of_the_warm_up() -> None:
+    model = adapted_model("bert", normalization_warmup=50)
+    warmup = model.base_model.router.network("default").warmup
+    before = int(warmup.trained_steps)
+    model.train()
+    model(**example_batch("bert"), tasks="alpha")
+    model.add_task("new", examples=examples_of(model, torch.linspace(-1, 1, 8)))
+    assert int(warmup.trained_steps) == before
+    # The step that was expected still counts.
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]).step()
+    assert int(warmup.trained_steps) == before + 1

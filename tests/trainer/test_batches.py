@@ -180,6 +180,10 @@ def test_collator_repeats_tasks_by_blocks() -> None:
 def test_collator_leaves_rows_as_they_are_made() -> None:
     dataset = concatenate_tasks({"beta": rows(1), "gamma": rows(1)}, TASKS)
     assert TaskCollator(list)([*dataset]) == [{"x": 0, "tasks": 1}, {"x": 0, "tasks": 2}]
+    some = [{"x": 0, "y": 1, "z": None, "tasks": 1}, {"x": 0, "y": None, "z": None, "tasks": 1}]
+    assert TaskCollator(list, keeps_rows=True)(some) == [{"x": 0, "y": 1, "tasks": 1}, {"x": 0, "y": None, "tasks": 1}]
+    with pytest.raises(ValueError, match=r"Column 'y' is missing in rows .* or None in them"):
+        TaskCollator(list)(some)
 
 
 def test_collator_is_asked_for_what_the_other_has() -> None:

@@ -1,7 +1,7 @@
 """Chats become prompts and completions."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from hyperadapt.trainer import split_chats
 
@@ -22,3 +22,5 @@ def test_what_is_no_chat_is_refused_with_its_row() -> None:
         split_chats(rows)
     with pytest.raises(ValueError, match=r"no column 'chats', only \['messages'\]"):
         split_chats(rows, "chats")
+    with pytest.raises(TypeError, match="dataset is a DatasetDict, but must be a "):
+        split_chats(DatasetDict(train=rows))

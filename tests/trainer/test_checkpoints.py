@@ -110,7 +110,7 @@ def test_a_run_that_is_killed_ten_times(tmp_path: Path) -> None:
     assert_resumes(tmp_path, kills)
 
 
-def train(folder: Path, **changes: Any) -> HyperAdapterTrainer:
+def train(folder: Path, resume: bool = False, **changes: Any) -> HyperAdapterTrainer:
     batch = example_batch("bert", rows=8)
     rows = {task: Dataset.from_dict({key: value.tolist() for key, value in batch.items()}) for task in TASKS}
     options: dict[str, Any] = {
@@ -130,7 +130,7 @@ def train(folder: Path, **changes: Any) -> HyperAdapterTrainer:
         train_dataset=rows,
         eval_dataset=rows,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -152,6 +152,36 @@ def test_the_best_checkpoint_is_kept_under_its_name(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{best}", "checkpoint-4"}
     state = (tmp_path / "checkpoint-4" / "trainer_state.json").read_text()
     assert f'"best_model_checkpoint": "{tmp_path}/checkpoint-{best}"' in state
+
+
+def test_the_best_checkpoint_is_kept_by_a_run_that_was_moved(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "save_total_limit": 2,
+        "learning_rate": 10.0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "mean_loss",
+        "greater_is_better": False,
+    }
+    best = Path(str(train(tmp_path / "old", max_steps=3, **options).state.best_model_checkpoint)).name
+    assert best != "checkpoint-3", "the learning rate is meant to be far too high"
+    (tmp_path / "old").rename(tmp_path / "new")
+    trainer = train(tmp_path / "new", max_steps=4, resume=True, **options)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "new" / best)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {best, "checkpoint-4"}
+
+
+def test_checkpoints_that_were_made_at_once_are_old_by_their_steps(tmp_path: Path) -> None:
+    trainer = train(tmp_path, max_steps=1, save_strategy="no", save_total_limit=3)
+    paths = [tmp_path / f"checkpoint-{step}" for step in (100, 20, 30, 110)]
+    for path in paths:
+        path.mkdir()
+        os.utime(path, (1, 1))
+    assert trainer._superfluous(tmp_path, paths[3]) == paths[1:2]
+    # Else by their times: a run that began anew has its own.
+    os.utime(paths[1], (5, 5))
+    assert trainer._superfluous(tmp_path, paths[3]) == paths[2:3]
 
 
 def test_an_earlier_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:

@@ -57,6 +57,25 @@ def test_tasks_get_examples_from_the_training_data(tmp_path: Path) -> None:
     assert torch.equal(*banks)
 
 
+def from_another_column(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {**{name: rows[name] for name in ("input_ids", "attention_mask", "tasks")}, "labels": rows["label"]}
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "transform"])
+def test_examples_of_rows_in_any_format(form: str, tmp_path: Path) -> None:
+    rows = concatenate_tasks({name: data({0: 300, 1: 5}) for name in TASKS}, TASKS)
+    options: dict[str, Any] = {}
+    if form == "transform":
+        rows = rows.rename_column("labels", "label").with_transform(from_another_column)
+        options["remove_unused_columns"] = False
+    else:
+        rows = rows.with_format(form)
+    model = example_model("bert", active=False)
+    HyperAdapterTrainer(model, arguments(tmp_path, **options), train_dataset=rows)
+    given = model.base_model.router.network("default").task_embedding.example_rows
+    assert given.parts()[0][1][:, -3:].sum(0).tolist() == [ROWS - 5, 5, 0]
+
+
 def test_examples_that_were_given_stay(tmp_path: Path) -> None:
     model = with_examples("bert")
     rows = model.base_model.router.network("default").task_embedding.example_rows

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from hyperadapt.cards.card import write_card
 from hyperadapt.trainer import HyperAdapterTrainer, TaskCollator, TaskTrainerMixin, concatenate_tasks
 from tests.support.card_schema import check_card
 from tests.support.helpers import TASKS, adapted_model, base_model, example_batch
@@ -351,6 +352,11 @@ def test_plain_trainer_works_or_refuses(wrapped: bool, tmp_path: Path) -> None:
         ),
         ({"train_dataset": [{"input_ids": [1]}]}, TypeError, "train_dataset is of type list, but must be"),
         ({"train_dataset": {"delta": data("bert")["alpha"]}}, ValueError, "Unknown task 'delta'"),
+        (
+            {"train_dataset": data("bert")["alpha"].add_column("tasks", ["alpha"] * 4)},
+            ValueError,
+            "The column 'tasks' of train_dataset is of type string, but must hold the ids of tasks",
+        ),
         ({"eval_dataset": {"mean": data("bert")["alpha"]}}, ValueError, "eval_dataset has a task 'mean'"),
         ({"eval_dataset": {"delta": data("bert")["alpha"]}}, ValueError, "Unknown task 'delta'"),
         (
@@ -398,3 +404,60 @@ def test_another_way_of_sampling_is_refused(tmp_path: Path) -> None:
     options.train_sampling_strategy = "group_by_length"
     with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length' cannot be followed"):
         HyperAdapterTrainer(adapted_model("bert"), options, train_dataset=data("bert"))
+
+
+def test_a_trainer_refuses_tasks_that_have_changed(tmp_path: Path) -> None:
+    model = adapted_model("bert", task_type="SEQ_CLS")
+    rows = data("bert")
+    trainer = HyperAdapterTrainer(model, arguments(tmp_path), train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    model.rename_task("gamma", "third")
+    message = (
+        r"tasks of the model are \['alpha', 'beta', 'third'\] now, but were \['alpha', 'beta', 'gamma'\] when this"
+    )
+    for call in (trainer.train, trainer.evaluate, lambda: trainer.predict(rows)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    model.rename_task("third", "gamma")
+    trainer.evaluate()
+    model.add_own_factors("beta")
+    with pytest.raises(
+        ValueError, match=r"factors of their own are \['beta'\] now, but were None when this trainer was"
+    ):
+        trainer.train()
+
+
+def test_the_card_tells_the_results_of_the_weights_that_are_there(tmp_path: Path) -> None:
+    rows = data("bert")
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"metric_for_best_model": "mean_loss", "greater_is_better": False, "learning_rate": 10.0}
+    trainer = HyperAdapterTrainer(
+        adapted_model("bert", task_type="SEQ_CLS", normalization="none"),
+        arguments(tmp_path, load_best_model_at_end=True, **options),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    trainer.train()
+    history, best = list(trainer.state.log_history), trainer.state.best_global_step
+    assert best in range(1, 4), "the learning rate is meant to be far too high"
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    found = {one.dataset_name: one.metric_value for one in card.data.eval_results if one.metric_type == "loss"}
+    assert found == {
+        task: next(
+            entry[f"eval_{task}_loss"] for entry in history if entry.get(f"eval_{task}_loss") and entry["step"] == best
+        )
+        for task in TASKS
+    }
+    # Without the trainer nothing tells which weights they are.
+    (tmp_path / "README.md").unlink()
+    write_card(trainer.model, tmp_path)
+    assert not ModelCard.load(tmp_path / "README.md").data.eval_results
+
+
+def test_batch_sizes_that_are_found_fit_no_limit_of_tasks(tmp_path: Path) -> None:
+    options = arguments(tmp_path, auto_find_batch_size=True)
+    with pytest.raises(
+        ValueError, match="auto_find_batch_size=True may find a batch size that max_tasks_per_batch=2 does"
+    ):
+        HyperAdapterTrainer(adapted_model("bert"), options, train_dataset=data("bert"), max_tasks_per_batch=2)

@@ -234,6 +234,20 @@ def test_tasks_of_other_names_or_in_another_order(folder: Path, tasks: list[str]
     assert_unwrapped(base, before)
 
 
+def test_descriptions_of_other_texts(tmp_path: Path) -> None:
+    def described(text: str) -> PeftModel:
+        return adapted_model(
+            "llama", tasks={"alpha": text, "beta": "zebra"}, task_embedding="text", text_encoder=letters
+        )
+
+    described("first").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"description of task 'alpha' is \['first'\] in the file .*\['second'\] in the"
+    ):
+        described("second").load_adapter(tmp_path, "default", is_trainable=True)
+    described("first").load_adapter(tmp_path, "default", is_trainable=True)
+
+
 def test_a_file_without_a_network_is_refused(tmp_path: Path) -> None:
     adapted_model("llama").save_pretrained(tmp_path)
     save_file({}, tmp_path / WEIGHTS)

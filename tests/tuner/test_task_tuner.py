@@ -1,5 +1,6 @@
 """A task that is trained alone, by factors of its own: others keep every bit, and it goes wherever a task goes."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -92,6 +93,31 @@ def test_a_task_trains_alone_and_others_keep_every_bit() -> None:
     assert torch.equal(logits(model, INPUTS, tasks="new"), first)
     model.set_trained_task(None)
     assert trainable(model) == everything | {name.replace(".own_factors.0.", ".own_factors.1.") for name in everything}
+
+
+def test_a_task_trains_alone_whatever_peft_switches() -> None:
+    model = adapted_model("llama", modules_to_save=["lm_head"])
+    model.add_own_factors("beta")
+    everything = trainable(model)
+    model.set_trained_task("beta")
+    alone = trainable(model)
+    with model.disable_adapter():
+        assert not trainable(model)
+    assert trainable(model) == alone
+    # As TRL does for its reference.
+    model.set_adapter("default")
+    assert trainable(model) == alone
+    assert trainable(copy.deepcopy(model)) == alone
+    model.rename_task("beta", "second")
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    assert trainable(model) == alone
+    assert model.trained_task == "second"
+    model.set_trained_task(None)
+    assert model.trained_task is None
+    with model.disable_adapter():
+        pass
+    assert trainable(model) == everything
 
 
 def test_mixed_batches_equal_their_rows(trained: PeftModel) -> None:
