@@ -15,7 +15,7 @@ from torch.nn.functional import rms_norm
 from hyperadapt.config.checks import check_type, shown
 from hyperadapt.diagnosis import html_of
 from hyperadapt.hypernetwork.network import HyperAdapterNetwork
-from hyperadapt.tasks.ids import resolve_task_ids
+from hyperadapt.tasks.ids import can_read, resolve_task_ids
 from hyperadapt.tasks.table import Encoder, TaskTable
 from hyperadapt.tuner.active import active_network, use_tasks
 
@@ -39,8 +39,8 @@ class Control:
     """What the rows of a task got under one condition; several stand for it, and of those it is the mean.
 
     Args:
-        name: ``"true"``, ``"shuffled"``, ``"blank"``, ``"unrelated"``; or ``"task"``, the task as calls use it, where
-            `true` is its description alone.
+        name: ``"true"``, ``"shuffled"``, ``"blank"``, ``"unrelated"``; or ``"task"``, the task as calls use it, own
+            factors included, where `true` is its description alone.
         conditions: What stood for it: names of tasks, or texts.
         mean: Mean of the metric over rows.
         gain: Mean over rows of how much more the true condition gets; 0 for itself.
@@ -94,10 +94,16 @@ class Controls:
 
 
 class Condition(NamedTuple):
-    """What stands for a condition: tasks or texts, and an embedding of each, ``(conditions, task_embedding_dim)``."""
+    """What stands for a condition: texts or tasks, and an embedding of each, ``(conditions, task_embedding_dim)``."""
 
     names: tuple[str, ...]
-    embeddings: Tensor
+    # None where the tasks are asked for by name, as calls do: an embedding would leave out their own factors.
+    embeddings: Tensor | None = None
+
+    @property
+    def requests(self) -> Sequence[str | Tensor]:
+        """A task's name, or an embedding, for each."""
+        return self.names if self.embeddings is None else list(self.embeddings)
 
 
 def controls(  # noqa: DOC502
@@ -113,9 +119,9 @@ def controls(  # noqa: DOC502
 
     Where the task has a description: that alone; up to three other tasks' descriptions (`shuffled`); a dash (`blank`);
     and three sentences about something else (`unrelated`). An adapter that ignores descriptions, or is good at the rows
-    whatever it is told, does as well under those. A learned embedding reads no text: only other tasks' embeddings
-    stand against it. The model answers the rows up to nine times, in evaluation mode and without gradients, and is
-    not changed.
+    whatever it is told, does as well under those. A learned embedding reads no text: only other tasks, as calls use
+    them, stand against it. The model answers the rows up to nine times, in evaluation mode and without gradients, and
+    is not changed.
 
     Args:
         model: A model with a hyperadapter, wrapped or not.
@@ -166,7 +172,7 @@ def compare(
         raise ValueError(f"Task {task!r} has nothing to be compared with: {'; '.join(without.values())}.")
     with _evaluating(model) as network:
         answers = {
-            name: [_values(model, network, embedding, rows, metric) for embedding in condition.embeddings]
+            name: [_values(model, network, asked, rows, metric) for asked in condition.requests]
             for name, condition in conditions.items()
         }
     sizes = {len(values) for several in answers.values() for values in several}
@@ -191,31 +197,23 @@ def _conditions(
     table: TaskTable, task: str, neutral: Mapping[str, Condition], generator: np.random.Generator
 ) -> tuple[dict[str, Condition], dict[str, str]]:
     """Name -> condition, the true one first; and control -> why there is none."""
-    names, texts = table.config.task_names, table.config.embedded_descriptions
+    names, texts, own = table.config.task_names, table.config.embedded_descriptions, table.config.own_factors or ()
     task_id = int(resolve_task_ids(task, names))
     others = [place for place, text in enumerate(texts) if place != task_id and (text or not texts[task_id])]
     chosen = sorted(generator.permutation(others)[:MAX_OTHERS].tolist())
     without: dict[str, str] = {}
     if texts[task_id]:
         found = {"true": _described(table, [task_id]), "shuffled": _described(table, chosen), **neutral}
-        if table.config.task_sources[task_id] != "text":
-            found["task"] = _embedded(table, [task_id])
+        if table.config.task_sources[task_id] != "text" or task in own:
+            found["task"] = Condition((task,))
     else:
-        found = {"true": _embedded(table, [task_id]), "shuffled": _embedded(table, chosen)}
+        found = {"true": Condition((task,)), "shuffled": Condition(tuple(names[place] for place in chosen))}
         without = dict.fromkeys(("blank", "unrelated"), "the task's embedding reads no description")
     if not chosen:
         del found["shuffled"]
         of_kind = " with a description" if texts[task_id] else ""
         without = {"shuffled": f"the adapter has no other task{of_kind}", **without}
     return found, without
-
-
-@torch.no_grad()
-def _embedded(table: TaskTable, task_ids: Sequence[int]) -> Condition:
-    """Tasks as they are in calls that name them."""
-    device = next(table.embedding.parameters()).device
-    names = tuple(table.config.task_names[place] for place in task_ids)
-    return Condition(names, table.embedding(torch.tensor(task_ids, dtype=torch.int64, device=device)))
 
 
 @torch.no_grad()
@@ -242,20 +240,22 @@ def _evaluating(model: nn.Module) -> Iterator[HyperAdapterNetwork]:
 
 
 def _values(
-    model: nn.Module, network: HyperAdapterNetwork, embedding: Tensor, rows: Rows, metric: Metric[Rows]
+    model: nn.Module, network: HyperAdapterNetwork, asked: str | Tensor, rows: Rows, metric: Metric[Rows]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The metric of each row under an embedding, checked."""
+    """The metric of each row under a task or an embedding, checked."""
+    in_force = {network.config.task_names.index(asked)} if isinstance(asked, str) else set()
 
-    def refuse_ids(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if not args[0].is_floating_point():
+    def refuse_others(_: nn.Module, args: tuple[Any, ...]) -> None:
+        given = args[0]
+        if not given.is_floating_point() and can_read(given) and set(given.tolist()) != in_force:
             raise ValueError(
                 "metric names tasks itself, so that all conditions would get the same answers. Have it call the model "
                 "without tasks=: the condition is in force already."
             )
 
-    hook = network.register_forward_pre_hook(refuse_ids)
+    hook = network.register_forward_pre_hook(refuse_others)
     try:
-        with use_tasks(model, task_embeddings=embedding):
+        with use_tasks(model, asked) if isinstance(asked, str) else use_tasks(model, task_embeddings=asked):
             given = metric(model, rows)
     finally:
         hook.remove()

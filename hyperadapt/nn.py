@@ -11,6 +11,7 @@ from hyperadapt.normalization.cores import cores_of_grams
 from hyperadapt.normalization.formulas import METHODS, learned_bound
 from hyperadapt.normalization.matrix_functions import inverse_sqrt
 from hyperadapt.normalization.normalize import check_options, checked_method, full_core
+from hyperadapt.normalization.precision import own_dtype
 
 
 class MatrixNorm(nn.Module):
@@ -52,13 +53,14 @@ class MatrixNorm(nn.Module):
             weight: Shape ``(..., m, n)``, or any with at least two dimensions if `start_dim` is given.
 
         Returns:
-            Same shape and dtype.
+            Same shape and dtype, also under autocast.
 
         Raises:
             ValueError: If the method is ``"sinkhorn"`` and the matrix is not square.
         """
         matrix = weight if self.start_dim is None else weight.flatten(self.start_dim)
-        return self._normalized(matrix).to(weight.dtype).reshape(weight.shape)
+        with own_dtype(weight.device):
+            return self._normalized(matrix).to(weight.dtype).reshape(weight.shape)
 
     def _normalized(self, matrix: Tensor) -> Tensor:
         method, options = METHODS[self.method], dict(self.options)
@@ -112,17 +114,20 @@ class Whitening(nn.Module):
             x: Shape ``(..., num_features)``; all leading dimensions are the batch.
 
         Returns:
-            Same shape and dtype.
+            Same shape and dtype, also under autocast.
 
         Raises:
             ValueError: If the last dimension is not `num_features`, or a training batch has one element.
         """
         if x.shape[-1] != self.num_features:
             raise ValueError(f"Whitening({self.num_features}) got an input of shape {tuple(x.shape)}.")
-        samples = _at_least_float32(x).reshape(-1, self.num_features)
+        if self.training and x.shape[:-1].numel() < 2:
+            raise ValueError(f"Whitening needs at least 2 samples in training, but got shape {tuple(x.shape)}.")
+        with own_dtype(x.device):
+            return self._whitened(_at_least_float32(x).reshape(-1, self.num_features)).to(x.dtype).reshape(x.shape)
+
+    def _whitened(self, samples: Tensor) -> Tensor:
         if self.training:
-            if len(samples) < 2:
-                raise ValueError(f"Whitening needs at least 2 samples in training, but got shape {tuple(x.shape)}.")
             mean = samples.mean(0)
             covariance = (samples - mean).mT @ (samples - mean) / (len(samples) - 1)
             with torch.no_grad():
@@ -130,7 +135,7 @@ class Whitening(nn.Module):
                 self.running_covariance.lerp_(covariance.to(self.running_covariance.dtype), self.momentum)
         else:
             mean, covariance = self.running_mean.to(samples.dtype), self.running_covariance.to(samples.dtype)
-        return ((samples - mean) @ inverse_sqrt(covariance, self.ridge)).to(x.dtype).reshape(x.shape)
+        return (samples - mean) @ inverse_sqrt(covariance, self.ridge)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

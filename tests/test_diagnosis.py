@@ -106,6 +106,16 @@ def test_without_a_bound_nothing_is_said_of_it(options: dict[str, Any]) -> None:
     assert "bound" not in str(result)
 
 
+@pytest.mark.parametrize("method", ["soft_frobenius", "soft_polar"])
+def test_autocast_does_not_matter(method: str) -> None:
+    model = adapted_model("llama", normalization=method, normalization_bound=0.5)
+    expected = diagnose(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = diagnose(model)
+    assert torch.equal(result.bound_shares, expected.bound_shares)
+    assert torch.equal(result.cosines, expected.cosines)
+
+
 def test_tasks_are_chosen_by_name() -> None:
     model = adapted_model("llama")
     whole, part = diagnose(model), diagnose(model, ["gamma", "alpha"])
@@ -220,8 +230,9 @@ def test_bad_calls() -> None:
         diagnose(torch.nn.Linear(2, 2))
 
 
-def test_weights_that_are_not_finite_are_an_error() -> None:
-    model = adapted_model("llama")
+@pytest.mark.parametrize("method", ["soft_polar", "frobenius", "spectral", "whitening", "weight_norm"])
+def test_weights_that_are_not_finite_are_an_error(method: str) -> None:
+    model = adapted_model("llama", normalization=method)
     with torch.no_grad():
         model.base_model.router.network("default").task_embedding.weight[1] = torch.nan
     message = "The update of task 'beta' at 'model.layers.0.self_attn.q_proj' is not finite: training has diverged."

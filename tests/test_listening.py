@@ -113,6 +113,33 @@ def test_what_was_learned_beside_a_description_is_told_apart() -> None:
     assert found.without == dict.fromkeys(("blank", "unrelated"), "the task's embedding reads no description")
 
 
+def with_own_factors(model: PeftModel, *tasks: str) -> PeftModel:
+    generator = torch.Generator().manual_seed(2)
+    for task in tasks:
+        model.add_own_factors(task)
+    for parameter in model.base_model.router.network("default").own_factors.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return model
+
+
+def test_a_task_is_answered_with_its_own_factors() -> None:
+    model = with_own_factors(adapted_model("llama", tasks=["one", "two"]), "one", "two")
+    found = hyperadapt.controls(model, "one", BATCH, last_logit)
+    values = [expected(model, tasks=task) for task in ("one", "two")]
+    check(found, dict(zip(("true", "shuffled"), values, strict=True)))
+
+    # Beside a description they are told apart from it.
+    model = with_own_factors(text_model("text"), "alpha")
+    found = hyperadapt.controls(model, "alpha", BATCH, last_logit, text_encoder=letters)
+    values = [described(model, DESCRIPTIONS["alpha"]), expected(model, tasks="alpha")]
+    means = {arm.name: arm.mean for arm in found.arms}
+    assert (means["true"], means["task"]) == pytest.approx([float(one.mean()) for one in values], rel=FLOAT32_FORWARD)
+    assert means["true"] != means["task"]
+    assert "task" not in {
+        arm.name for arm in hyperadapt.controls(model, "beta", BATCH, last_logit, text_encoder=letters).arms
+    }
+
+
 def test_of_many_tasks_three_are_drawn_by_the_seed() -> None:
     model = adapted_model("llama", tasks=[f"task {index}" for index in range(9)])
 
@@ -188,7 +215,7 @@ def test_one_encoder_call_serves_all_texts() -> None:
     neutral = listening.neutral_conditions(model, counted)
     # The known description, by which the encoder is recognised, a dash and three sentences.
     assert calls == [5]
-    assert [len(condition.embeddings) for condition in neutral.values()] == [1, 3]
+    assert [len(condition.requests) for condition in neutral.values()] == [1, 3]
 
 
 def named(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
@@ -201,6 +228,7 @@ def named(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
         ("delta", last_logit, ValueError, "Unknown task 'delta'. Known tasks: ['alpha', 'beta', 'gamma']."),
         (3, last_logit, TypeError, "task=3 must be the name of a task, not int."),
         ("alpha", named, ValueError, "metric names tasks itself, so that all conditions would get the same answers."),
+        ("beta", named, ValueError, "metric names tasks itself, so that all conditions would get the same answers."),
         ("alpha", given("good"), TypeError, "metric gave 'good', but must give a number for each row."),
         ("alpha", given(0.5), ValueError, "metric gave 0.5 of shape (), but must give a finite number for each row"),
         ("alpha", given([0.5]), ValueError, "metric gave [0.5] of shape (1,), but must give a finite number"),

@@ -111,6 +111,16 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     assert Whitening(4)(torch.randn(9, 4).to(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("method", NORMALIZATIONS)
+def test_autocast_does_not_matter(method: str) -> None:
+    torch.manual_seed(0)
+    norm, x = make(method).float(), torch.randn(6, 6)
+    expected = norm(x), Whitening(6)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = norm(x), Whitening(6)(x)
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

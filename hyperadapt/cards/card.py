@@ -18,12 +18,13 @@ from hyperadapt.cards.sections import (
     diagnosis_table,
     facts_list,
     normalization_text,
+    python_number,
     saturation_text,
     task_table,
 )
 from hyperadapt.cards.snippets import Prompt, base_model_of, is_chat, usage
 from hyperadapt.cards.trainer_state import last_results, trainer_state, training_facts
-from hyperadapt.config.checks import shown
+from hyperadapt.config.checks import check_type, shown
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.diagnosis import Diagnosis
 from hyperadapt.files import write_whole
@@ -62,7 +63,7 @@ class CardFacts:
         prompts: Task -> an input of its own, for the snippet and the widget: a text, several texts that belong
             together, or the messages of a chat.
         labels: Task -> the names of its labels.
-        results: Task -> metric -> value, such as ``{"trec": {"accuracy": 0.9}}``.
+        results: Task -> metric -> number, such as ``{"trec": {"accuracy": 0.9}}``.
         split: Split of the data that the results are for.
         datasets: Names on the Hub of the data sets.
         training: Fact -> value, in the order to show them; if empty, what a trainer of transformers left in the
@@ -73,7 +74,8 @@ class CardFacts:
         license: As the Hub spells it, such as ``"apache-2.0"``.
         language: ISO 639 code, or several.
         tags: Further tags.
-        limits: Further sentences on what the adapter cannot do.
+        limits: Further sentences on what the adapter cannot do. Here, and of the tags, data sets and labels, a text
+            alone is a list of one.
     """
 
     title: str | None = None
@@ -94,6 +96,33 @@ class CardFacts:
     tags: Sequence[str] = ()
     limits: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("prompts", "labels", "results", "training", "figures"):
+            check_type(name, getattr(self, name), Mapping, "a mapping", optional=False)
+        read = {
+            **{name: _listed(getattr(self, name)) for name in ("datasets", "tags", "limits")},
+            "labels": {task: _listed(names) for task, names in self.labels.items()},
+            "results": {task: _numbers(task, metrics) for task, metrics in self.results.items()},
+        }
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _numbers(task: str, metrics: Any) -> dict[str, float]:
+    """The results of a task, in numbers that can be written as YAML."""
+    example = "Give each metric a number, such as {'accuracy': 0.9}."
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"results has {shown(metrics)} for task {task!r}, which is no mapping. {example}")
+    numbers = {metric: python_number(value) for metric, value in metrics.items()}
+    for metric, value in numbers.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"results has {metric}={shown(value)} for task {task!r}, which is no number. {example}")
+    return numbers
+
 
 def write_card(  # noqa: DOC502
     model: PeftModel | HyperAdapterNetwork, directory: str | os.PathLike[str], *, overwrite: bool = False, **facts: Any
@@ -109,7 +138,7 @@ def write_card(  # noqa: DOC502
         **facts: See ``CardFacts``.
 
     Raises:
-        TypeError: If a fact is unknown.
+        TypeError: If a fact is unknown, or of another type.
         ValueError: If results are given for an unknown task.
     """
     write_whole(Path(directory, CARD), card_text(model, directory, overwrite=overwrite, **facts))
@@ -190,13 +219,24 @@ def may_be_written_anew(directory: str | os.PathLike[str]) -> bool:
     return not path.exists() or MARKER.encode() in path.read_bytes()
 
 
-def addressed(text: str, address: str) -> str:
-    """A card whose code loads the adapter from `address`, a folder or a name on the Hub."""
-    return re.sub(
-        r'(PeftModel\.from_pretrained\(base_model, )"(?:[^"\\]|\\.)*"',
-        lambda match: match[1] + json.dumps(address),
+def addressed(text: str, repo_id: str, subfolder: str | None = None) -> str:
+    """A card whose code loads the adapter from the Hub, or first takes its files from there for a program."""
+    part, files, chosen = "", "lora", ""
+    if subfolder is not None:
+        part, files, chosen = f", subfolder={json.dumps(subfolder)}", f"lora/{subfolder}", f" --include '{subfolder}/*'"
+    text = re.sub(
+        r'((?:PeftModel\.from_pretrained\(base_model, |load_lora_weights\())"(?:[^"\\]|\\.)*"(\)?)',
+        lambda match: f"{match[1]}{json.dumps(repo_id)}{match[2] and part}{match[2]}",
         text,
     )
+    # A card that was published elsewhere has such a line.
+    download = rf"hf download {repo_id}{chosen} --local-dir lora\n"
+    for command, changed in (
+        (r"(mlx_lm\.generate --model .+ --adapter-path ).+( --prompt Hello)", rf"\1{files}\2"),
+        (r"(python convert_lora_to_gguf\.py --base )(.+) \2", rf"\1{files} {files}"),
+    ):
+        text = re.sub(rf"^(?:hf download .+\n)?{command}$", download + changed, text, flags=re.MULTILINE)
+    return text
 
 
 def template(name: str) -> Path:

@@ -73,6 +73,11 @@ def facts_list(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def python_number(value: Any) -> Any:
+    """A number of numpy or torch as one of Python; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def plain(text: str) -> str:
     """Text in one line that cannot break out of a table, nor be taken for Markdown or HTML."""
     return re.sub(r"([*\[])", r"\\\1", _cell(text)).replace("<", "&lt;")
@@ -90,6 +95,7 @@ def _cell(text: str) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_value(entry)}" for name, entry in value.items())
+    value = python_number(value)
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

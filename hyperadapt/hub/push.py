@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -118,7 +117,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     max_shard_size: int | str | None = None,
-    tags: Sequence[str] | None = None,
+    tags: str | Sequence[str] | None = None,
 ) -> CommitInfo:
     """``PeftModel.push_to_hub``: all adapters and the card in one commit; adapters are not split into shards."""
     destination = _Destination(repo_id, private, token, revision, None, create_pr, commit_message, commit_description)
@@ -130,7 +129,9 @@ def create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
     write_card(model, output_dir)
 
 
-def _push_model(model: PeftModel, names: list[str], destination: _Destination, tags: Sequence[str] = ()) -> CommitInfo:
+def _push_model(
+    model: PeftModel, names: list[str], destination: _Destination, tags: str | Sequence[str] = ()
+) -> CommitInfo:
     """Publish adapters: the active one at the top, where it is looked for, others in folders of their names."""
     active, _ = active_network(model)
     with tempfile.TemporaryDirectory() as temporary:
@@ -147,7 +148,7 @@ def _push_model(model: PeftModel, names: list[str], destination: _Destination, t
 
 
 def _publish(
-    folder: Path, destination: _Destination, model: PeftModel | None = None, tags: Sequence[str] = ()
+    folder: Path, destination: _Destination, model: PeftModel | None = None, tags: str | Sequence[str] = ()
 ) -> CommitInfo:
     files = checked_files(folder)
     api = HfApi(token=destination.token, library_name="hyperadapt", library_version=metadata.version("hyperadapt"))
@@ -192,8 +193,4 @@ def _content(name: str, path: Path, repo_id: str, subfolder: str | None) -> Path
     """A file as it is published: the card loads the adapter from the Hub."""
     if name != CARD:
         return path
-    text = addressed(path.read_text(encoding="utf-8"), repo_id)
-    if subfolder is not None:
-        call = f"PeftModel.from_pretrained(base_model, {json.dumps(repo_id)}"
-        text = text.replace(f"{call})", f"{call}, subfolder={json.dumps(subfolder)})")
-    return text.encode()
+    return addressed(path.read_text(encoding="utf-8"), repo_id, subfolder).encode()

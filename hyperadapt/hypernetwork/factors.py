@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, conv3d, linear, pad
 
+from hyperadapt.normalization.precision import own_dtype
+
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -84,8 +86,9 @@ class Factors(NamedTuple):
         return update.reshape(*hidden.shape[:-1], update.shape[-1]).movedim(-1, channels)
 
     def delta_weight(self) -> Tensor:
-        """The dense update B·S·A of every task, shape ``(tasks, out_features, in_features)``."""
-        return self.outer() @ self.lora_A
+        """The dense update B·S·A of every task, shape ``(tasks, out_features, in_features)``, also under autocast."""
+        with own_dtype(self.lora_A.device):
+            return self.outer() @ self.lora_A
 
     def outer(self) -> Tensor:
         """The product B·S, shape ``(tasks, out_features, r)``: what B is in a LoRA whose scaling is 1."""

@@ -14,12 +14,14 @@ from hyperadapt.hypernetwork.factors import Factors
 from hyperadapt.hypernetwork.hypernetwork import Generated, Hypernetwork
 from hyperadapt.hypernetwork.own_factors import OwnFactors
 from hyperadapt.hypernetwork.positions import Position
-from hyperadapt.hypernetwork.updates import largest_singular_values, update_grams
+from hyperadapt.hypernetwork.updates import update_grams
 from hyperadapt.hypernetwork.warmup import BoundWarmup
 from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS, frobenius_norm_squared, learned_bound, soft_scale
+from hyperadapt.normalization.matrix_functions import spectral_norm
+from hyperadapt.normalization.precision import own_dtype
 from hyperadapt.tables import Tables
-from hyperadapt.tasks.embedding import TaskEmbedding, own_dtype
+from hyperadapt.tasks.embedding import TaskEmbedding
 from hyperadapt.tasks.table import TaskTable
 
 
@@ -142,7 +144,8 @@ class HyperAdapterNetwork(nn.Module):
         for positions in by_rank.values():
             factors = [one for position in positions for one in generated[position.name].of_weights()]
             sizes = [position.weights for position in positions]
-            parts = torch.split(self._bound_shares(positions, factors), sizes)
+            with own_dtype(factors[0].core.device):
+                parts = torch.split(self._bound_shares(positions, factors), sizes)
             shares |= {position.name: part.mean(0) for position, part in zip(positions, parts, strict=True)}
         return shares
 
@@ -206,7 +209,7 @@ class HyperAdapterNetwork(nn.Module):
             return (gains.abs() / bounds)[:, None].expand(-1, len(cores))
         gram_A, gram_B = update_grams(factors)
         if METHODS[self.config.normalization].bounds_singular_values:
-            sizes = largest_singular_values(gram_A, gram_B) * math.sqrt(positions[0].r)
+            sizes = spectral_norm(gram_A, gram_B) * math.sqrt(positions[0].r)
         else:
             sizes = frobenius_norm_squared(gram_A, gram_B).sqrt()
         return sizes / self._bounds(indices, base_norms)[:, None]

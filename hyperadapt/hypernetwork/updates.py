@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hyperadapt.hypernetwork.factors import Factors, times_core
 from hyperadapt.normalization.gram import grams
-from hyperadapt.normalization.matrix_functions import spectral_norm
 
 
 def inner_product(x: Factors, y: Factors) -> Tensor:
@@ -65,14 +64,6 @@ def update_grams(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     joined = grams([rows[:, None] for rows in (*(one.lora_A for one in factors), *(one.outer().mT for one in factors))])
     gram_A, gram_B = joined.transpose(0, 1).chunk(2)
     return gram_A, gram_B
-
-
-def largest_singular_values(gram_A: Tensor, gram_B: Tensor) -> Tensor:
-    """Largest singular value of each update, shape (...), from its Gram matrices; NaN where they are not finite."""
-    is_finite = (gram_A.isfinite() & gram_B.isfinite()).flatten(-2).all(-1)
-    # A decomposition would raise.
-    gram_A, gram_B = (torch.where(is_finite[..., None, None], gram, 0) for gram in (gram_A, gram_B))
-    return torch.where(is_finite, spectral_norm(gram_A, gram_B), torch.nan)
 
 
 def _rows(factors: Factors) -> tuple[Tensor, Tensor]:

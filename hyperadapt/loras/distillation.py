@@ -19,6 +19,7 @@ from hyperadapt.hypernetwork.positions import Position
 from hyperadapt.hypernetwork.sharding import whole_network
 from hyperadapt.hypernetwork.updates import inner_product
 from hyperadapt.loras.reading import LoraFile, read_lora
+from hyperadapt.normalization.precision import own_dtype
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.tuner.active import active_network, find_tuner
 
@@ -70,6 +71,8 @@ class _Group(NamedTuple):
     targets: Factors
 
 
+# Around the call, training may be off.
+@torch.inference_mode(False)
 def distill(  # noqa: DOC503
     model: nn.Module,
     adapters: Mapping[str, str | os.PathLike[str]],
@@ -113,7 +116,7 @@ def distill(  # noqa: DOC503
         TypeError: If an argument has the wrong type.
         FileNotFoundError: If a LoRA's folder or file is missing.
         ValueError: If a task is unknown, a LoRA is no plain LoRA, is zero or does not fit the model, a value is out of
-            range, the fit diverges, or the adapter is not alone active, merged or sharded.
+            range, the fit diverges, or the adapter is not alone active, merged, sharded or made in inference mode.
     """
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters={shown(adapters)} must be a mapping from task name to LoRA folder.")
@@ -142,7 +145,7 @@ def distill(  # noqa: DOC503
                 "train it."
             )
     problem = _Problem(network, task_ids, groups, squared_norms)
-    with _trainable(network):
+    with _trainable(network), own_dtype(network.hypernetwork.layer_embedding.device):
         if network.warmup is not None:
             # Its reason, the noise of the first batches, is not there where the goal is known.
             network.warmup.finish()
@@ -232,7 +235,8 @@ def _stacked(positions: Sequence[Position], loras: Sequence[LoraFile]) -> Factor
     """The LoRAs' updates at positions of one shape, in float32, on the CPU."""
     updates = [[lora.updates.get(position.name) for position in positions] for lora in loras]
     ranks = [update.lora_A.shape[0] for row in updates for update in row if update is not None]
-    r, shape = max(ranks, default=0), (len(loras), len(positions))
+    # One at least, since a core of size 0 cannot be told from a number.
+    r, shape = max(ranks, default=1), (len(loras), len(positions))
     stacked = Factors(
         torch.zeros(*shape, r, positions[0].in_features),
         torch.zeros(*shape, positions[0].out_features, r),
@@ -264,6 +268,11 @@ def _trainable_network(model: nn.Module) -> HyperAdapterNetwork:
         raise ValueError(
             f"Adapter {name!r} is sharded over processes, but distill runs in one: it takes no activations, so the "
             "adapter alone fits. Distil it before sharding the model."
+        )
+    if any(tensor.is_inference() for tensor in network.state_dict().values()):
+        raise ValueError(
+            f"Adapter {name!r} was made inside of torch.inference_mode, where nothing can be trained afterwards. Make "
+            "or load it outside."
         )
     return network
 

@@ -17,6 +17,8 @@ from hyperadapt.loras.lora import Lora
 from hyperadapt.loras.tensor_files import write_tensors
 
 _PREFIX = "base_model.model."
+BASE_CONFIG, _MLX_WEIGHTS = "config.json", "adapters.safetensors"
+_DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _DECODER_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.(?P<key>.+)")
 
 
@@ -30,12 +32,15 @@ def _write_peft(lora: Lora, folder: Path) -> None:
     lora.family.files.write(peft_tensors(lora), folder / SAFETENSORS_WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(lora.family.config_file, encoding="utf-8")
     if lora.has_labels:
-        _write_base_config(lora, folder)
+        write_base_config(lora, folder)
 
 
-def _write_base_config(lora: Lora, folder: Path) -> None:
+def write_base_config(lora: Lora, folder: Path) -> None:
+    """The base model's config.json, if it is known, with the labels of the LoRA's task, if it has any."""
+    if lora.base_config is None:
+        return
     text = json.dumps(lora.base_config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
+    (folder / BASE_CONFIG).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _write_gguf_ready(lora: Lora, folder: Path) -> None:
@@ -47,7 +52,7 @@ def _write_gguf_ready(lora: Lora, folder: Path) -> None:
         )
     _check_modules(lora, "gguf-ready", "linear layers (not Conv1D, which llama.cpp's converter transposes)", _is_linear)
     _write_peft(lora, folder)
-    _write_base_config(lora, folder)
+    write_base_config(lora, folder)
 
 
 def _write_mlx(lora: Lora, folder: Path) -> None:
@@ -73,7 +78,7 @@ def _write_mlx(lora: Lora, folder: Path) -> None:
         for path, pair in lora.factors.items()
         for end, tensor in pair.items()
     }
-    write_tensors(tensors, folder / "adapters.safetensors", {"format": "mlx"})
+    write_tensors(tensors, folder / _MLX_WEIGHTS, {"format": "mlx"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
@@ -92,7 +97,7 @@ def _write_diffusers(lora: Lora, folder: Path) -> None:
     metadata = {f"{component}.{name}": value for name, value in fields.items()}
     write_tensors(
         lora.named_factors(f"{component}."),
-        folder / "pytorch_lora_weights.safetensors",
+        folder / _DIFFUSERS_WEIGHTS,
         {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2)},
     )
 
@@ -104,6 +109,20 @@ FORMATS: dict[str, Callable[[Lora, Path], None]] = {
     "mlx": _write_mlx,
     "diffusers": _write_diffusers,
 }
+
+_PEFT = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+# What nobody can load a LoRA without.
+_FILES = {
+    "peft": _PEFT,
+    "gguf-ready": (*_PEFT, BASE_CONFIG),
+    "mlx": (CONFIG_NAME, _MLX_WEIGHTS),
+    "diffusers": (_DIFFUSERS_WEIGHTS,),
+}
+
+
+def is_whole(folder: Path, format: str = "peft") -> bool:
+    """Whether a folder holds a LoRA, from which no cleaner of temporary files has taken anything."""
+    return all((folder / name).is_file() for name in _FILES[format])
 
 
 def _check_modules(lora: Lora, format: str, taken: str, takes: Callable[[Position], bool]) -> None:

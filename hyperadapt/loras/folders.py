@@ -16,7 +16,7 @@ from hyperadapt.cards.lora_card import lora_card
 from hyperadapt.config.checks import check_choice, shown
 from hyperadapt.config.config import HyperAdapterType
 from hyperadapt.files import whole_folders
-from hyperadapt.loras.file_formats import FORMATS
+from hyperadapt.loras.file_formats import BASE_CONFIG, FORMATS, is_whole, write_base_config
 from hyperadapt.loras.lora import Lora, LoraFamily, warn_of_mistakes, warn_of_zeros
 
 # Folders of these names, also with an ending, cannot be made on Windows.
@@ -84,6 +84,9 @@ def _holds_hyperadapter(folder: Path) -> bool:
 def write_lora(lora: Lora, place: Path, folder: Path, format: str) -> None:
     """Write the files of a LoRA to a place from which they are moved into `folder`."""
     FORMATS[format](lora, place)
+    if format == "peft" and is_whole(folder) and (folder / BASE_CONFIG).exists():
+        # That of an earlier export may name another task's labels.
+        write_base_config(lora, place)
     if may_be_written_anew(folder):
         card = lora_card(lora.family.adapter, lora.task, lora.descriptions, str(folder), format)
         (place / CARD).write_text(card, encoding="utf-8")

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from peft.utils import CONFIG_NAME
 
 from hyperadapt.files import UNFINISHED, move_whole, write_whole
+from hyperadapt.loras.file_formats import is_whole
 from hyperadapt.loras.folders import write_lora
 from hyperadapt.loras.lora import Lora
 
@@ -37,8 +38,8 @@ class UnfinishedLibrary:
         self._started, self._size = time.monotonic(), 0
 
     def has(self, task: str) -> bool:
-        """Whether the task's LoRA was written."""
-        return task in self.done and (self.folder / task).is_dir()
+        """Whether the task's LoRA was written, and is there."""
+        return task in self.done and is_whole(self.folder / task, self.format)
 
     def add(self, lora: Lora) -> None:
         """Write the LoRA of a task."""

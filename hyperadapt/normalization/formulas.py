@@ -97,10 +97,10 @@ def _squared(bound: float | Tensor, like: Tensor) -> Tensor:
 
 def _inverse_root(x: Tensor) -> Tensor:
     """1/√x, and 0 where x is 0 or subnormal; see ``reciprocal`` for the two steps."""
-    normal = x >= torch.finfo(x.dtype).tiny
-    safe = torch.where(normal, x, 1)
+    is_small = x < torch.finfo(x.dtype).tiny
+    safe = torch.where(is_small, 1, x)
     scale = safe.detach()
-    return torch.where(normal, (safe / scale).rsqrt() * scale.rsqrt(), 0)
+    return torch.where(is_small, 0, (safe / scale).rsqrt() * scale.rsqrt())
 
 
 def _inverse_lengths(gram: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def inverse_sqrt(gram: Tensor, ridge: float = 0.0) -> Tensor:
     Without a ridge, directions of eigenvalue zero are left out (pseudo-inverse). With one they count as zero and are
     kept, also where the ridge is less than what rounding leaves of zero. The gradient is the Daleckii-Krein
     formula with the divided difference written as ``-1/(√λi·√λj·(√λi+√λj))``, which is finite at repeated
-    eigenvalues; autograd through ``eigh`` divides by ``λi - λj``.
+    eigenvalues; autograd through ``eigh`` divides by ``λi - λj``. What is not finite gives NaN.
 
     Args:
         gram: Shape ``(..., r, r)``, symmetric, float32 or float64.
@@ -34,7 +34,8 @@ def spectral_norm(gram_A: Tensor, gram_B: Tensor) -> Tensor:
 
     With R = G_B^(1/2), the symmetric R·G_A·R has the eigenvalues σ². Its top eigenvector v gives q = R·v
     and p = G_A·q/σ², and ∂σ/∂G_A = q·qᵀ/(2σ), ∂σ/∂G_B = σ·p·pᵀ/2. Where σ is zero the gradient is zero;
-    where the two largest singular values are equal, it is that of one of them (a subgradient).
+    where the two largest singular values are equal, it is that of one of them (a subgradient). What is not finite
+    gives NaN.
 
     Args:
         gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
@@ -53,8 +54,7 @@ def soft_inverse_sqrt(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     With G_A = L·Lᵀ, the symmetric M = Lᵀ·G_B·L has the eigenvalues d = σ² and the eigenvectors U. With V = L·U,
     W = G_B·V and s = √(1 + d), ``S = I - V·h·Wᵀ`` for ``h = (1 - 1/s)/d = 1/(s·(s + 1))``, which divides by no small
     number; nor do the divided differences in its gradient, finite at repeated and at zero σ. Where each σ is above 1,
-    S = V·(1/(d·s))·Wᵀ keeps its digits, however large they are. What is not finite gives NaN, where a decomposition
-    would raise.
+    S = V·(1/(d·s))·Wᵀ keeps its digits, however large they are. What is not finite gives NaN.
 
     Args:
         gram_A: A·Aᵀ, shape ``(..., r, r)``, float32 or float64.
@@ -99,21 +99,28 @@ def reciprocal(x: Tensor) -> Tensor:
     Returns:
         Same shape and dtype.
     """
-    normal = x >= torch.finfo(x.dtype).tiny
+    is_small = x < torch.finfo(x.dtype).tiny
     # The inner `where` keeps the gradient at 0 from being 0·inf. Dividing by the constant x twice, instead of by
     # x², keeps that of a small x from overflowing.
-    safe = torch.where(normal, x, 1)
+    safe = torch.where(is_small, 1, x)
     scale = safe.detach()
-    return torch.where(normal, 1 / (safe / scale) / scale, 0)
+    return torch.where(is_small, 0, 1 / (safe / scale) / scale)
+
+
+def _eigh_or_nan(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, NaN where the matrix is not finite and a decomposition would raise, and eigenvectors."""
+    is_finite = symmetric.isfinite().flatten(-2).all(-1)[..., None]
+    values, vectors = torch.linalg.eigh(torch.where(is_finite[..., None], symmetric, 0))
+    return torch.where(is_finite, values, torch.nan), vectors
 
 
 def _eigh(gram: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
     """Eigenvalues clamped at what rounding leaves of zero, or with a ridge on top, and eigenvectors, in float64."""
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = _eigh_or_nan(gram.double())
     if ridge > 0:
         return values.clamp(min=0) + ridge * values.mean(-1, keepdim=True).clamp(min=0), vectors
     noise = values[..., -1:].clamp(min=0) * gram.shape[-1] * torch.finfo(gram.dtype).eps
-    return torch.where(values > noise, values, 0), vectors
+    return torch.where(values <= noise, 0, values), vectors
 
 
 def _cholesky(gram: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ class _SpectralNorm(torch.autograd.Function):
     def forward(ctx: Any, gram_A: Tensor, gram_B: Tensor) -> Tensor:
         values_B, vectors_B = _eigh(gram_B)
         root = (vectors_B * values_B.sqrt().unsqueeze(-2)) @ vectors_B.mT
-        values, vectors = torch.linalg.eigh(root @ gram_A.double() @ root)
+        values, vectors = _eigh_or_nan(root @ gram_A.double() @ root)
         sigma: Tensor = values[..., -1].clamp(min=0).sqrt()
         q = (root @ vectors[..., -1:]).squeeze(-1)
         ctx.save_for_backward(sigma, q, gram_A)
@@ -182,11 +189,8 @@ class _SoftInverseSqrt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gram_A: Tensor, gram_B: Tensor) -> Tensor:
         root, wide_B = _cholesky(gram_A), gram_B.double()
-        symmetric = root.mT @ wide_B @ root
-        is_finite = symmetric.isfinite().flatten(-2).all(-1)[..., None]
-        values, vectors = torch.linalg.eigh(torch.where(is_finite.unsqueeze(-1), symmetric, 0))
-        d = torch.where(is_finite, values.clamp(min=0), torch.nan)
-        V = root @ vectors
+        values, vectors = _eigh_or_nan(root.mT @ wide_B @ root)
+        d, V = values.clamp(min=0), root @ vectors
         W = wide_B @ V
         s, large = (1 + d).sqrt(), d[..., :1] > 1
         ctx.save_for_backward(gram_B, d, V, W)

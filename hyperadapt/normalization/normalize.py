@@ -18,6 +18,7 @@ from torch import Tensor
 from hyperadapt.normalization.cores import cores
 from hyperadapt.normalization.formulas import METHODS
 from hyperadapt.normalization.methods import OPTIONS, Normalization
+from hyperadapt.normalization.precision import own_dtype
 
 
 def normalize(
@@ -49,7 +50,7 @@ def normalize(
         temperature: Temperature of ``"sinkhorn"``; 1 by default.
 
     Returns:
-        Shape ``(..., r, r)``, float32 (float64 for float64 factors).
+        Shape ``(..., r, r)``, float32 (float64 for float64 factors), also under autocast.
 
     Raises:
         ValueError: If the shapes do not fit, the method is unknown, or an option is missing, needless or out of
@@ -97,7 +98,8 @@ def full_core(lora_A: Tensor, lora_B: Tensor, method: Normalization, options: Ma
     if "logits" in options:
         flat["logits"] = options["logits"].expand(*batch, r, r).reshape(-1, 1, r, r)
     rows_A, rows_B = lora_A.reshape(-1, 1, *lora_A.shape[-2:]), lora_B.mT.reshape(-1, 1, r, lora_B.shape[-2])
-    core = cores([rows_A], [rows_B], method, flat)
+    with own_dtype(lora_A.device):
+        core = cores([rows_A], [rows_B], method, flat)
     core = core.reshape(*batch, *core.shape[-2:])
     return core if core.shape[-1] == r else core * torch.eye(r, dtype=core.dtype, device=core.device)
 

@@ -41,7 +41,8 @@ class HyperAdapterLM(HFLM):
     Args:
         pretrained: The model; or the adapter's folder, or its name on the Hub.
         tasks: Name of a task of the harness, or a pattern such as ``"mmlu_*"`` -> name of the adapter's task that
-            answers it; or one name for all of them. A task that is not in it is answered by the adapter's of its name.
+            answers it; or one name for all of them. A name counts before patterns, and the first pattern that fits
+            before others. A task that is not in it is answered by the adapter's of its name.
         tokenizer: As in ``HFLM``; None takes the adapter's, or else the base model's.
         revision: Of an adapter on the Hub.
         device: Where to move the model; None, or an accelerator that is not there, leaves it where it is.
@@ -132,6 +133,8 @@ class HyperAdapterLM(HFLM):
 
     def _task_of(self, request: Any) -> str:
         name, known = request.task_name, self._tuner.tasks
+        if name in self._answered_by:
+            return self._answered_by[name]
         for pattern, task in self._answered_by.items():
             if fnmatchcase(name, pattern):
                 return task

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
+from hyperadapt.config.checks import check_type
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.sentence_transformers.encoding import adopt
 from hyperadapt.sentence_transformers.transformer import HyperAdapterTransformer
@@ -28,7 +29,7 @@ def add_hyperadapter(model: SentenceTransformer, config: HyperAdapterConfig) -> 
         The same model. What ``get_peft_model`` gives is its ``transformers_model``.
 
     Raises:
-        TypeError: If the model or its first module is of another kind.
+        TypeError: If the model, its first module or the configuration is of another kind.
         ValueError: If the model was adapted before, or calls other methods than ``forward``.
     """
     if not isinstance(model, SentenceTransformer):
@@ -50,6 +51,7 @@ def add_hyperadapter(model: SentenceTransformer, config: HyperAdapterConfig) -> 
             f"The model calls {methods} of the backend {module.backend!r}, but only forward of torch takes tasks. Load "
             "a model whose modalities are embedded by forward, with backend='torch'."
         )
+    check_type("config", config, HyperAdapterConfig, "a HyperAdapterConfig", optional=False)
     adapted = HyperAdapterTransformer.__new__(HyperAdapterTransformer)
     vars(adapted).update(vars(module))
     adapted._modules = dict(module._modules)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
 from hyperadapt.files import whole_folder
-from hyperadapt.loras.export import export_lora
+from hyperadapt.loras.folders import check_places, write_lora
+from hyperadapt.loras.generator import LoraGenerator, loras_of
+from hyperadapt.loras.lora import Lora, warn_of_mistakes, warn_of_zeros
 from hyperadapt.sentence_transformers.transformer import HyperAdapterTransformer
 
 
 class _ExportedTask(nn.Module):
-    """Stands for the model while a ``Transformer`` is saved."""
+    """Stands for the model while a ``Transformer`` is saved to a place whose files are moved into `folder`."""
 
-    def __init__(self, model: nn.Module, task: str) -> None:
+    def __init__(self, lora: Lora, folder: Path) -> None:
         super().__init__()
-        self.adapted, self.task = [model], task
+        self.lora, self.folder = lora, folder
 
-    def save_pretrained(self, folder: str, **kwargs: object) -> None:
-        export_lora(self.adapted[0], self.task, folder)
+    def save_pretrained(self, place: str, **kwargs: object) -> None:
+        write_lora(self.lora, Path(place), self.folder, "peft")
 
 
 def export_sentence_transformer(  # noqa: DOC502, DOC503
@@ -40,7 +43,7 @@ def export_sentence_transformer(  # noqa: DOC502, DOC503
 
     Raises:
         TypeError: If the model has no hyperadapter.
-        ValueError: If the task is unknown, or several adapters are active.
+        ValueError: If the task is unknown, several adapters are active, or `folder` is a file or holds a hyperadapter.
     """
     module = model[0]
     if not isinstance(module, HyperAdapterTransformer):
@@ -48,10 +51,14 @@ def export_sentence_transformer(  # noqa: DOC502, DOC503
             f"The model's first module is a {type(module).__name__}, without a hyperadapter, so that there is no task "
             "to export. Call add_hyperadapter, or load a model that was saved with one."
         )
+    check_places([Path(folder)], "peft")
+    [lora] = loras_of(LoraGenerator.from_model(module.model), [task])
     plain = Transformer.__new__(Transformer)
     vars(plain).update(vars(module))
-    plain._modules = {**module._modules, "model": _ExportedTask(module.model, task)}
+    plain._modules = {**module._modules, "model": _ExportedTask(lora, Path(folder))}
     exported = copy.copy(model)
     exported._modules = {**model._modules, "0": plain}
     with whole_folder(folder) as new:
         exported.save(str(new), create_model_card=False)
+    warn_of_zeros([lora.task] if lora.is_zero else [])
+    warn_of_mistakes([lora.family], "peft")

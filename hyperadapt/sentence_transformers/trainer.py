@@ -14,10 +14,23 @@ from sentence_transformers import (
 )
 from torch import Tensor
 
+from hyperadapt.config.checks import shown
 from hyperadapt.sentence_transformers.columns import TaskTextCollator, mapping_of, with_row_tasks
 from hyperadapt.sentence_transformers.tasks_in_force import task_names_of
 from hyperadapt.sentence_transformers.transformer import HyperAdapterTransformer
+from hyperadapt.trainer.batches import TASK_COLUMN
 from hyperadapt.trainer.checkpoints import WholeCheckpointsMixin
+
+# What router mappings call one data set beside several, which has no name.
+_UNNAMED = ""
+
+
+class _Collator(TaskTextCollator):
+    """Knows the columns of one data set beside several, too."""
+
+    def _resolve_router_mapping(self, batch: dict[str, Any]) -> dict[str, str]:
+        mapping: dict[str, str] = super()._resolve_router_mapping({"dataset_name": _UNNAMED, **batch})
+        return mapping
 
 
 class MultiTaskSentenceTransformerTrainer(WholeCheckpointsMixin, SentenceTransformerTrainer):
@@ -38,10 +51,11 @@ class MultiTaskSentenceTransformerTrainer(WholeCheckpointsMixin, SentenceTransfo
 
     Raises:
         TypeError: If the model has no hyperadapter.
-        ValueError: If a task is unknown, or a column has none.
+        ValueError: If a task is unknown, a column has none, or of two data sets of one name only that for training or
+            that for evaluation has a column ``tasks``.
     """
 
-    data_collator_class = TaskTextCollator
+    data_collator_class = _Collator
 
     def __init__(  # noqa: DOC503
         self,
@@ -60,9 +74,7 @@ class MultiTaskSentenceTransformerTrainer(WholeCheckpointsMixin, SentenceTransfo
         names = task_names_of(module)
         args = SentenceTransformerTrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         train_dataset, eval_dataset = _each(train_dataset, names), _each(eval_dataset, names)
-        given: Any = args.router_mapping
-        mappings = [mapping_of(data, given, names) for data in (train_dataset, eval_dataset) if data is not None]
-        args.router_mapping = {name: value for mapping in reversed(mappings) for name, value in mapping.items()}
+        args.router_mapping = _united_mapping(train_dataset, eval_dataset, args.router_mapping, names)
         self._sums: dict[str, Tensor] = {}
         super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
 
@@ -97,3 +109,28 @@ def _each(data: Any, names: list[str]) -> Any:
     if isinstance(data, Mapping):
         return {name: with_row_tasks(dataset, names) for name, dataset in data.items()}
     return with_row_tasks(data, names)
+
+
+def _united_mapping(train: Any, evaluation: Any, given: Any, names: list[str]) -> dict[str, Any]:
+    """What both sides share: data set name -> column -> task, or column -> task where no data set has a name."""
+    sides: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
+    united: dict[str, Any] = {}
+    for data in (train, evaluation):
+        if data is not None:
+            mapping = mapping_of(data, given, names)
+            if not isinstance(data, Mapping):
+                data, mapping = {_UNNAMED: data}, {_UNNAMED: mapping}
+            sides.append((data, mapping))
+            united |= {name: united.get(name, {}) | columns for name, columns in mapping.items()}
+    for data, mapping in sides if len(names) > 1 else ():
+        for name, dataset in data.items():
+            # In this side the tasks of the rows count for them.
+            lost = [column for column in dataset.column_names or () if column in united[name].keys() - mapping[name]]
+            if lost:
+                raise ValueError(
+                    f"The data set {name!r} has a column {TASK_COLUMN!r} in only one of training and evaluation, so "
+                    f"that the task of its columns {shown(lost)} is not known for both. Give both a column "
+                    f"{TASK_COLUMN!r}, name the task of each column with router_mapping, or give one of the two "
+                    "another name."
+                )
+    return united[_UNNAMED] if united.keys() == {_UNNAMED} else united

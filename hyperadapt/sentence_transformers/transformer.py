@@ -16,7 +16,7 @@ from hyperadapt.sentence_transformers.encoding import TaskText, adopt
 from hyperadapt.sentence_transformers.tasks_in_force import AUTOMATIC, pinned_task, task_names_of
 from hyperadapt.tasks.ids import resolve_task_ids
 from hyperadapt.trainer.batches import TASK_COLUMN
-from hyperadapt.tuner.active import find_tuner
+from hyperadapt.tuner.active import active_network, find_tuner
 
 # What loads the adapter, and not its base model.
 _OF_ADAPTER = ("revision", "subfolder")
@@ -66,6 +66,9 @@ class HyperAdapterTransformer(Transformer):
         """Tokenise texts, each with its task, if it has one; `task` is what sentence-transformers calls one for all."""
         if not inputs:
             return {}
+        if not isinstance(task, str):
+            # A trainer's model card gives columns that are called as a data set that data set's router mapping.
+            task = None
         names = task_names_of(self)
         if tasks is None and isinstance(inputs[0], TaskText):
             tasks = [text.task for text in inputs]
@@ -83,6 +86,17 @@ class HyperAdapterTransformer(Transformer):
             self._check_task_in_force()
         result: dict[str, Any] = super().forward(features, **kwargs)
         return result
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write the module's files, of whose adapters the one called "default" is loaded again."""
+        name, _ = active_network(self)
+        if name != "default":
+            raise ValueError(
+                f"The active adapter is {name!r}, but a saved model is loaded with the one called 'default'. Call "
+                "set_adapter('default') of model.transformers_model, write its adapters with its save_pretrained, or "
+                "export a task with export_sentence_transformer."
+            )
+        super().save(output_path, *args, **kwargs)
 
     def _check_task_in_force(self) -> None:
         names = task_names_of(self)

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-
 from hyperadapt.files import UNFINISHED
+from hyperadapt.loras.file_formats import is_whole
 
 # What a killed process left unfinished may be taken away after so many seconds.
 _ABANDONED = 3600
@@ -52,13 +51,13 @@ class LoraCache:
     def _folder(self, key: str, save: Callable[[Path], None]) -> Path:
         folder = self._root / key
         self._hold(key)
-        is_new = not _is_whole(folder)
+        is_new = not is_whole(folder)
         if is_new:
             try:
                 save(folder)
             except OSError:
                 # Another process may have been faster.
-                if not _is_whole(folder):
+                if not is_whole(folder):
                     raise
         # When it was last used.
         os.utime(folder)
@@ -127,11 +126,6 @@ class LoraCache:
 
     def _lock_file(self, key: str) -> Path:
         return self._root / f"{key}.lock"
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder is there, and no cleaner of temporary files has been in it."""
-    return all((folder / name).is_file() for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
 
 
 def _last_use(folder: Path) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.functional import embedding, rms_norm
 
 from hyperadapt.config.config import HyperAdapterConfig
 from hyperadapt.config.task_fields import EXAMPLES, LEARNED, TEXT
+from hyperadapt.normalization.precision import own_dtype
 from hyperadapt.tables import Tables
 from hyperadapt.tasks.examples import ExampleEncoder, ExampleRows
 
@@ -230,13 +230,6 @@ class TaskEmbedding(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.has_vectors = self.has_vectors or f"{prefix}text_vectors" in state_dict
-
-
-def own_dtype(device: torch.device) -> AbstractContextManager[Any]:
-    """Without autocast: in the dtype of the parameters, since this is a small share of the work."""
-    # The device "meta" knows no autocast.
-    is_known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if is_known else nullcontext()
 
 
 def _projection(text_embedding_dim: int, task_embedding_dim: int, is_direct: bool) -> EntryScales | nn.Linear:

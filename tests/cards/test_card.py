@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hyperadapt import HyperAdapterConfig, diagnose, export_lora
 from hyperadapt.cards.card import addressed, write_card
+from hyperadapt.cards.lora_card import lora_card
 from tests.support.card_schema import check_card, python_code
 from tests.support.helpers import (
     TASK_TYPES,
@@ -87,6 +89,26 @@ def test_a_complete_card(tmp_path: Path) -> None:
     norms = diagnose(model).task_norms
     assert f"| `alpha` | {float(norms[0]):.3g} | beta (" in card.text
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_text_alone_is_a_list_of_one(tmp_path: Path) -> None:
+    facts = {"datasets": "user/ds", "tags": "mine", "limits": "One seed.", "labels": {"alpha": "spam"}}
+    write_card(named("llama", "org/base"), tmp_path, **facts)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["user/ds"]
+    assert card.data.tags == ["hyperadapt", "hypernetwork", "multi-task", "peft", "mine"]
+    assert "\n- One seed.\n" in card.text
+    assert "| `alpha` | Find the topic. | `spam` |" in card.text
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor])
+def test_numbers_of_numpy_and_torch(tmp_path: Path, number: Any) -> None:
+    results = {"alpha": {"accuracy": number(0.5)}}
+    write_card(named("llama", "org/base"), tmp_path, results=results, training={"learning_rate": number(0.25)})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert [one.metric_value for one in card.data.eval_results] == [0.5]
+    assert "| `alpha` | Find the topic. | 0.500 |" in card.text
+    assert "- learning rate: 0.25\n" in card.text
 
 
 def test_a_card_says_where_most_updates_are_at_their_bound(tmp_path: Path) -> None:
@@ -200,6 +222,22 @@ def test_errors_write_nothing(tmp_path: Path) -> None:
         write_card(model, tmp_path, results={"gamma": {"accuracy": 1.0}})
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         write_card(model, tmp_path, colour="red")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"results": [0.9]}, "results=[0.9] must be a mapping, not list."),
+        (
+            {"results": {"alpha": 0.9}},
+            "results has 0.9 for task 'alpha', which is no mapping. Give each metric a number",
+        ),
+        ({"results": {"alpha": {"f1": "high"}}}, "results has f1='high' for task 'alpha', which is no number. Give"),
+        (
+            {"results": {"alpha": {"f1": torch.ones(2)}}},
+            "results has f1=tensor([1., 1.]) for task 'alpha', which is no",
+        ),
+        ({"labels": ["spam"]}, "labels=['spam'] must be a mapping, not list."),
+    ]
+    for facts, message in wrong:
+        with pytest.raises(TypeError, match=re.escape(message)):
+            write_card(model, tmp_path, **facts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,6 +246,25 @@ def test_the_code_can_be_given_another_address(tmp_path: Path) -> None:
     text = addressed((tmp_path / "README.md").read_text(), "me/adapter")
     assert 'PeftModel.from_pretrained(base_model, "me/adapter")' in text
     assert str(tmp_path) not in text
+
+
+def test_programs_get_their_files_from_the_hub() -> None:
+    config = adapter_config(task_type="CAUSAL_LM", base_model_name_or_path="org/base")
+    local = {one: lora_card(config, "beta", [], "/home/me/a lora", one) for one in ("mlx", "gguf-ready", "diffusers")}
+    download = "hf download me/lora --local-dir lora\n"
+    nested = "hf download me/lora --include 'two/*' --local-dir lora\n"
+    mlx, gguf = "mlx_lm.generate --model org/base --adapter-path", "python convert_lora_to_gguf.py --base"
+    for format, published, below in (
+        ("mlx", f"{download}{mlx} lora --prompt", f"{nested}{mlx} lora/two --prompt"),
+        ("gguf-ready", f"{download}{gguf} lora lora\n", f"{nested}{gguf} lora/two lora/two\n"),
+        ("diffusers", 'load_lora_weights("me/lora")', 'load_lora_weights("me/lora", subfolder="two")'),
+    ):
+        text = addressed(local[format], "me/lora")
+        assert f"\n{published}" in text.replace("pipeline.", "")
+        assert "/home/me" not in text
+        # Also a card that was published before.
+        assert addressed(addressed(local[format], "you/other"), "me/lora") == text
+        assert f"\n{below}" in addressed(local[format], "me/lora", "two").replace("pipeline.", "")
 
 
 @pytest.mark.parametrize("path", sorted(KEPT), ids=lambda path: path.stem)

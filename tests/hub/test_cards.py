@@ -32,7 +32,7 @@ def test_plain_push_to_hub(hub: HubServer, tmp_path: Path) -> None:
         commit_message="Mine",
         private=True,
         revision="branch",
-        tags=["trec"],
+        tags="trec",
         max_shard_size="5GB",
         token="hf_user",
     )

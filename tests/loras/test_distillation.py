@@ -127,6 +127,29 @@ def test_result_is_the_same_with_the_same_seed(tmp_path: Path) -> None:
     assert outcomes[0] != outcomes[2]
 
 
+def test_shapes_that_no_lora_adapts_are_fitted_to_zero(tmp_path: Path) -> None:
+    folders = library(tmp_path, target_modules=["q_proj"])
+    model = adapted_model("llama")
+    result = distill(model, folders, steps=3)
+    expected = dense_squared_errors(model, folders).sqrt().tolist()
+    assert list(result.error.values()) == pytest.approx(expected, rel=FLOAT32_FORWARD)
+
+
+def test_modes_around_the_call_do_not_matter(tmp_path: Path) -> None:
+    folders = library(tmp_path)
+    expected = distill(adapted_model("llama"), folders, steps=2)
+    model = adapted_model("llama")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        result = distill(model, folders, steps=2)
+    assert (result.losses, result.error) == (expected.losses, expected.error)
+    with torch.inference_mode():
+        model = adapted_model("llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"Adapter 'default' was made inside of torch\.inference_mode, where nothing"):
+        distill(model, folders)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_tasks_without_a_lora_are_allowed(tmp_path: Path) -> None:
     folders = library(tmp_path)
     del folders["beta"]

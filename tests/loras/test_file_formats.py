@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from hyperadapt import export_lora, export_loras, generate_lora
-from hyperadapt.loras.file_formats import FORMATS
+from hyperadapt.loras.file_formats import FORMATS, is_whole
 from tests.support.helpers import TASK_TYPES, adapted_model, adapter_config, base_model, letters
 
 
@@ -272,6 +272,19 @@ def test_only_models_of_transformers_are_ready_for_llama_cpp(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"models of transformers, which .* but the base model is a Sequential\."):
         export_lora(model, "beta", tmp_path / "new", format="gguf-ready")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("format", "files"), [("peft", 2), ("gguf-ready", 3), ("mlx", 2)])
+def test_a_lora_is_whole_with_all_its_files(tmp_path: Path, llama: nn.Module, format: str, files: int) -> None:
+    export_lora(llama, "beta", tmp_path, format=format)
+    needed = [path for path in tmp_path.iterdir() if path.name != "README.md"]
+    assert is_whole(tmp_path, format)
+    assert len(needed) == files
+    for path in needed:
+        content = path.read_bytes()
+        path.unlink()
+        assert not is_whole(tmp_path, format)
+        path.write_bytes(content)
 
 
 def test_the_formats_are_those_of_the_documentation() -> None:

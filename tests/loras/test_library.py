@@ -140,11 +140,13 @@ def test_what_was_done_is_not_done_again(
     for path in (folder / "task 1").iterdir():
         path.unlink()
     (folder / "task 1").rmdir()
+    # As a cleaner of temporary files does.
+    (folder / "task 2" / "adapter_model.safetensors").unlink()
     [listing] = (folder / ".unfinished-loras").glob("*.jsonl")
     listing.write_text(listing.read_text() + '"task 7')
     tasks = written(monkeypatch)
     generator.save_all(folder)
-    assert tasks == ["task 1", "task 3", "task 4", "task 5", "task 6", "task 7"]
+    assert tasks == ["task 1", "task 2", "task 3", "task 4", "task 5", "task 6", "task 7"]
     assert_complete(folder, generator.tasks)
     # What has ended begins anew.
     tasks.clear()

@@ -165,6 +165,17 @@ def test_half_precision_factors_get_a_float32_core(method: str, options: dict[st
         assert_close(gradient.double(), exact_gradient, rtol=error_once, atol=error_once)
 
 
+@parametrize_methods
+def test_autocast_does_not_matter(method: str, options: dict[str, Any]) -> None:
+    lora_A, lora_B = make_factors(4, dtype=torch.float32)
+    options = with_logits(method, options, 4)
+    expected = normalize(lora_A, lora_B, method, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        core = normalize(lora_A, lora_B, method, **options)
+    assert core.dtype == torch.float32
+    assert torch.equal(core, expected)
+
+
 # Formulas read Gram matrices alone, which are always laid out in one way.
 @pytest.mark.parametrize(
     ("method", "options"), [("soft_frobenius", {"bound": 2.0}), ("whitening", {}), ("sinkhorn", {})], ids=str

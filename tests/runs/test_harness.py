@@ -115,6 +115,14 @@ def test_one_task_for_all_and_the_pin_comes_back(harness: ModuleType, run: Run) 
         run.model.set_task(None)
 
 
+def test_a_name_counts_before_patterns(harness: ModuleType, run: Run) -> None:
+    answered_by = {"arc_*": "reviews", "arc_easy": "mail", "x[1]": "mail"}
+    model = harness.HyperAdapterLM(run.model, answered_by, tokenizer=run.tokenizer)
+    given = requests("loglikelihood", ("arc_easy", "x[1]", "arc_hard"))
+    wanted = ["mail", "mail", "reviews"] * 2
+    assert model.loglikelihood(given) == [expected(run, *pair) for pair in zip(given, wanted, strict=True)]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0", None])
 def test_an_adapter_is_loaded_by_its_folder(
     harness: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, device: str | None

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("sentence_transformers", "6.2", reason="sentence-transformers 6.2 is not installed")
 
 import torch
+from peft import LoraConfig
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -78,6 +79,15 @@ def test_other_models_are_refused(base: str, name: str) -> None:
     make, error, message = BAD_MODELS[name]
     with pytest.raises(error, match=message):
         add_hyperadapter(make(base), CONFIG)
+
+
+def test_another_configuration_leaves_the_model_as_it_is(base: str) -> None:
+    model = plain(base)
+    before = list(model.state_dict())
+    with pytest.raises(TypeError, match=r"config=LoraConfig.* must be a HyperAdapterConfig, not LoraConfig"):
+        add_hyperadapter(model, LoraConfig(target_modules=["query"]))
+    assert list(model.state_dict()) == before
+    assert type(model[0]) is Transformer
 
 
 def test_other_kinds_of_encoders_are_refused(base: str, tmp_path: Path) -> None:

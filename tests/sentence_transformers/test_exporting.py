@@ -1,5 +1,6 @@
 """One task is a folder, or a LoRA, that sentence-transformers loads by itself."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
 from hyperadapt import export_lora
-from hyperadapt.sentence_transformers import export_sentence_transformer
+from hyperadapt.sentence_transformers import add_hyperadapter, export_sentence_transformer
 from tests.support.embedding_models import TEXTS, adapted, plain
-from tests.support.helpers import run_python
+from tests.support.helpers import adapter_config, run_python
 from tests.support.tolerances import EXPORT_FLOAT32
 
 ENCODE = """
@@ -65,6 +66,30 @@ def test_what_cannot_be_exported(base: str, tmp_path: Path) -> None:
     assert not (tmp_path / "delta").exists()
     with pytest.raises(TypeError, match="is a Transformer, without a hyperadapter, so that there is no task"):
         export_sentence_transformer(plain(base), "beta", tmp_path)
+
+
+def test_what_a_folder_holds_is_kept(base: str, tmp_path: Path) -> None:
+    """As with export_lora, whose card an export has."""
+    model = adapted(base)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    export_sentence_transformer(model, "beta", tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    assert (tmp_path / "mine" / "adapter_model.safetensors").is_file()
+    export_sentence_transformer(model, "beta", tmp_path / "new")
+    assert f'PeftModel.from_pretrained(base_model, "{tmp_path / "new"}")' in (tmp_path / "new/README.md").read_text()
+    model.save_pretrained(str(tmp_path / "saved"))
+    (tmp_path / "file").write_text("mine")
+    for name, message in (("saved", "holds a hyperadapter, which the LoRA would replace."), ("file", "is a file;")):
+        with pytest.raises(ValueError, match=re.escape(f"directory={str(tmp_path / name)!r} {message}")):
+            export_sentence_transformer(model, "beta", tmp_path / name)
+    assert "HYPERADAPTER" in (tmp_path / "saved" / "adapter_config.json").read_text()
+
+
+def test_an_untrained_task_is_noticed(base: str, tmp_path: Path) -> None:
+    model = add_hyperadapter(plain(base), adapter_config(target_modules=["query"]))
+    with pytest.warns(UserWarning, match=r"The exported update of \['beta'\] is all zero"):
+        export_sentence_transformer(model, "beta", tmp_path)
 
 
 def test_a_loaded_export_has_no_tasks(base: str, tmp_path: Path) -> None:

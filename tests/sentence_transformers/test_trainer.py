@@ -179,6 +179,86 @@ def test_evaluation_uses_the_same_tasks(base: str, tmp_path: Path) -> None:
     assert_close(trainer.evaluate()["eval_same_loss"], expected.item(), rtol=FLOAT32_TRAINED, atol=FLOAT32_TRAINED)
 
 
+def tasks_seen(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The tasks of the columns that the model gets from now on."""
+    seen: list[Any] = []
+    forward = model[0].forward
+
+    def record(features: dict[str, Any], **kwargs: Any) -> Any:
+        tasks = features["tasks"]
+        seen.append(tasks if isinstance(tasks, str) else tasks.tolist())
+        return forward(features, **kwargs)
+
+    monkeypatch.setattr(model[0], "forward", record)
+    return seen
+
+
+FLAT = {"router_mapping": {"question": "query", "answer": "document", "a": "same", "b": "query"}}
+ROWS = {"router_mapping": {"question": "query", "answer": "document"}}
+SIDES: dict[str, tuple[Any, Any, dict[str, Any], list[Any], list[Any]]] = {
+    "other columns": (
+        lambda: {"same": answers(2)},
+        lambda: {"same": pairs(2)},
+        {},
+        ["same", "same"],
+        ["same", "same"],
+    ),
+    "one to evaluate": (
+        lambda: {"same": answers(2)},
+        lambda: pairs(2),
+        FLAT,
+        ["query", "document"],
+        ["same", "query"],
+    ),
+    "one to train": (
+        lambda: answers(2),
+        lambda: {"same": pairs(2)},
+        FLAT,
+        ["query", "document"],
+        ["same", "query"],
+    ),
+    "a column called as a data set": (
+        lambda: {"same": answers(2)},
+        lambda: answers(2).rename_column("question", "same"),
+        {"router_mapping": {"question": "query", "same": "query", "answer": "document"}},
+        ["query", "document"],
+        ["query", "document"],
+    ),
+    "rows beside it": (lambda: {"same": answers(2)}, lambda: mixed_rows(2), ROWS, ["query", "document"], [[2, 0]] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_training_and_evaluation_have_columns_of_their_own(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    train, evaluation, changes, *expected = SIDES[name]
+    model = adapted(base, NAMES)
+    seen = tasks_seen(model, monkeypatch)
+    arguments = settings(tmp_path, max_steps=1, **changes)
+    loss = MultipleNegativesRankingLoss(model)
+    trainer = MultiTaskSentenceTransformerTrainer(model, arguments, train(), evaluation(), loss=loss)
+    for run, tasks in zip((trainer.train, trainer.evaluate), expected, strict=True):
+        seen.clear()
+        run()
+        assert seen == tasks
+
+
+@pytest.mark.parametrize("side", ["training", "evaluation"])
+def test_rows_with_tasks_on_one_side_are_refused(base: str, tmp_path: Path, side: str) -> None:
+    data = [{"same": pairs(2)}, {"same": mixed_rows(2)}]
+    model = adapted(base, NAMES)
+    message = (
+        r"data set 'same' has a column 'tasks' in only one of training and evaluation, so that the task of its columns "
+        r"\['a', 'b'\] is not known for both. Give both a column 'tasks', name"
+    )
+    with pytest.raises(ValueError, match=message):
+        MultiTaskSentenceTransformerTrainer(model, settings(tmp_path), *data[:: -1 if side == "training" else 1])
+    # All columns have a task that the rows do not change.
+    mapping = {"router_mapping": {"a": "same", "b": "query"}}
+    MultiTaskSentenceTransformerTrainer(model, settings(tmp_path, **mapping), *data)
+
+
 BAD_DATA: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no task": (
         {"answers": answers()},

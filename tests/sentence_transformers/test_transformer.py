@@ -1,6 +1,7 @@
 """Saved embedding models are loaded by SentenceTransformer, from folders and from the Hub."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from tests.support.embedding_models import TEXT_TASKS, TEXTS, adapted, plain
-from tests.support.helpers import run_python, trainable
+from tests.support.helpers import adapter_config, run_python, trainable
 from tests.support.hub_server import HubServer
 
 ENCODE = """
@@ -60,6 +61,20 @@ def test_the_card_shows_how_to_name_a_task(base: str, tmp_path: Path) -> None:
     loaded = SentenceTransformer(str(tmp_path), device="cpu")
     loaded.save_pretrained(str(tmp_path / "again"))
     assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8").count("import hyperadapt") == 1
+
+
+def test_only_the_adapter_that_is_loaded_again_is_saved(base: str, tmp_path: Path) -> None:
+    model = adapted(base)
+    model.transformers_model.add_adapter("second", adapter_config(target_modules=["query"], tasks=["one"]))
+    model.transformers_model.set_adapter("second")
+    message = "active adapter is 'second', but a saved model is loaded with the one called 'default'. Call set_adapter"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.save_pretrained(str(tmp_path / "second"))
+    assert not (tmp_path / "second" / "modules.json").exists()
+    model.transformers_model.set_adapter("default")
+    model.save_pretrained(str(tmp_path / "first"))
+    loaded = SentenceTransformer(str(tmp_path / "first"), device="cpu")
+    assert np.array_equal(loaded.encode(TEXTS, tasks=TEXT_TASKS), model.encode(TEXTS, tasks=TEXT_TASKS))
 
 
 def test_a_model_on_the_hub(hub: HubServer, base: str, tmp_path: Path) -> None:

@@ -117,6 +117,16 @@ def test_autocast_around_a_float32_base(normalization: str) -> None:
             assert torch.equal(tensor, other), name
 
 
+def test_merging_rounds_nothing_under_autocast() -> None:
+    weights = []
+    for is_enabled in (False, True):
+        model = adapted_model("llama")
+        model.set_task("beta")
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+            weights.append(model.merge_and_unload().state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_kept_factors_are_those_of_the_autocast_in_force() -> None:
     model = adapted_model("llama").requires_grad_(False)
     model.set_task("beta")

@@ -24,7 +24,7 @@ from transformers import (
     pipeline,
 )
 
-from hyperadapt import HyperAdapterConfig, export_lora, use_tasks
+from hyperadapt import HyperAdapterConfig, LoraGenerator, export_lora, export_loras, use_tasks
 from tests.support import tiny_runs
 from tests.support.helpers import make_active
 
@@ -189,6 +189,19 @@ def test_an_export_names_its_outputs(base: Path, tokenizer: PreTrainedTokenizerB
         logits = model(**tokenizer(TEXTS[0], return_tensors="pt"), tasks="spam").logits[0]
     scores = dict(zip(config.id2label.values(), logits.softmax(0).tolist(), strict=True))
     assert answers([found]) == [pytest.approx(scores, rel=1e-4)]
+
+
+@pytest.mark.parametrize("way", ["export_lora", "export_loras", "save_all"])
+def test_an_export_over_another_names_its_own_outputs(base: Path, tmp_path: Path, way: str) -> None:
+    model = classifier(base)
+    export_lora(model, "spam", tmp_path / "bare")
+    if way == "export_lora":
+        export_lora(model, "bare", tmp_path / "bare")
+    elif way == "export_loras":
+        export_loras(model, tmp_path, ["bare"])
+    else:
+        LoraGenerator.from_model(model).save_all(tmp_path, ["bare"])
+    assert AutoConfig.from_pretrained(tmp_path / "bare").id2label == {at: f"LABEL_{at}" for at in range(5)}
 
 
 def test_a_card_shows_labels(base: Path, tmp_path: Path) -> None:
