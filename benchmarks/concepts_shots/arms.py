@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from benchmarks.concepts.arms import ARMS as CONCEPT_ARMS
-from benchmarks.concepts.arms import RANK, TARGETS, WIDTH, ConceptReader, build, text_encoder
+from benchmarks.concepts.arms import RANK, TARGETS, ConceptReader, build, text_encoder
 from benchmarks.concepts.data import ConceptData, padded
 from benchmarks.concepts.evaluation import Evaluation, measured
 from benchmarks.concepts.plan import OURS
@@ -182,12 +182,12 @@ class Shots:
             lora_alpha=RANK,
             target_modules=TARGETS,
             modules_to_save=["head"],
-            **WIDTH,
+            **CONCEPT_ARMS[OURS].fields,
         )
         model = get_peft_model(ConceptReader(copy.deepcopy(self.data.encoder.upper), "logits"), config)
         given = {task.name: self._given(task) for task in self.tasks}
         prepare = partial(model.set_examples, given, data_collator=_collate)
-        return self._kept("examples", model, self.settings.example_rate, prepare)
+        return self._kept("examples", model, self.settings.trained_rate, prepare)
 
     def _given(self, task: Task) -> Rows:
         """Labelled texts of a trained concept, as many of either answer where there are."""

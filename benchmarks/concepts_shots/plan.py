@@ -39,8 +39,7 @@ class Settings:
         choosing: That of the stage tune.
         measured_after: Steps of a LoRA.
         batch: Texts of a step, at most.
-        trained_rate: Learning rate of the hyperadapter that reads descriptions.
-        example_rate: That of the one that reads examples.
+        trained_rate: Learning rate of the hyperadapters.
         lora_rates: To choose from.
         logistic_rates: Likewise.
         seeds: Of the test.
@@ -53,7 +52,6 @@ class Settings:
     measured_after: tuple[int, ...] = (10, 30)
     batch: int = 8
     trained_rate: float = 2e-3
-    example_rate: float = 5e-3
     lora_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     logistic_rates: tuple[float, ...] = (1.0, 10.0, 100.0)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -61,7 +59,7 @@ class Settings:
     @property
     def definition(self) -> str:
         """Short name of what rows must have in common."""
-        parts = (self.size, self.amount, self.measured_after, self.batch, self.trained_rate, self.example_rate)
+        parts = (self.size, self.amount, self.measured_after, self.batch, self.trained_rate)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
     def rates(self, arm: str) -> tuple[float, ...]:

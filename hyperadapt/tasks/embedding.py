@@ -107,12 +107,12 @@ class TaskEmbedding(nn.Module):
     @classmethod
     def of(cls, config: HyperAdapterConfig) -> TaskEmbedding:
         """A new one for the tasks of a configuration that an adapter is made of."""
+        dims, is_direct = (config.task_embedding_dim, config.text_embedding_dim), config.conditioning == "bilinear"
         encoder = None
         if config.has_examples:
             assert config.example_dim is not None
-            encoder = ExampleEncoder(config.example_dim, config.example_classes, config.task_embedding_dim)
+            encoder = ExampleEncoder(config.example_dim, config.example_classes, dims[0], is_direct)
         counts = [len(descriptions) for descriptions in config.embedded_descriptions]
-        dims, is_direct = (config.task_embedding_dim, config.text_embedding_dim), config.conditioning == "bilinear"
         return cls(config.task_sources, counts, *dims, encoder, is_direct)
 
     @property

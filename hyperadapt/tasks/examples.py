@@ -23,12 +23,17 @@ class ExampleEncoder(nn.Module):
     (``classes`` is None). A row's features are projected, multiplied by a projection of its answer and shifted by
     another, so that other answers make another embedding. A residual layer follows, and the mean over rows, to which
     every class counts the same. Features are centred and scaled by those of the first tasks' rows.
+
+    Where ``is_direct``, and rows with classes have features of the size of an embedding, all this is added to the
+    contrast of the classes' means in the space of the features, and starts at zero: of two classes, the embedding
+    starts as the mean of the second less that of the first. A row that is near to the one is then told from one that is
+    near to the other as in a prototypical network (Snell et al., NeurIPS 2017), with nothing to learn.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, dim: int, classes: int | None, task_embedding_dim: int) -> None:
+    def __init__(self, dim: int, classes: int | None, task_embedding_dim: int, is_direct: bool = False) -> None:
         super().__init__()
         self.dim, self.classes = dim, classes
         answer = dim if classes is None else classes
@@ -41,6 +46,11 @@ class ExampleEncoder(nn.Module):
         nn.init.normal_(self.row_projection.weight, std=dim**-0.5)
         nn.init.normal_(self.answer_projection.weight, std=dim**-0.5 if classes is None else 1.0)
         nn.init.normal_(self.readout.weight, std=task_embedding_dim**-0.5)
+        self.register_parameter("contrast", None)
+        if is_direct and classes is not None and dim == task_embedding_dim:
+            nn.init.zeros_(self.readout.weight)
+            self.contrast = nn.Parameter(torch.linspace(-1.0, 1.0, classes))
+            self.entry_scales = nn.Parameter(torch.ones(dim))
         self.register_buffer("mean", torch.zeros(dim + answer))
         self.register_buffer("deviation", torch.ones(dim + answer))
 
@@ -76,9 +86,13 @@ class ExampleEncoder(nn.Module):
         scale, shift = self.answer_projection(answer).chunk(2, -1)
         hidden = self.row_projection(row) * scale + shift
         hidden = hidden + self.contract(gelu(self.expand(rms_norm(hidden, hidden.shape[-1:]))))
-        mean = (hidden * self._weights(answer)[..., None]).sum(1)
+        weights = self._weights(answer)[..., None]
+        mean = (hidden * weights).sum(1)
         embeddings: Tensor = self.readout(rms_norm(mean, mean.shape[-1:]))
-        return embeddings
+        if self.contrast is None:
+            return embeddings
+        contrast = (row * weights * (answer @ self.contrast)[..., None]).sum(1) * self.deviation[: self.dim].to(row)
+        return embeddings + self.entry_scales * rms_norm(contrast, contrast.shape[-1:])
 
     def _weights(self, answer: Tensor) -> Tensor:
         """Of each row ``(n, rows)``: with the sum 1, and the same for all rows of a class and for all classes."""

@@ -25,9 +25,9 @@ def pairs(rows: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, 2 * DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def encoder(classes: int | None = CLASSES) -> ExampleEncoder:
+def encoder(classes: int | None = CLASSES, is_direct: bool = False) -> ExampleEncoder:
     torch.manual_seed(0)
-    made = ExampleEncoder(DIM, classes, 8)
+    made = ExampleEncoder(DIM, classes, DIM if is_direct else 8, is_direct)
     made.fit_scales(labelled([0, 1, 2] * 20, 1) if classes else pairs(60, 1))
     return made
 
@@ -40,9 +40,28 @@ def read(made: ExampleEncoder, raw: Tensor) -> Tensor:
     return made(padded(made.scaled(raw)))[0]
 
 
-@pytest.mark.parametrize("classes", [CLASSES, None])
-def test_the_order_of_examples_does_not_count(classes: int | None) -> None:
-    made = encoder(classes)
+def test_a_direct_encoder_starts_as_the_contrast_of_the_classes() -> None:
+    made, raw = encoder(is_direct=True), labelled([0, 2, 2, 0, 2])
+    scaled, (mean, deviation) = made.scaled(raw)[:, :DIM], (made.mean[:DIM], made.deviation[:DIM])
+    means = [scaled[raw[:, DIM + one] == 1].mean(0) * deviation for one in (0, 2)]
+    # As far as lengths of rows are left aside, in the space of the features.
+    direction = raw[raw[:, DIM + 2] == 1][:, :DIM].mean(0) - raw[raw[:, DIM] == 1][:, :DIM].mean(0)
+    start = read(made, raw)
+    assert torch.cosine_similarity(start, means[1] - means[0], dim=0) > 1 - FLOAT32_FORMULA
+    assert torch.cosine_similarity(start, direction, dim=0) > 0.8
+    assert mean.abs().min() > 1
+    start.square().sum().backward()
+    assert all(one.grad is not None for one in made.parameters())
+    assert made.readout.weight.grad.any()
+    # Elsewhere nothing can be compared.
+    assert all(ExampleEncoder(*sizes, True).contrast is None for sizes in ((DIM, CLASSES, 8), (DIM, None, DIM)))
+
+
+@pytest.mark.parametrize(("classes", "is_direct"), [(CLASSES, False), (CLASSES, True), (None, False)])
+def test_the_order_of_examples_does_not_count(classes: int | None, is_direct: bool) -> None:
+    made = encoder(classes, is_direct)
+    # Away from the start, all of it counts.
+    torch.nn.init.normal_(made.readout.weight)
     raw = labelled([0, 1, 1, 2, 0, 1]) if classes else pairs(6)
     expected = read(made, raw)
     for seed in range(5):
