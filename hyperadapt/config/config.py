@@ -113,7 +113,8 @@ class HyperAdapterConfig(PeftConfig):
             the trunk's output: tasks differ more, and new ones are fitted better), ``"additive"`` (only beside), or
             ``"bilinear"`` (gated, and where linear layers read vectors of size `task_embedding_dim`, of which there has
             to be one, a row of A is made of the embedding itself, to be compared with them; vectors of descriptions
-            need to have that size, and are embeddings without a projection; see ``docs/conditioning.md``).
+            need to have that size, and are embeddings without a projection; examples with classes start as the contrast
+            of these; see ``docs/conditioning.md``).
         head: What one head emits at once: ``"row"`` (one row of A or column of B), ``"factor"`` (A or
             B, shared by all positions with that size), ``"pair"`` (A and B, one head per module shape).
         normalization: How every generated update is normalised; see ``docs/normalization.md`` for the
