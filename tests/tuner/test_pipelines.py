@@ -211,5 +211,5 @@ def test_a_card_shows_labels(base: Path, tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "| task | description | labels |" in text
     assert "| `spam` |  | `ham`, `unsure`, `spam` |" in text
-    assert r"| `bare` |  | `a\|b`, `&lt;i>` |" in text
+    assert r"| `bare` |  | `a\|b`, `<i>` |" in text
     assert 'print(classifier("What does the sun weigh?", tasks="topic"))' in text
