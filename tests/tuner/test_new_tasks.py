@@ -131,8 +131,11 @@ def test_sources_mix_in_one_batch() -> None:
         assert torch.allclose(mixed[row : row + 1], logits(model, row_of(inputs(), row), tasks=task), **CLOSE)
 
 
-def test_the_order_of_rows_does_not_count_and_swapped_labels_do() -> None:
-    model = with_examples("bert")
+@pytest.mark.parametrize(
+    "changes", [{}, {"conditioning": "bilinear", "task_embedding_dim": 32}], ids=["gated", "bilinear"]
+)
+def test_the_order_of_rows_does_not_count_and_swapped_labels_do(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = with_examples("bert", **changes)
     rows = rows_of("bert", 6, 9)
     embedding = model.embed_examples(rows)
     assert torch.allclose(
@@ -146,6 +149,8 @@ def test_the_order_of_rows_does_not_count_and_swapped_labels_do() -> None:
         logits(model, inputs("bert"), task_embeddings=embedding),
         (model.add_task("new", examples=rows), logits(model, inputs("bert"), tasks="new"))[1],
     )
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base_model("bert"), tmp_path).embed_examples(rows), embedding)
 
 
 def test_a_description_is_added_where_the_adapter_knows_text() -> None:
