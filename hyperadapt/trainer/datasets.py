@@ -142,8 +142,13 @@ def concatenate_prompts(datasets: Mapping[str, Dataset], tasks: Sequence[str]) -
 
 
 def has_texts_and_chats(datasets: Mapping[str, Dataset]) -> bool:
-    """Whether tasks differ in how a column is written."""
-    return bool(_texts_and_chats(datasets, or_missing=False))
+    """Whether some tasks have texts in a column where others have chats."""
+    # Texts may differ, too: pandas makes large strings.
+    forms = (
+        {isinstance(dataset.features[column], Value) for dataset in datasets.values() if column in dataset.features}
+        for column in _texts_and_chats(datasets, or_missing=False)
+    )
+    return any(len(form) > 1 for form in forms)
 
 
 def _as_json(columns: Sequence[str], row: Mapping[str, Any]) -> dict[str, str]:

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
 from hyperadapt.trainer import concatenate_tasks
-from hyperadapt.trainer.datasets import _paired_within_tasks, concatenate_prompts
+from hyperadapt.trainer.datasets import _paired_within_tasks, concatenate_prompts, has_texts_and_chats
 from tests.support.helpers import TASKS
 
 CHAT = [{"role": "user", "content": "which"}]
@@ -52,3 +52,11 @@ def test_other_columns_must_agree() -> None:
     data["beta"] = Dataset.from_dict({"prompt": [CHAT], "best": [0.5]})
     with pytest.raises(ValueError, match=r"Column 'best' is .*float64.* in task 'beta' but .*int64.* in task 'alpha'"):
         concatenate_prompts(data, TASKS)
+
+
+def test_large_texts_are_texts() -> None:
+    small = Dataset.from_list([{"prompt": "one"}])
+    large = small.cast(Features({"prompt": Value("large_string")}))
+    chats = Dataset.from_list([{"prompt": CHAT}])
+    assert not has_texts_and_chats({"alpha": small, "beta": large})
+    assert has_texts_and_chats({"alpha": large, "beta": chats})
