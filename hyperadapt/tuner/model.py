@@ -153,13 +153,15 @@ class HyperAdapterModel(SavedTuner, ParameterTuner, LabelledTuner, MergingTuner,
             text_encoder: The encoder that the adapter was made with, where its name does not find it (a function, or
                 a folder that has moved).
             data_collator: Makes batches of examples, as in ``Trainer``; None stacks them.
-            training_arguments: How to fit, as in ``Trainer``; None for a short run that suits few examples.
+            training_arguments: How to fit, as in ``Trainer``; nothing is saved, so it may be what a training had.
+                None for a short run that suits few examples.
             fit: Whether to fit the embedding also where examples can be read: it starts at what they give.
 
         Raises:
             TypeError: If an argument has the wrong type.
             ValueError: If the name is taken or empty, nothing or too much is given, the adapter knows no text, the
-                encoder is another one, or the embedding or the examples are wrong.
+                encoder is another one, the embedding or the examples are wrong, or the arguments need a whole model to
+                train.
         """
         new = NewTask(name, description, examples, embedding, text_encoder, training_arguments, fit)
         reader = self._reader(data_collator)
