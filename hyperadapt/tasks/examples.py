@@ -26,8 +26,9 @@ class ExampleEncoder(nn.Module):
 
     Where ``is_direct``, and rows with classes have features of the size of an embedding, all this is added to the
     contrast of the classes' means in the space of the features, and starts at zero: of two classes, the embedding
-    starts as the mean of the second less that of the first. A row that is near to the one is then told from one that is
-    near to the other as in a prototypical network (Snell et al., NeurIPS 2017), with nothing to learn.
+    starts as the mean of the second less that of the first, without the part of it that points to the middle between
+    them. A row that is near to the one is then told from one that is near to the other as in a prototypical network
+    (Snell et al., NeurIPS 2017), with nothing to learn.
     """
 
     mean: Tensor
@@ -91,8 +92,14 @@ class ExampleEncoder(nn.Module):
         embeddings: Tensor = self.readout(rms_norm(mean, mean.shape[-1:]))
         if self.contrast is None:
             return embeddings
-        contrast = (row * weights * (answer @ self.contrast)[..., None]).sum(1) * self.deviation[: self.dim].to(row)
-        return embeddings + self.entry_scales * rms_norm(contrast, contrast.shape[-1:])
+        # In the features' own space, of which the mean is a part.
+        deviation = self.deviation[: self.dim].to(row)
+        middle = self.mean[: self.dim].to(row) + (row * weights).sum(1) * deviation
+        contrast = (row * weights * (answer @ self.contrast)[..., None]).sum(1) * deviation
+        contrast = self.entry_scales * rms_norm(contrast, contrast.shape[-1:])
+        # A row of A has no threshold: what lies in the middle is worth zero where it is at a right angle to the row.
+        along = (contrast * middle).sum(-1, keepdim=True) / middle.square().sum(-1, keepdim=True).clamp(min=1e-12)
+        return embeddings + contrast - along * middle
 
     def _weights(self, answer: Tensor) -> Tensor:
         """Of each row ``(n, rows)``: with the sum 1, and the same for all rows of a class and for all classes."""
