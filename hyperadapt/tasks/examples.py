@@ -98,8 +98,8 @@ class ExampleEncoder(nn.Module):
         contrast = (row * weights * (answer @ self.contrast)[..., None]).sum(1) * deviation
         contrast = self.entry_scales * rms_norm(contrast, contrast.shape[-1:])
         # A row of A has no threshold: what lies in the middle is worth zero where it is at a right angle to the row.
-        along = (contrast * middle).sum(-1, keepdim=True) / middle.square().sum(-1, keepdim=True).clamp(min=1e-12)
-        return embeddings + contrast - along * middle
+        middle = rms_norm(middle, middle.shape[-1:])
+        return embeddings + contrast - (contrast * middle).mean(-1, keepdim=True) * middle
 
     def _weights(self, answer: Tensor) -> Tensor:
         """Of each row ``(n, rows)``: with the sum 1, and the same for all rows of a class and for all classes."""
